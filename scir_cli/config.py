@@ -1,0 +1,271 @@
+"""Every setting, its default and its help text, once. The command line, recipes and plans are made from these classes.
+
+Precedence: defaults < recipe or --config file < flags and `name=value` arguments. An unknown name is an error with a suggestion.
+Defaults marked [ours] in docs/method.md are our reconstruction and not the paper's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scir_cli.errors import ConfigError, suggest
+
+REWARD_MODELS = ("judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external")
+
+#: Marks a setting that cannot change a row: it stays out of the plan, so a stopped run may go on with another value.
+FREE = {"free": True}
+
+
+def setting(default: Any, help: str, *, free: bool = False, **limits: Any) -> Any:
+    return Field(default, description=help, json_schema_extra=FREE if free else None, **limits)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    def plan(self) -> dict[str, Any]:
+        """The settings that determine the rows, JSON-ready. Paths of inputs and models are left to digests."""
+        free = {name for name, info in type(self).model_fields.items() if info.json_schema_extra == FREE}
+        return self.model_dump(mode="json", exclude=free)
+
+
+class StageSettings(Settings):
+    output_dir: Path = setting(..., "Folder to write; the same settings resume it.", free=True)
+    seed: int = setting(0, "Seed of everything random.")
+    limit: Positive | None = setting(None, "Use the first N input rows only.")
+    overwrite: bool = setting(False, "Replace what the output folder holds.", free=True)
+    dry_run: bool = setting(False, "Check inputs and settings, say what would be done, write nothing.", free=True)
+
+
+class ModelSettings(StageSettings):
+    model: str = setting(..., "Model folder, hub id, or package:NAME (a GGUF file in a pip package); 'a | b' takes the first that can be had.", free=True)
+    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "Precision of the forward pass; auto is bf16 where the hardware has it.")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", free=True)
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.", free=True)
+    chat_template: Path | None = setting(None, "Jinja file to use in place of the model's chat template.")
+    max_tokens_per_pack: Positive = setting(4096, "Tokens in one forward pass, packed without padding.", free=True)
+
+
+class RewardSettings(ModelSettings):
+    reward_models: list[Literal[REWARD_MODELS]] = setting(["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}.")  # type: ignore[valid-type]
+    reward_reference: str | None = setting(None, "Frozen model that defines the implicit reward: the SFT model, not the model itself.", free=True)
+    implicit_beta: float = setting(0.1, "beta of the implicit reward.", gt=0)
+    implicit_scale: float = setting(5.0, "s: factor on the implicit log-odds, to bring them to the judge's scale.", gt=0)
+    length_control: Literal["sum", "mean", "penalty"] = setting("sum", "Length control of the implicit reward: sum, mean per token, or sum - alpha * tokens.")
+    length_alpha: float = setting(0.0, "alpha of --length-control penalty, nats a token.")
+    rubric_scale: float = setting(1.0, "Log-odds per rubric point.", gt=0)
+    likelihood_scale: float = setting(1.0, "Factor on the mean log-probabilities of likelihood and pmi.", gt=0)
+    judge_prompt: Path | None = setting(None, "Text file with {question}, {a} and {b}: the pairwise judge's prompt.")
+    verdict_tokens: tuple[str, str] = setting(("A", "B"), "The judge's two verdicts; each must be one token.")
+    min_verdict_mass: Rate = setting(0.0, "Below this P(A)+P(B) the judge gives no verdict (null).")
+    external: str | None = setting(None, "Column of log-odds, or two columns 'CHOSEN,REJECTED' (for candidates: one column) of scores.")
+
+    @model_validator(mode="after")
+    def _needs(self) -> RewardSettings:
+        if not self.reward_models:
+            raise ValueError("reward_models is empty; name at least one")
+        if "external" in self.reward_models and not self.external:
+            raise ValueError("reward model 'external' needs --external COLUMN")
+        return self
+
+
+class GenerateSettings(ModelSettings):
+    input: str = setting(..., "Prompts: a dataset folder, JSONL, Parquet, CSV or hub id.", free=True)
+    n: Positive = setting(5, "Responses sampled for each prompt.")
+    temperature: float = setting(0.8, "Sampling temperature; 0 is greedy.", ge=0)
+    top_p: float = setting(0.95, "Nucleus sampling: keep the smallest set of tokens with this probability.", gt=0, le=1)
+    max_new_tokens: Positive = setting(512, "Tokens of a response, at most.")
+    system_prompt: str | None = setting(None, "System turn put before each prompt.")
+    backend: str = setting("transformers", "Who samples: transformers, or module:Class of your own.")
+    batch_size: Positive = setting(16, "Responses sampled at a time.", free=True)
+    rows_per_part: Positive = setting(64, "Prompts a part; a stopped run loses the part at work.")
+
+    @model_validator(mode="after")
+    def _greedy(self) -> GenerateSettings:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"temperature 0 gives the same response {self.n} times; use --n 1 or a temperature above 0")
+        return self
+
+
+class JudgeSettings(RewardSettings):
+    input: str = setting(..., "Candidates, or pairs (prompt, chosen, rejected; their labels are kept as gold).", free=True)
+    pairs: str = setting("all", "Pairs of each prompt's candidates: all, best-worst (by the first reward model), or random:K.")
+    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
+    batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
+    rows_per_part: Positive = setting(64, "Input rows a part; a stopped run loses the part at work.")
+
+
+class CheckConsistencySettings(StageSettings):
+    input: str = setting(..., "A judged dataset.", free=True)
+    min_confidence: float = setting(0.5, "Pairs agree only where every model is at least this sure.", ge=0.5, lt=1)
+    agree_on: list[str] | None = setting(None, "Reward models that have to agree; all by default.")
+    by_subset: bool = setting(False, "Figures for each value of the subset column, too.", free=True)
+    fail_under: Rate | None = setting(None, "Exit with status 1 when the agreement rate is below this.", free=True)
+    rows_per_part: Positive = setting(50_000, "Rows a part.")
+
+
+class FilterSettings(StageSettings):
+    input: str = setting(..., "A judged or consistency dataset.", free=True)
+    rule: str = setting("agree", "Who labels: agree, majority, random:RATE (labels of --random-label), or the name of a reward model.")
+    random_label: str = setting("judge", "Reward model that labels under --rule random:RATE.")
+    agree_on: list[str] | None = setting(None, "Reward models that have to agree; all by default.")
+    min_margin: float = setting(0.0, "Smallest |log-odds| in nats of the models that label.", ge=0)
+    min_confidence: float = setting(0.5, "Smallest confidence max(p, 1-p) of the models that label.", ge=0.5, lt=1)
+    min_response_tokens: int = setting(0, "Drop pairs with a shorter response.", ge=0)
+    max_response_tokens: Positive | None = setting(None, "Drop pairs with a longer response.")
+    max_pairs_per_prompt: Positive | None = setting(None, "Keep this many pairs of a prompt, largest margin first.")
+    dedup: bool = setting(True, "Drop pairs whose two texts were seen before under the same prompt.")
+    keep_unlabelled: bool = setting(False, "Keep pairs without a label: SCIR's penalty uses them.")
+    format: Literal["scir", "trl"] = setting("scir", "trl: also write OUT/trl.jsonl with prompt, chosen, rejected.")
+
+
+class LoraSettings(Settings):
+    rank: int = setting(0, "Rank of LoRA adapters; 0 trains all weights.", ge=0)
+    alpha: int = setting(16, "LoRA alpha.", ge=1)
+    target_modules: str = setting("all-linear", "Modules with adapters, a peft name or regular expression.")
+
+
+class TrainSettings(RewardSettings):
+    objective: Literal["sft", "dpo", "scir"] = setting("scir", "sft: teach to answer and to judge; dpo: labelled pairs; scir: penalty and dynamic mask.")
+    input: str = setting(..., "Preferences or judged pairs (scir), labelled pairs (sft, dpo).", free=True)
+    validation: str | None = setting(None, "Labelled pairs on which each reward model is watched.", free=True)
+    validation_every: Positive = setting(50, "Optimiser steps between two looks at the validation pairs.")
+
+    learning_rate: float = setting(5e-7, "Peak learning rate.", gt=0)
+    num_epochs: Positive = setting(1, "Passes over the data.")
+    max_steps: Positive | None = setting(None, "Stop after this many optimiser steps.")
+    batch_size: Positive = setting(32, "Pairs in an optimiser step; --max-tokens-per-pack says how many at a time.")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate after warm-up.")
+    warmup_ratio: Rate = setting(0.1, "Share of steps with a rising learning rate.")
+    weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradient norm is clipped to this.", gt=0)
+    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.", free=True)
+    lora: LoraSettings = setting(LoraSettings(), "Low-rank adapters.")
+
+    beta: float = setting(0.1, "beta of the DPO term.", gt=0)
+    penalty_weight: float = setting(1.0, "lambda: weight of the inconsistency penalty.", ge=0)
+    entropy_weight: float = setting(0.1, "alpha: weight of the entropy in the penalty; at 4 confident disagreement would win.", ge=0)
+    confidence_threshold: float = setting(0.5, "tau: DPO uses a pair only where every model is at least this sure.", ge=0.5, lt=1)
+    entropy_floor: float = setting(0.05, "Nats; the entropy term stops pushing a verdict below this.", ge=0)
+    orders: Literal["separate", "averaged", "forward"] = setting("separate", "The judge's two orders as two reward models, as their average, or the first order only.")
+    agree_on: Literal["averaged", "each"] = setting("averaged", "The dynamic mask asks the order-averaged judge, or each reward model of the penalty.")
+    stop_gradient: Literal["none", "judge", "implicit"] = setting("none", "Reward model that the penalty does not train.")
+    sft_response_weight: float = setting(1.0, "sft: weight of the chosen response's mean token loss.", ge=0)
+    sft_judge_weight: float = setting(1.0, "sft: weight of the verdict's loss, both orders.", ge=0)
+
+    save_every: Positive = setting(100, "Optimiser steps between checkpoints.", free=True)
+    branch_gradients: bool = setting(True, "Log the gradient norm of each branch at each validation.", free=True)
+    report_to: list[str] = setting([], "Trackers known to accelerate: tensorboard, wandb, trackio, mlflow …", free=True)
+
+    @model_validator(mode="after")
+    def _guards(self) -> TrainSettings:
+        if self.objective == "scir" and self.entropy_weight >= 4:
+            raise ValueError(f"entropy_weight is {self.entropy_weight}; from 4 on, confident disagreement is the penalty's minimum. Use less than 4, 0.1 is the default")
+        unfit = set(self.reward_models) - {"judge", "implicit"}
+        if self.objective == "scir" and (unfit or len(set(self.reward_models)) < 2):
+            raise ValueError(f"objective scir trains the reward models 'judge' and 'implicit' together; got {', '.join(self.reward_models)}")
+        return self
+
+
+class EvalRewardsSettings(RewardSettings):
+    input: str = setting(..., "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are then used as they are.", free=True)
+    model: str = setting("", "Model folder, hub id or package:NAME; not needed where the input is already judged.", free=True)
+    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
+    batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
+    rows_per_part: Positive = setting(64, "Input rows a part.")
+
+
+class EvalWinrateSettings(RewardSettings):
+    responses: str = setting(..., "Responses of the model under test: AlpacaEval's JSON list, or a candidates dataset.", free=True)
+    baseline: str = setting(..., "Responses to compare with, of the same form.", free=True)
+    reward_models: list[Literal[REWARD_MODELS]] = setting(["judge"], "Who judges.")  # type: ignore[valid-type]
+    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
+    batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
+    rows_per_part: Positive = setting(64, "Input rows a part.")
+
+
+class EvalResponsesSettings(GenerateSettings):
+    n: Positive = setting(1, "Responses sampled for each prompt.")
+    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", ge=0)
+    generator: str = setting("scir", "Name of the model in the file.")
+
+
+STAGES: dict[str, type[StageSettings]] = {
+    "generate": GenerateSettings,
+    "judge": JudgeSettings,
+    "check-consistency": CheckConsistencySettings,
+    "filter": FilterSettings,
+    "train": TrainSettings,
+    "eval rewards": EvalRewardsSettings,
+    "eval winrate": EvalWinrateSettings,
+    "eval responses": EvalResponsesSettings,
+}
+
+
+def fields(settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every setting by its dotted name (`lora.rank`), with its pydantic field."""
+    found: dict[str, Any] = {}
+    for name, info in settings.model_fields.items():
+        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+        found |= fields(info.annotation, f"{prefix}{name}.") if nested else {prefix + name: info}  # type: ignore[arg-type]
+    return found
+
+
+def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
+    """Settings from layers of values, later ones winning; names may be dotted, nested, kebab- or snake-case.
+
+    Raises ConfigError with every mistake in one report, each named with its value.
+    """
+    known = fields(settings)
+    merged: dict[str, Any] = {}
+    problems = []
+    for layer in layers:
+        for name, value in _flatten(layer, known).items():
+            if name in known:
+                merged[name] = value
+            else:
+                problems.append(f"{where}: unknown setting '{name}'.{suggest(name, known)}")
+    nested: dict[str, Any] = {}
+    for name, value in merged.items():
+        at = nested
+        *path, last = name.split(".")
+        for step in path:
+            at = at.setdefault(step, {})
+        at[last] = value
+    try:
+        result = settings.model_validate(nested)
+    except ValidationError as error:
+        problems += [f"{where}: {_explain(item)}" for item in error.errors()]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return result
+
+
+def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in layer.items():
+        name = prefix + str(key).replace("-", "_")
+        inner = isinstance(value, dict) and any(k.startswith(name + ".") for k in known)
+        flat |= _flatten(value, known, name + ".") if inner else {name: value}
+    return flat
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing":
+        return f"'{name}' is missing; give --{name.replace('_', '-').replace('.', '-')}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"'{name}' is {item['input']!r}: {message}" if name else message
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The words a Literal setting takes, for help texts; () for anything else."""
+    args = get_args(annotation)
+    return tuple(a for a in args if isinstance(a, str))

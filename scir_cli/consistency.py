@@ -1,0 +1,295 @@
+"""Log-odds -> agreement and statistics, as pure functions of arrays (numpy and pyarrow only; what METHOD 6 asks to be reported).
+
+    log_odds           (models, pairs) nats, positive: first better, 0: a tie, NaN: no verdict
+    forward, swapped   (models, pairs) nats, log-odds *for seat A* with first, then second, in seat A; NaN: the model has no seats
+    gold               (pairs,) +1 first better, -1 second better, NaN unlabelled
+
+Swapping first and second negates log_odds, gold and the length difference, exchanges forward and swapped, and leaves each statistic as it was.
+A missing verdict is left out of a statistic and lowers its count: it is never a tie, a disagreement or a guess.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from scir_cli.errors import DataError, suggest
+from scir_cli.schemas import check_nulls
+
+Array = NDArray[np.float64]
+
+MIN_CONFIDENCE = 0.5  # tau of METHOD 3 [ours]: 0.5 asks for nothing beyond equal signs
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdicts:
+    """What each reward model says of each pair; the module's docstring has shapes and units."""
+
+    names: list[str]  # reward models, in order of first appearance
+    log_odds: Array  # (models, pairs)
+    forward: Array  # (models, pairs)
+    swapped: Array  # (models, pairs)
+    verdict_mass: Array  # (models, pairs) probability on the verdict tokens; NaN: the model has none
+    gold: Array  # (pairs,)
+    length_difference: Array  # (pairs,) length of first minus length of second, tokens
+    subset: list[str | None]
+    pair_ids: list[str]
+
+    def take(self, rows: NDArray[np.intp]) -> Verdicts:
+        """The verdicts on some of the pairs, with all the models.  rows: (n,) indices"""
+        matrices = (m[:, rows] for m in (self.log_odds, self.forward, self.swapped, self.verdict_mass))
+        labels = ([values[i] for i in rows] for values in (self.subset, self.pair_ids))
+        return Verdicts(self.names, *matrices, self.gold[rows], self.length_difference[rows], *labels)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Whether some models agree on each pair; every field is (pairs,), NaN where one of them has no verdict."""
+
+    agree: Array  # 1.0 or 0.0
+    margin: Array  # smallest |log-odds|, nats
+    mean: Array  # mean log-odds, nats
+    spread: Array  # largest minus smallest log-odds, nats
+
+
+# From a table
+
+
+def from_table(table: pa.Table) -> Verdicts:
+    """The verdicts in a judged, consistency or preferences table, joined by reward model's name and not by place in the list.
+
+    Raises DataError for a missing column, a nameless or repeated reward model in one pair, and log-odds that are infinite.
+    """
+    check_nulls(table, "judged")
+    rewards = table["rewards"].combine_chunks()
+    pair = pc.list_parent_indices(rewards).to_numpy()  # (verdicts,) row each verdict belongs to
+    verdicts = rewards.flatten()  # unlike .values, keeps to the slice
+    encoded = pc.struct_field(verdicts, "reward_model").dictionary_encode()
+    if encoded.null_count:
+        raise DataError(f"{encoded.null_count} verdicts in 'rewards' have no reward_model; name the model that gave each of them")
+    names, model = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+
+    def matrix(field: str) -> Array:
+        values = np.full((len(names), len(table)), np.nan)
+        values[model, pair] = _floats(pc.struct_field(verdicts, field))
+        return values
+
+    log_odds, pair_ids = matrix("log_odds"), table["pair_id"].to_pylist()
+    counts = np.bincount(model * np.int64(len(table)) + pair, minlength=log_odds.size).reshape(log_odds.shape)
+    for wrong, what in ((counts > 1, "more than one verdict"), (np.isinf(log_odds), "infinite log-odds")):
+        if wrong.any():
+            k, i = np.argwhere(wrong)[0]
+            raise DataError(f"pair {pair_ids[i]} holds {what} of '{names[k]}'; expected one finite number, or null for no verdict")
+    return Verdicts(
+        names,
+        log_odds,
+        matrix("forward_log_odds"),
+        matrix("swapped_log_odds"),
+        matrix("verdict_mass"),
+        2 * _floats(pc.index_in(table["gold"], value_set=pa.array(["second", "first"]))) - 1,
+        _length_difference(table["first"], table["second"]),
+        table["subset"].to_pylist(),
+        pair_ids,
+    )
+
+
+def _floats(values: pa.Array | pa.ChunkedArray) -> Array:
+    return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float64)  # null -> NaN
+
+
+def _length_difference(first: pa.ChunkedArray, second: pa.ChunkedArray) -> Array:
+    """Length of first minus length of second, (pairs,): in tokens, or in characters for a pair in which a response has no token ids."""
+    tokens = [_floats(pc.list_value_length(pc.struct_field(side, "token_ids"))) for side in (first, second)]
+    characters = [_floats(pc.utf8_length(pc.struct_field(side, "text"))) for side in (first, second)]
+    return np.where(np.minimum(*tokens) > 0, np.subtract(*tokens), np.subtract(*characters))
+
+
+# Statistics
+
+
+def agreement(log_odds: Array, min_confidence: float = MIN_CONFIDENCE) -> Agreement:
+    """Agreement of all models on each pair.  m = 1[all a_i have one sign] 1[min_i max(p_i, 1-p_i) >= tau]; a tie never agrees (METHOD 3)."""
+    if not len(log_odds):
+        log_odds = np.full((1, log_odds.shape[1]), np.nan)
+    sign, margin = np.sign(log_odds), np.abs(log_odds).min(0)  # min and max hand NaN on
+    agree = (sign == sign[0]).all(0) & (sign[0] != 0) & (_confidence(margin) >= min_confidence)
+    return Agreement(np.where(np.isnan(margin), np.nan, agree), margin, log_odds.mean(0), log_odds.max(0) - log_odds.min(0))
+
+
+def _confidence(log_odds: Array) -> Array:
+    return 1 / (1 + np.exp(-np.abs(log_odds)))  # max(p, 1-p) = sigmoid(|a|)
+
+
+def entropy(log_odds: Array) -> Array:
+    """Entropy of sigmoid(a), nats, NaN for no verdict.  H = softplus(a) - a sigmoid(a), even in a, hence written on |a|; (...) -> (...)"""
+    size = np.abs(log_odds)
+    return np.log1p(np.exp(-size)) + size * (1 - _confidence(size))
+
+
+def cohen_kappa(a: Array, b: Array) -> float:
+    """Cohen's kappa of the signs of a and b where both have a verdict, a tie being a third category; NaN where undefined.
+
+    kappa = (p_o - p_e) / (1 - p_e), p_e = sum_k P(a = k) P(b = k) (Cohen 1960).  a, b: (pairs,)
+    """
+    a, b = _both(np.sign(a), np.sign(b))
+    if not len(a):
+        return math.nan
+    chance = sum((a == k).mean() * (b == k).mean() for k in (-1, 0, 1))
+    return float(((a == b).mean() - chance) / (1 - chance)) if chance < 1 else math.nan
+
+
+def spearman(a: Array, b: Array) -> float:
+    """Rank correlation where neither is NaN, tied values sharing their average rank; NaN when one side is constant.  a, b: (pairs,)"""
+    a, b = (_ranks(side) for side in _both(a, b))
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks 1..n, ties averaged, less their mean (n + 1) / 2."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2
+
+
+def _both(a: Array, b: Array) -> tuple[Array, Array]:
+    known = ~np.isnan(a + b)
+    return a[known], b[known]
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Lowest and highest rate that `successes` of `n` allow (Wilson 1927; z: 95 %); NaN for n = 0."""
+    if not n:
+        return math.nan, math.nan
+    rate, shrink = successes / n, 1 + z * z / n
+    centre, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - half) / shrink), min(1.0, (centre + half) / shrink)
+
+
+def calibration_error(log_odds: Array, correct: Array, bins: int = 10) -> float:
+    """Expected calibration error of max(p, 1-p) in equal bins over [1/2, 1]; NaN with nothing to compare.
+
+    ECE = sum_b n_b/n |accuracy_b - confidence_b| (Guo et al. 2017).  correct: (pairs,) 1, 0, 1/2 for a tie, NaN unlabelled
+    """
+    confidence, correct = _both(_confidence(log_odds), correct)
+    if not len(correct):
+        return math.nan
+    bin_of = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_of, correct - confidence)).sum() / len(correct))
+
+
+# Reports
+
+
+def summary(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: float = MIN_CONFIDENCE) -> dict[str, Any]:
+    """All statistics of `v`, ready for JSON: floats to 6 digits, None for what is undefined (no seats, no gold, no verdicts).
+
+    agree_on: the models that decide "agreed", all of them by default; raises DataError for one that `v` lacks.
+    """
+    return _json(
+        {
+            "pairs": len(v.gold),
+            "models": {name: _model(v, k) for k, name in enumerate(v.names)},
+            "between": [_between(v, i, j) for i, j in combinations(range(len(v.names)), 2)],
+            "agreed": _agreed(v, _agreement_of(v, agree_on, min_confidence)),
+        }
+    )
+
+
+def by_subset(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: float = MIN_CONFIDENCE) -> dict[str, dict[str, Any]]:
+    """The summary of each subset, in order of first appearance; pairs without one are under "(none)"."""
+    encoded = pa.array(v.subset, pa.string()).fill_null("(none)").dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    return {
+        name: summary(v.take(np.flatnonzero(codes == code)), agree_on, min_confidence)
+        for code, name in enumerate(encoded.dictionary.to_pylist())
+    }
+
+
+def row_columns(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: float = MIN_CONFIDENCE) -> dict[str, pa.Array]:
+    """The four columns a consistency dataset adds, (pairs,) each; null where one of `agree_on` has no verdict."""
+    a = _agreement_of(v, agree_on, min_confidence)
+    columns = {"agree": a.agree, "margin": a.margin, "mean_log_odds": a.mean, "spread": a.spread}
+    arrays = {name: pa.array(values, pa.float64(), from_pandas=True) for name, values in columns.items()}  # NaN -> null
+    return arrays | {"agree": arrays["agree"].cast(pa.bool_())}
+
+
+def _agreement_of(v: Verdicts, agree_on: Sequence[str] | None, min_confidence: float) -> Agreement:
+    for name in agree_on or ():
+        if name not in v.names:
+            raise DataError(f"no verdicts of the reward model '{name}' in this dataset.{suggest(name, v.names)}")
+    return agreement(v.log_odds[[v.names.index(name) for name in agree_on or v.names]], min_confidence)
+
+
+def _model(v: Verdicts, k: int) -> dict[str, Any]:
+    a = _known(v.log_odds[k])
+    seats = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: seat A
+    flips = np.where(np.isnan(seats).any(0), np.nan, seats[0] * seats[1] > 0)
+    correct = (1 + np.sign(v.log_odds[k]) * v.gold) / 2  # 1, 0, 1/2 for a tie
+    return {
+        "verdicts": len(a),
+        "ties": int((a == 0).sum()),
+        "median_abs_log_odds": _quantile(np.abs(a), 0.5),
+        "mean_abs_log_odds": _mean(np.abs(a)),
+        "abs_log_odds_quantiles": {str(q): _quantile(np.abs(a), q) for q in QUANTILES},
+        "mean_entropy": _mean(entropy(a)),
+        "verdict_mass": _mean(v.verdict_mass[k]),
+        "flip_rate": _mean(flips),  # both orders for the same seat: the seat decides, not the response
+        "first_seat_rate": _mean((1 + seats) / 2),  # over both orders; a tie counts one half
+        "length_correlation": spearman(v.log_odds[k], v.length_difference),
+        **_rate("accuracy", correct),
+        "calibration_error": calibration_error(v.log_odds[k], correct),
+        "labelled": len(_known(correct)),  # pairs with gold and a verdict
+    }
+
+
+def _between(v: Verdicts, i: int, j: int) -> dict[str, Any]:
+    a, b = _both(v.log_odds[i], v.log_odds[j])
+    equal = (np.sign(a) == np.sign(b)).astype(float)  # p_o of kappa: two ties are equal
+    names = {"first": v.names[i], "second": v.names[j]}
+    return {**names, "pairs": len(a), **_rate("agreement", equal), "kappa": cohen_kappa(a, b), "spearman": spearman(a, b)}
+
+
+def _agreed(v: Verdicts, a: Agreement) -> dict[str, Any]:
+    kept = a.agree == 1
+    correct = (1 + np.sign(a.mean) * v.gold)[kept] / 2
+    labelled, margin = len(_known(correct)), _mean(a.margin[kept])
+    return {"pairs": int(kept.sum()), **_rate("rate", a.agree), **_rate("accuracy", correct), "labelled": labelled, "mean_margin": margin}
+
+
+def _rate(name: str, outcomes: Array) -> dict[str, float]:
+    """The mean of the known outcomes, each in [0, 1], and its Wilson interval, as `name`, `name_low` and `name_high`."""
+    known = _known(outcomes)
+    low, high = wilson(float(known.sum()), len(known))
+    return {name: _mean(known), f"{name}_low": low, f"{name}_high": high}
+
+
+def _known(values: Array) -> Array:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: Array) -> float:
+    known = _known(values)
+    return float(known.mean()) if known.size else math.nan
+
+
+def _quantile(values: Array, q: float) -> float:
+    return float(np.quantile(values, q)) if values.size else math.nan
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json(item) for item in value]
+    if isinstance(value, float):
+        return round(value, 6) + 0.0 if math.isfinite(value) else None  # + 0.0: -0.0 is 0.0
+    return value

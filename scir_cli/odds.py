@@ -1,0 +1,54 @@
+"""Branch log-probabilities -> log-odds, one pure function per internal reward model (METHOD 2 in docs/method.md).
+
+    a = log P(first better) - log P(second better), nats.  Swapping the pair negates a.  P(first better) = sigmoid(a).
+
+Every tensor here has pairs along its last axis; gradients flow through all of it. The two generative models that compare (judge, rationale)
+share `two_orders`; the three that are a difference of one number per response share `difference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Odds:
+    """What a reward model says of each pair; `seats` is None for models that do not seat the responses as A and B."""
+
+    log_odds: Tensor  # (pairs,) nats
+    seats: Tensor | None = None  # (2, pairs): log-odds for seat A with first, then with second, in seat A
+    verdict_mass: Tensor | None = None  # (pairs,) probability on the verdict tokens, mean over what was asked
+
+
+def two_orders(verdict_logps: Tensor) -> Odds:
+    """Log-odds of a pairwise judge from log P(A), log P(B) in both orders.  verdict_logps: (2 orders, 2 tokens, pairs), nats
+
+    a = 1/2 [l(y1,y2) - l(y2,y1)],  l = log P(A) - log P(B): a constant preference for a seat cancels exactly.
+    """
+    seats = verdict_logps[:, 0] - verdict_logps[:, 1]  # (2, pairs)
+    mass = verdict_logps.exp().sum(1).mean(0)  # (pairs,)
+    return Odds(0.5 * (seats[0] - seats[1]), seats, mass)
+
+
+def expected_score(score_logps: Tensor) -> tuple[Tensor, Tensor]:
+    """Expected additive score and the mass on score tokens.  score_logps: (scores, ...) of 0, 1, 2 …, nats -> (...), (...)"""
+    values = torch.arange(len(score_logps), dtype=score_logps.dtype, device=score_logps.device)
+    return torch.einsum("s,s...->...", values, score_logps.softmax(0)), score_logps.exp().sum(0)
+
+
+def length_controlled(logps: Tensor, n_tokens: Tensor, control: str, alpha: float) -> Tensor:
+    """A summed log-probability (or log-ratio) with the length taken out.  logps, n_tokens: (...) -> (...)
+
+    control: "sum" as it is; "mean" per token; "penalty" sum - alpha * n_tokens (nats per token, DICE 2406.09760).
+    """
+    if control == "mean":
+        return logps / n_tokens
+    return logps - alpha * n_tokens if control == "penalty" else logps
+
+
+def difference(rewards: Tensor, scale: float) -> Odds:
+    """Log-odds from one reward per response (Bradley-Terry).  rewards: (2, pairs) -> a = scale * (r(y1) - r(y2))"""
+    return Odds(scale * (rewards[0] - rewards[1]))

@@ -1,0 +1,208 @@
+"""The internal reward models: what each asks of the policy about a pair, and how the answer becomes log-odds.
+
+Add one here and it is there in judging, training and evaluation. A reward model has three methods: `requests` (prompts it needs answered in
+text first; usually none), `branches` (token paths to score, always the same number) and `odds` (their log-probabilities -> log-odds, pure).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scir_cli import chat, odds
+from scir_cli.chat import Chat, Message
+from scir_cli.config import RewardSettings
+from scir_cli.errors import ConfigError
+from scir_cli.odds import Odds
+from scir_cli.trees import Branch, continuation, verdict
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair as the engine sees it: token ids for what is scored, text for what a judge reads."""
+
+    pair_id: str
+    messages: Sequence[Message]
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[tuple[int, ...], tuple[int, ...]]  # first, second
+    texts: tuple[str, str]
+    external: float | None = None  # log-odds somebody else gave, nats
+    reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)  # weights key -> summed logps of first, second
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `odds` needs beside the policy's log-probabilities; pairs along the last axis."""
+
+    n_tokens: Tensor  # (2, pairs) tokens of first and second
+    reference_logps: Tensor  # (2, pairs) under reward_reference, nats; NaN where unknown
+    external: Tensor  # (pairs,) NaN: no verdict
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], reward_reference: str | None, device: Any = "cpu") -> Context:
+        unknown = (float("nan"), float("nan"))
+        reference = [p.reference_logps.get(reward_reference or "", unknown) for p in pairs]
+        external = [float("nan") if p.external is None else p.external for p in pairs]
+        lengths = [[len(ids) for ids in p.response_ids] for p in pairs]
+        return cls(
+            torch.tensor(lengths, dtype=torch.float32, device=device).T,
+            torch.tensor(reference, dtype=torch.float32, device=device).T,
+            torch.tensor(external, dtype=torch.float32, device=device),
+        )
+
+
+class RewardModel(Protocol):
+    def requests(self, pair: Pair) -> list[list[int]]:
+        """Prompts that have to be answered in text before `branches` can be asked."""
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        """Token paths to score; `written` are the answers to `requests`, as token ids."""
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        """Log-odds from summed branch log-probabilities.  logps: (branches, pairs), nats"""
+
+
+@dataclass(frozen=True)
+class _Base:
+    chat: Chat
+    settings: RewardSettings
+
+    def requests(self, pair: Pair) -> list[list[int]]:
+        return []
+
+
+class Judge(_Base):
+    """Pairwise verdict A or B at the first token of the answer, in both orders."""
+
+    default_prompt = chat.PAIRWISE
+
+    @cached_property
+    def template(self) -> str:
+        return chat.load_template(self.settings.judge_prompt, self.default_prompt, ("question", "a", "b"))
+
+    def _prompts(self, pair: Pair) -> list[list[int]]:
+        first, second = pair.texts
+        orders = ((first, second), (second, first))
+        return [self.chat.prompt_ids(chat.fill(self.template, question=chat.question_text(pair.messages), a=a, b=b)) for a, b in orders]
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        ask: list[Message] = [{"role": "user", "content": "Reply with A or B."}]
+        tokens = tuple(self.chat.answer_token(ask, word) for word in self.settings.verdict_tokens)
+        if len(set(tokens)) == 1:
+            raise ConfigError(f"the verdicts {self.settings.verdict_tokens} are the same token; choose two with --verdict-tokens")
+        return tokens
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        return [verdict(prompt, token) for prompt in self._prompts(pair) for token in self.tokens]
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        return odds.two_orders(logps.unflatten(0, (2, 2)))
+
+
+class Rationale(Judge):
+    """The judge writes its reasons first; the verdict is then read as the judge's is."""
+
+    default_prompt = chat.PAIRWISE_RATIONALE
+
+    def requests(self, pair: Pair) -> list[list[int]]:
+        return self._prompts(pair)
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        cue = self.chat.tokenizer("\n\nVerdict:", add_special_tokens=False)["input_ids"]
+        prompts = [[*p, *self._reasons(w), *cue] for p, w in zip(self._prompts(pair), written, strict=True)]
+        return [verdict(prompt, token) for prompt in prompts for token in self.tokens]
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self.chat.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][-1] for word in self.settings.verdict_tokens)
+
+    def _reasons(self, written: Sequence[int]) -> list[int]:
+        """What was written up to the verdict it may have given itself, which is read from probabilities instead."""
+        text = self.chat.tokenizer.decode([t for t in written if t not in self.chat.end_ids])
+        return list(self.chat.tokenizer(text.split("Verdict:")[0].rstrip(), add_special_tokens=False)["input_ids"])
+
+
+class Rubric(_Base):
+    """Additive score 0-5 of each response, as its expectation over the score tokens (arXiv 2401.10020)."""
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        question = chat.question_text(pair.messages)
+        asks = [chat.fill(chat.RUBRIC, question=question, response=text) for text in pair.texts]
+        tokens = [self.chat.answer_token(asks[0], str(score)) for score in range(6)]
+        prompts = [self.chat.prompt_ids(ask) for ask in asks]
+        return [verdict(prompt, token) for prompt in prompts for token in tokens]
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        scores, mass = odds.expected_score(logps.unflatten(0, (2, 6)).transpose(0, 1))  # (2, pairs)
+        return Odds(odds.difference(scores, self.settings.rubric_scale).log_odds, verdict_mass=mass.mean(0))
+
+
+class Implicit(_Base):
+    """The DPO reward: log-ratio of the policy against `reward_reference` (arXiv 2305.18290)."""
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        s = self.settings
+        ratios = odds.length_controlled(logps - context.reference_logps, context.n_tokens, s.length_control, s.length_alpha)
+        return odds.difference(ratios, s.implicit_scale * s.implicit_beta)
+
+
+class Likelihood(_Base):
+    """Mean log-probability per token, without a reference (SimPO's reward, arXiv 2405.14734)."""
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        return odds.difference(logps / context.n_tokens, self.settings.likelihood_scale)
+
+
+class Pmi(_Base):
+    """Mean log-ratio per token of the answer with and without its prompt: pointwise mutual information (ours)."""
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        nothing = self.chat.prompt_ids([{"role": "user", "content": ""}])
+        return [continuation(prompt, ids) for prompt in (pair.prompt_ids, nothing) for ids in pair.response_ids]
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        with_prompt, without = logps.unflatten(0, (2, 2))  # (2, pairs) each
+        return odds.difference((with_prompt - without) / context.n_tokens, self.settings.likelihood_scale)
+
+
+class External(_Base):
+    """Log-odds that came with the data."""
+
+    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+        return []
+
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        return Odds(context.external)
+
+
+TABLE: dict[str, type[Any]] = {
+    "judge": Judge, "implicit": Implicit, "rubric": Rubric, "rationale": Rationale, "likelihood": Likelihood, "pmi": Pmi, "external": External,
+}  # fmt: skip
+
+
+def make(names: Sequence[str], chat: Chat, settings: RewardSettings) -> dict[str, RewardModel]:
+    """The reward models of these names, in this order."""
+    return {name: TABLE[name](chat, settings) for name in names}
+
+
+def ask(models: dict[str, RewardModel], pair: Pair, written: dict[str, Sequence[Sequence[int]]] | None = None) -> list[Branch]:
+    """All branches the models ask about a pair, one model after the other."""
+    return [branch for name, model in models.items() for branch in model.branches(pair, (written or {}).get(name, ()))]
+
+
+def answer(models: dict[str, RewardModel], widths: Sequence[int], logps: Tensor, context: Context) -> dict[str, Odds]:
+    """Each model's log-odds.  logps: (pairs * branches a pair,), as scored from `ask` pair by pair; widths: branches of each model"""
+    table = logps.reshape(context.external.shape[0], sum(widths)).T  # (branches, pairs)
+    return {name: model.odds(part, context) for (name, model), part in zip(models.items(), table.split(list(widths)), strict=True)}
