@@ -4,7 +4,7 @@
     forward, swapped   (models, pairs) nats, log-odds *for seat A* with first, then second, in seat A; NaN: the model has no seats
     gold               (pairs,) +1 first better, -1 second better, NaN unlabelled
 
-Swapping first and second negates log_odds, gold and the length difference, exchanges forward and swapped, and leaves each statistic as it was.
+Swapping first and second negates log_odds, gold and length difference, exchanges forward and swapped, and changes no statistic.
 A missing verdict is left out of a statistic and lowers its count: it is never a tie, a disagreement or a guess.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -46,9 +46,11 @@ class Verdicts:
 
     def take(self, rows: NDArray[np.intp]) -> Verdicts:
         """The verdicts on some of the pairs, with all the models.  rows: (n,) indices"""
-        matrices = (m[:, rows] for m in (self.log_odds, self.forward, self.swapped, self.verdict_mass))
-        labels = ([values[i] for i in rows] for values in (self.subset, self.pair_ids))
-        return Verdicts(self.names, *matrices, self.gold[rows], self.length_difference[rows], *labels)  # type: ignore[arg-type]
+        matrices = {name: getattr(self, name)[:, rows] for name in ("log_odds", "forward", "swapped", "verdict_mass")}
+        vectors = {name: getattr(self, name)[rows] for name in ("gold", "length_difference")}
+        return replace(
+            self, **matrices, **vectors, subset=[self.subset[i] for i in rows], pair_ids=[self.pair_ids[i] for i in rows]
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +77,7 @@ def from_table(table: pa.Table) -> Verdicts:
     verdicts = rewards.flatten()  # unlike .values, keeps to the slice
     encoded = pc.struct_field(verdicts, "reward_model").dictionary_encode()
     if encoded.null_count:
-        raise DataError(f"{encoded.null_count} verdicts in 'rewards' have no reward_model; name the model that gave each of them")
+        raise DataError(f"'rewards' holds {encoded.null_count} verdicts without a reward_model; name the model that gave each")
     names, model = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
 
     def matrix(field: str) -> Array:
@@ -107,7 +109,7 @@ def _floats(values: pa.Array | pa.ChunkedArray) -> Array:
 
 
 def _length_difference(first: pa.ChunkedArray, second: pa.ChunkedArray) -> Array:
-    """Length of first minus length of second, (pairs,): in tokens, or in characters for a pair in which a response has no token ids."""
+    """Length of first minus length of second, (pairs,): in tokens, or in characters where one of the two has no token ids."""
     tokens = [_floats(pc.list_value_length(pc.struct_field(side, "token_ids"))) for side in (first, second)]
     characters = [_floats(pc.utf8_length(pc.struct_field(side, "text"))) for side in (first, second)]
     return np.where(np.minimum(*tokens) > 0, np.subtract(*tokens), np.subtract(*characters))
@@ -117,7 +119,10 @@ def _length_difference(first: pa.ChunkedArray, second: pa.ChunkedArray) -> Array
 
 
 def agreement(log_odds: Array, min_confidence: float = MIN_CONFIDENCE) -> Agreement:
-    """Agreement of all models on each pair.  m = 1[all a_i have one sign] 1[min_i max(p_i, 1-p_i) >= tau]; a tie never agrees (METHOD 3)."""
+    """Agreement of all models on each pair; a tie never agrees, no verdict is NaN.  log_odds: (models, pairs)
+
+    m = 1[all a_i have one sign] 1[min_i max(p_i, 1-p_i) >= tau]  (METHOD 3)
+    """
     if not len(log_odds):
         log_odds = np.full((1, log_odds.shape[1]), np.nan)
     sign, margin = np.sign(log_odds), np.abs(log_odds).min(0)  # min and max hand NaN on
@@ -130,7 +135,7 @@ def _confidence(log_odds: Array) -> Array:
 
 
 def entropy(log_odds: Array) -> Array:
-    """Entropy of sigmoid(a), nats, NaN for no verdict.  H = softplus(a) - a sigmoid(a), even in a, hence written on |a|; (...) -> (...)"""
+    """Entropy of sigmoid(a), nats, NaN for no verdict.  H = softplus(a) - a sigmoid(a), here of |a|: H is even; (...) -> (...)"""
     size = np.abs(log_odds)
     return np.log1p(np.exp(-size)) + size * (1 - _confidence(size))
 
@@ -148,7 +153,7 @@ def cohen_kappa(a: Array, b: Array) -> float:
 
 
 def spearman(a: Array, b: Array) -> float:
-    """Rank correlation where neither is NaN, tied values sharing their average rank; NaN when one side is constant.  a, b: (pairs,)"""
+    """Rank correlation where neither is NaN, ties sharing their average rank; NaN when one side is constant.  a, b: (pairs,)"""
     a, b = (_ranks(side) for side in _both(a, b))
     scale = math.sqrt((a @ a) * (b @ b))
     return float(a @ b) / scale if scale else math.nan
@@ -161,7 +166,7 @@ def _ranks(values: Array) -> Array:
 
 
 def _both(a: Array, b: Array) -> tuple[Array, Array]:
-    known = ~np.isnan(a + b)
+    known = ~(np.isnan(a) | np.isnan(b))
     return a[known], b[known]
 
 
@@ -204,7 +209,9 @@ def summary(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: 
     )
 
 
-def by_subset(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: float = MIN_CONFIDENCE) -> dict[str, dict[str, Any]]:
+def by_subset(
+    v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: float = MIN_CONFIDENCE
+) -> dict[str, dict[str, Any]]:
     """The summary of each subset, in order of first appearance; pairs without one are under "(none)"."""
     encoded = pa.array(v.subset, pa.string()).fill_null("(none)").dictionary_encode()
     codes = encoded.indices.to_numpy()
@@ -261,8 +268,13 @@ def _between(v: Verdicts, i: int, j: int) -> dict[str, Any]:
 def _agreed(v: Verdicts, a: Agreement) -> dict[str, Any]:
     kept = a.agree == 1
     correct = (1 + np.sign(a.mean) * v.gold)[kept] / 2
-    labelled, margin = len(_known(correct)), _mean(a.margin[kept])
-    return {"pairs": int(kept.sum()), **_rate("rate", a.agree), **_rate("accuracy", correct), "labelled": labelled, "mean_margin": margin}
+    return {
+        "pairs": int(kept.sum()),
+        **_rate("rate", a.agree),
+        **_rate("accuracy", correct),
+        "labelled": len(_known(correct)),
+        "mean_margin": _mean(a.margin[kept]),
+    }
 
 
 def _rate(name: str, outcomes: Array) -> dict[str, float]:

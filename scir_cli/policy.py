@@ -156,6 +156,7 @@ class Policy:
     chat: Chat
     key: str
     path: Path
+    plain_attention: str = "sdpa"  # what the model came with
     takes_trees: bool = True
 
     @property
@@ -203,6 +204,15 @@ class Policy:
             yield from logps.split([len(group) for group in groups[low:high]])
 
     @contextmanager
+    def own_attention(self) -> Iterator[None]:
+        """Within it the model attends as it came, to whole sequences: for generation."""
+        self.model.set_attn_implementation(self.plain_attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(TREE_ATTENTION if self.takes_trees else self.plain_attention)
+
+    @contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Within it a LoRA policy is its own frozen base."""
         with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
@@ -224,32 +234,32 @@ def load(settings: ModelSettings, spec: str | None = None) -> Policy:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     chat = Chat(tokenizer, end_ids(path, tokenizer))
-    policy = Policy(model, chat, weights_key(path, settings, chat), path)
-    own_attention = model.config._attn_implementation
+    model.generation_config = GenerationConfig()  # sampling settings are ours alone
+    policy = Policy(model, chat, weights_key(path, settings, chat), path, model.config._attn_implementation)
     register_tree_attention()
-    model.set_attn_implementation(TREE_ATTENTION)
-    policy.takes_trees = _trees_agree(policy, own_attention)
+    policy.takes_trees = _trees_agree(policy)
     if not policy.takes_trees:
-        model.set_attn_implementation(own_attention)
         print(f"warning: {path.name} cannot score token trees; it is scored one branch at a time, with the same numbers, slower", file=sys.stderr)
     return policy
 
 
 @torch.no_grad()
-def _trees_agree(policy: Policy, own_attention: str) -> bool:
+def _trees_agree(policy: Policy) -> bool:
     """Whether a small forest scores the same through trees as branch by branch with the model's own attention."""
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
     ids = [int(i) % vocabulary for i in np.random.default_rng(0).integers(0, 2**31, 24)]
     branches = [trees.continuation(ids[:8], ids[8:14]), trees.continuation(ids[:8], ids[14:20]), trees.verdict([*ids[:5], *ids[20:]], 1 % vocabulary)]
-    policy.model.set_attn_implementation(own_attention)
-    plain = policy._one_by_one(branches)
-    policy.model.set_attn_implementation(TREE_ATTENTION)
+    with policy.own_attention():
+        plain = policy._one_by_one(branches)
     try:
         tree = policy._forest_logps(trees.build(branches))
     except (TypeError, AssertionError, AttributeError, RuntimeError, ValueError):
-        return False
+        tree = torch.full_like(plain, math.nan)
     tolerance = 1e-3 if policy.model.dtype == torch.float32 else 0.03  # of a log-probability: bf16 keeps 8 bits of a logit of 10
-    return bool(((tree - plain).abs() <= tolerance * (1 + plain.abs())).all())
+    agree = bool(((tree - plain).abs() <= tolerance * (1 + plain.abs())).all())
+    if not agree:
+        policy.model.set_attn_implementation(policy.plain_attention)
+    return agree
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:

@@ -1,11 +1,11 @@
 """What users bring: our own dataset folders, `datasets.save_to_disk` folders, JSONL/JSON/Parquet/CSV files, hub ids.
 
     prompts   `messages` (a list of {role, content}), or `prompt` (text or messages), or `instruction` with an optional `input`
-    pairs     `chosen` and `rejected`: texts or assistant messages beside one of the prompts above, or two transcripts that share their prompt
+    pairs     `chosen` and `rejected`: texts or assistant messages beside such a prompt, or transcripts that both repeat it
     subset    optional, kept; every other column is ignored
 
-A spec is a path, or `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub, or `FOLDER:SPLIT` for a saved folder with splits. Left out on purpose:
-streaming (every row is read into memory), image or tool content in messages, and transcripts written as plain text ("Human: ... Assistant: ...").
+A spec is a path, `FOLDER:SPLIT` for a saved folder, or `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train unless
+given. Left out on purpose: streaming (rows are read into memory), images and tools in messages, transcripts written as plain text.
 """
 
 from __future__ import annotations
@@ -42,35 +42,33 @@ def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter
     source = _locate(spec)
     if isinstance(source.where, Path) and store.is_dataset(source.where):
         return store.read_dataset(source.where, "prompts").slice(0, limit), Counter()
-    rows, drops = _collect(source, _read(source, limit), _prompt_row, "prompt_id", "duplicate_prompt")
+    rows, drops = _collect(source, _read(source, limit), _prompt_row, "prompt")
     return schemas.to_table("prompts", rows), drops
 
 
 def load_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
-    """The pairs of `spec` as a table of kind "judged" without token ids, `gold` saying which side was chosen, and the rows dropped by reason.
+    """The pairs of `spec` as a table of kind "judged", without token ids, `gold` naming the chosen side; and drops by reason.
 
-    Which response is `first` follows from a hash of the pair, so neither the side nor its order tells the label.
-    external: "COLUMN" (log-odds in nats that `chosen` is better) or "CHOSEN_COLUMN,REJECTED_COLUMN" (scores; log-odds = their difference);
-    it becomes the reward model "external", and null or NaN is no verdict.
+    Which response is `first` follows from a hash of the pair, so the side does not tell the label.
+    external: "COLUMN" (log-odds in nats that `chosen` is better) or "CHOSEN_COLUMN,REJECTED_COLUMN" (scores whose difference is the
+    log-odds); it becomes the reward model "external", and null or NaN is no verdict.
     Drops: empty_prompt, empty_response, identical_responses, duplicate_pair. Raises DataError naming file and row or column.
     """
     source = _locate(spec)
     if isinstance(source.where, Path) and store.is_dataset(source.where):
         if external is not None:
-            raise DataError(
-                f"{spec} is a dataset of ours and has its own rewards; external scores are read from files with chosen and rejected"
-            )
+            raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
         table = store.read_dataset(source.where, "judged", "consistency", "preferences")
         judged = schemas.schema("judged")
         return table.select(judged.names).replace_schema_metadata(judged.metadata).slice(0, limit), Counter()
     rows = _read(source, limit)
     scores = _score_columns(source, rows, external)
-    pairs, drops = _collect(source, rows, lambda row: _pair_row(row, scores), "pair_id", "duplicate_pair")
+    pairs, drops = _collect(source, rows, lambda row: _pair_row(row, scores), "pair")
     return schemas.to_table("judged", pairs), drops
 
 
 def digest(spec: str) -> str:
-    """A digest of what `spec` holds; for the hub `hub:ID@REVISION`, or `hub:ID` where the revision cannot be known; then `:CONFIG:SPLIT` if given."""
+    """A digest of the content of a local path; for the hub `hub:ID@REVISION`, or `hub:ID` where the revision cannot be known."""
     where, config, split = _locate(spec)
     tail = "".join(f":{part}" for part in (config, split) if part)
     if isinstance(where, Path):
@@ -84,13 +82,11 @@ def digest(spec: str) -> str:
     return f"hub:{where}" + (f"@{revision}" if revision else "") + tail
 
 
-# ---------------------------------------------------------------------------------------------------------------------- rows to prompts and pairs
+# -------------------------------------------------------------------------------------------------------- rows to prompts and pairs
 
 
-def _collect(
-    source: _Source, rows: list[Row], make: Callable[[Row], Row | str], key: str, duplicate: str
-) -> tuple[list[Row], Counter[str]]:
-    """What `make` gives for each row, the first of each `key`; where it gives a word, the row is dropped for that reason."""
+def _collect(source: _Source, rows: list[Row], make: Callable[[Row], Row | str], noun: str) -> tuple[list[Row], Counter[str]]:
+    """What `make` gives for each row, once per id; where it gives a word, the row is dropped for that reason."""
     kept: dict[str, Row] = {}
     drops: Counter[str] = Counter()
     for number, row in enumerate(rows, 1):
@@ -99,15 +95,14 @@ def _collect(
         except DataError as error:
             raise DataError(f"{source.where}, row {number}: {error}") from error
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no hash, Arrow file or tokenizer can hold it
-            raise DataError(
-                f"{source.where}, row {number}: the text holds {error.object[error.start]!a}, half a character; remove it"
-            ) from error
+            text = ascii(error.object[error.start])
+            raise DataError(f"{source.where}, row {number}: {text} is half a character; remove it") from error
         if isinstance(made, str):
             drops[made] += 1
-        elif made[key] in kept:
-            drops[duplicate] += 1
+        elif made[f"{noun}_id"] in kept:
+            drops[f"duplicate_{noun}"] += 1
         else:
-            kept[made[key]] = made
+            kept[made[f"{noun}_id"]] = made
     return list(kept.values()), drops
 
 
@@ -118,11 +113,8 @@ def _prompt_row(row: Row) -> Row | str:
 
 def _prompt_columns(row: Row, messages: list[Message]) -> Row:
     subset = row.get("subset")
-    return {
-        "prompt_id": store.digest_json(messages)[:16],
-        "messages": messages,
-        "subset": None if subset in (None, "") else str(subset),
-    }
+    subset = None if subset in (None, "") else str(subset)
+    return {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": subset}
 
 
 def _pair_row(row: Row, scores: list[str]) -> Row | str:
@@ -130,9 +122,7 @@ def _pair_row(row: Row, scores: list[str]) -> Row | str:
     if not (chosen.strip() and rejected.strip()):
         return "empty_response"
     if context != other_context:
-        raise DataError(
-            "'chosen' and 'rejected' answer different prompts; expected two transcripts that share all but the last message"
-        )
+        raise DataError("'chosen' and 'rejected' repeat different prompts; expected to share all but the last message")
     messages = context or _prompt(row)
     if _is_empty(messages):
         return "empty_prompt"
@@ -211,7 +201,7 @@ def _is_empty(messages: list[Message]) -> bool:
     return not any(message["content"].strip() for message in messages if message["role"] != "system")
 
 
-# ---------------------------------------------------------------------------------------------------------------------- external scores
+# ------------------------------------------------------------------------------------------------------------------ external scores
 
 
 def _score_columns(source: _Source, rows: list[Row], external: str | None) -> list[str]:
@@ -222,9 +212,8 @@ def _score_columns(source: _Source, rows: list[Row], external: str | None) -> li
     present = dict.fromkeys(name for row in rows for name in row) if columns else {}
     for column in columns:
         if column not in present:
-            raise DataError(
-                f"{source.where} has no column '{column}'; the columns are {', '.join(present)}.{suggest(column, present)}"
-            )
+            hint = suggest(column, present).partition(" Known:")[0]  # the message lists the columns anyway
+            raise DataError(f"{source.where} has no column '{column}'; the columns are {', '.join(present)}.{hint}")
     return columns
 
 
@@ -239,14 +228,14 @@ def _number(value: Any, column: str) -> float:
     """A finite score, or NaN where there is none."""
     try:
         number = math.nan if value in (None, "") else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.inf
     if math.isinf(number) or isinstance(value, bool):
         raise DataError(f"'{column}' should be a finite number, or null for no verdict; it holds {value!r:.80}")
     return number
 
 
-# ---------------------------------------------------------------------------------------------------------------------- where rows come from
+# ------------------------------------------------------------------------------------------------------------- where rows come from
 
 
 class _Source(NamedTuple):
@@ -264,9 +253,8 @@ def _locate(spec: str) -> _Source:
         return _Source(Path(folder), None, split)
     match = HUB_SPEC.fullmatch(spec)
     if match is None or (Path(spec).suffix in READERS and not spec.startswith("hf://")):
-        raise DataError(
-            f"'{spec}' does not exist; expected a file ({', '.join(READERS)}), a dataset folder, or a hub id such as ORG/NAME:SPLIT"
-        )
+        expected = f"a file ({', '.join(READERS)}), a dataset folder, or a hub id such as ORG/NAME:SPLIT"
+        raise DataError(f"'{spec}' does not exist; expected {expected}")
     return _Source(*match.groups())
 
 
@@ -275,7 +263,7 @@ def _read(source: _Source, limit: int | None) -> list[Row]:
     if isinstance(source.where, str):
         rows = _read_hub(source, limit)
     elif source.where.is_dir():
-        rows = _read_saved(source.where, source.split, limit)
+        rows = _read_saved(source.where, source.split or DEFAULT_SPLIT, limit)
     else:
         rows = _read_file(source.where, limit)
     if not rows:
@@ -289,31 +277,23 @@ def _read_hub(source: _Source, limit: int | None) -> list[Row]:
     try:
         data = datasets.load_dataset(source.where, source.config, split=source.split or DEFAULT_SPLIT)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"no local path '{source.where}' exists, and the hub did not give a dataset of that id: {reason}"
-        ) from error
+        raise DataError(f"'{source.where}' is no local path, and the hub did not give it: {_one_line(error)}") from error
     return data.with_format("arrow")[:limit].to_pylist()
 
 
-def _read_saved(path: Path, split: str | None, limit: int | None) -> list[Row]:
+def _read_saved(path: Path, split: str, limit: int | None) -> list[Row]:
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        raise DataError(
-            f"{path} is neither a dataset folder of ours nor one of datasets.save_to_disk; name the data file inside it"
-        )
+        raise DataError(f"{path} is a dataset folder neither of ours nor of datasets.save_to_disk; name the data file inside it")
     import datasets
 
     try:
         data = datasets.load_from_disk(str(path))
-        if isinstance(data, datasets.Dataset):
-            data = {split or DEFAULT_SPLIT: data} if split in (None, str(data.split)) else {str(data.split): data}
-        if (split or DEFAULT_SPLIT) not in data:
-            raise DataError(f"{path} has no split '{split or DEFAULT_SPLIT}'; it has {', '.join(data)}: name one as {path}:SPLIT")
-        return data[split or DEFAULT_SPLIT].with_format("arrow")[:limit].to_pylist()
+        splits = data if isinstance(data, datasets.DatasetDict) else {DEFAULT_SPLIT: data}
+        if split not in splits:
+            raise DataError(f"{path} has no split '{split}'; it has {', '.join(splits)}: name one as {path}:SPLIT")
+        return splits[split].with_format("arrow")[:limit].to_pylist()
     except (OSError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
-        raise DataError(
-            f"{path} cannot be read ({' '.join(str(error).split())}); write it again with datasets.save_to_disk"
-        ) from error
+        raise DataError(f"{path} cannot be read ({_one_line(error)}); write it again with datasets.save_to_disk") from error
 
 
 def _read_file(path: Path, limit: int | None) -> list[Row]:
@@ -327,13 +307,15 @@ def _read_file(path: Path, limit: int | None) -> list[Row]:
     return list(itertools.islice(reader(path, raw), limit)) if raw else []
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _text(path: Path, raw: bytes) -> str:
     try:
         return raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; convert it, with iconv for example"
-        ) from error
+        raise DataError(f"{path} is not UTF-8: byte offset {error.start} holds 0x{raw[error.start]:02x}; convert it") from error
 
 
 def _json_rows(path: Path, raw: bytes) -> Iterator[Row]:
@@ -347,9 +329,8 @@ def _json_rows(path: Path, raw: bytes) -> Iterator[Row]:
         try:
             value = json.loads(chunk)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{line + error.lineno - 1}: malformed JSON ({error.msg} at column {error.colno}); {expected}"
-            ) from error
+            at = line + error.lineno - 1
+            raise DataError(f"{path}:{at}: malformed JSON ({error.msg} at column {error.colno}); {expected}") from error
         for row in value if is_list else [value]:
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{line}: found {row!r:.60}; {expected}")
@@ -362,26 +343,22 @@ def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
     try:
         for row in reader:
             if None in row or None in row.values():  # DictReader's marks for too many and too few fields
-                raise DataError(
-                    f"{path}:{reader.line_num}: expected the {len(reader.fieldnames or ())} fields of the header; quote text with commas"
-                )
+                raise DataError(f"{path}:{reader.reader.line_num}: not as many fields as the header; quote text with commas")
             yield row
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: malformed CSV ({error})") from error
+        raise DataError(f"{path}:{reader.reader.line_num}: malformed CSV ({error})") from error
 
 
 def _parquet_rows(path: Path, raw: bytes) -> Iterator[Row]:
     try:
-        yield from pyarrow.parquet.read_table(pa.BufferReader(raw)).to_pylist()
+        for batch in pyarrow.parquet.ParquetFile(pa.BufferReader(raw)).iter_batches():
+            yield from batch.to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} is truncated or is not Parquet ({' '.join(str(error).split())}); write or download it again"
-        ) from error
+        raise DataError(f"{path} is truncated or is not Parquet ({_one_line(error)}); write or download it again") from error
 
 
 READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
+    **dict.fromkeys((".jsonl", ".json"), _json_rows),
     ".parquet": _parquet_rows,
     ".csv": _csv_rows,
 }

@@ -180,13 +180,15 @@ def write_dataset(
     make: Callable[[int, int], Part],
     *,
     overwrite: bool = False,
+    dropped_before: Counter[str] | None = None,
     summarise: Callable[[pa.Table], Json] = lambda table: {},
-    progress: Callable[[int], None] = lambda rows: None,
+    resumed: Callable[[int], None] = lambda rows: None,
 ) -> Json:
     """Writes a dataset of `kind` part by part and returns its manifest; does nothing but return it when the plan is already done.
 
     bounds: row ranges of the input, one a part. make(lo, hi): the part; it must depend on the plan and the range only.
-    summarise: figures of the whole dataset, kept in the manifest under "summary". progress: told of input rows done.
+    dropped_before: input rows that never reached a part, by reason. summarise: figures of the whole dataset, kept in the manifest under
+    "summary". resumed: told of input rows whose part an earlier run has finished.
     """
     started = time.monotonic()
     with claim(out, plan, overwrite) as done:
@@ -196,12 +198,13 @@ def write_dataset(
             leftover.unlink()
         for index, (low, high) in enumerate(bounds):
             path = out / f"data-{index:05d}.arrow"
-            if not path.exists():
+            if path.exists():
+                resumed(high - low)
+            else:
                 _write_part(path, kind, make(low, high))
-            progress(high - low)
         if not bounds:
             _write_part(out / "data-00000.arrow", kind, Part([], 0))
-        return _finish(out, kind, summarise, started)
+        return _finish(out, kind, dropped_before or Counter(), summarise, started)
 
 
 def _write_part(path: Path, kind: str, part: Part) -> None:
@@ -214,7 +217,7 @@ def _write_part(path: Path, kind: str, part: Part) -> None:
         writer.write_table(table)
 
 
-def _finish(out: Path, kind: str, summarise: Callable[[pa.Table], Json], started: float) -> Json:
+def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[pa.Table], Json], started: float) -> Json:
     paths = sorted(out.glob("data-*.arrow"))
     tables = [_read_part(path) for path in paths]
     accounts = [json.loads(table.schema.metadata[ACCOUNT_KEY]) for table in tables]
@@ -224,9 +227,9 @@ def _finish(out: Path, kind: str, summarise: Callable[[pa.Table], Json], started
         "kind": kind,
         "version": schemas.VERSION,
         "digest": digest_json([part["digest"] for part in parts]),
-        "rows_in": sum(a["rows_in"] for a in accounts),
+        "rows_in": sum(a["rows_in"] for a in accounts) + before.total(),
         "rows_out": table.num_rows,
-        "drops": dict(sum((Counter(a["drops"]) for a in accounts), Counter())),
+        "drops": dict(sum((Counter(a["drops"]) for a in accounts), before)),
         "nulls": count_nulls(table),
         "parts": parts,
         "seconds": round(time.monotonic() - started, 3),

@@ -1,0 +1,72 @@
+"""What stages share: progress on a terminal, the model they were told to use, pairs made ready for the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from scir_cli import model_sources, policy
+from scir_cli.chat import Chat
+from scir_cli.config import ModelSettings
+from scir_cli.errors import DataError
+from scir_cli.policy import Policy
+from scir_cli.reward_models import Pair
+
+SKIPPED = "already done"
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives `advance(n)`: a bar on stderr where that is a terminal, nothing at all elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda n: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+class LazyPolicy:
+    """A model spec: its tokenizer and key at once (a plan needs them), its weights only when something is scored."""
+
+    def __init__(self, settings: ModelSettings, spec: str) -> None:
+        self.settings, self.spec = settings, spec
+        self.path = model_sources.resolve(spec)
+        tokenizer = policy.load_tokenizer(self.path, settings)
+        self.chat = Chat(tokenizer, policy.end_ids(self.path, tokenizer))
+        self.key = policy.weights_key(self.path, settings, self.chat)
+
+    @cached_property
+    def policy(self) -> Policy:
+        return policy.load(self.settings, self.spec)
+
+
+def encode_pair(row: Mapping[str, Any], chat: Chat) -> Pair:
+    """A row of a judged or preferences dataset as the engine's pair; text without token ids is encoded. Raises DataError (prompt boundary)."""
+    sides = (row["first"], row["second"])
+    ids = tuple(tuple(side["token_ids"] or chat.response_ids(row["messages"], side["text"])) for side in sides)
+    external = [reward["log_odds"] for reward in row["rewards"] if reward["reward_model"] == "external"]
+    return Pair(
+        row["pair_id"],
+        row["messages"],
+        tuple(chat.prompt_ids(row["messages"])),
+        (ids[0], ids[1]),
+        (sides[0]["text"], sides[1]["text"]),
+        external[0] if external else None,
+        {r["weights"]: (r["first"], r["second"]) for r in row["reference_logps"]},
+    )
+
+
+def try_encode(row: Mapping[str, Any], chat: Chat) -> Pair | None:
+    """The pair, or None where the chat template cannot tell its prompt from its answers."""
+    try:
+        return encode_pair(row, chat)
+    except DataError:
+        return None

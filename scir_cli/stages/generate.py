@@ -1,0 +1,85 @@
+"""generate: prompts -> N sampled candidates each. Token ids and finish reason are kept; the ids sampled are the ids trained on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from scir_cli import backends, sources, store
+from scir_cli.backends import Request, Sampling
+from scir_cli.config import GenerateSettings
+from scir_cli.errors import DataError
+from scir_cli.stages.common import LazyPolicy, progress
+from scir_cli.store import Json, Part
+
+
+def run(settings: GenerateSettings) -> Json:
+    """Writes a candidates dataset and returns its manifest; counts are in candidates (prompts times n)."""
+    prompts, dropped = sources.load_prompts(settings.input, settings.limit)
+    if not prompts.num_rows:
+        raise DataError(f"{settings.input} holds no usable prompt ({dict(dropped) or 'it has no rows'})")
+    model = LazyPolicy(settings, settings.model)
+    plan = {"stage": "generate", "settings": settings.plan(), "input": sources.digest(settings.input), "model": model.key}
+    if settings.dry_run:
+        return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * settings.n}
+    with progress("generate", prompts.num_rows * settings.n) as advance:
+
+        def make(low: int, high: int) -> Part:
+            part = _candidates(prompts.slice(low, high - low).to_pylist(), model, settings)
+            advance(part.rows_in)
+            return part
+
+        return store.write_dataset(
+            Path(settings.output_dir),
+            "candidates",
+            plan,
+            store.part_bounds(prompts.num_rows, settings.rows_per_part),
+            make,
+            overwrite=settings.overwrite,
+            dropped_before=Counter({reason: count * settings.n for reason, count in dropped.items()}),
+            resumed=lambda rows: advance(rows * settings.n),
+        )
+
+
+def _candidates(rows: list[dict[str, Any]], model: LazyPolicy, settings: GenerateSettings) -> Part:
+    asked: list[tuple[dict[str, Any], list[int]]] = []
+    drops: Counter[str] = Counter()
+    for row in rows:
+        if settings.system_prompt:
+            row["messages"] = [{"role": "system", "content": settings.system_prompt}, *row["messages"]]
+        ids = model.chat.prompt_ids(row["messages"])
+        if len(ids) + settings.max_new_tokens > model.policy.context_length:
+            drops["prompt_too_long"] += settings.n
+        else:
+            asked.append((row, ids))
+    seeds = [(row, ids, sample_seed(settings.seed, row["prompt_id"], k)) for row, ids in asked for k in range(settings.n)]
+    sampling = Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, settings.batch_size)
+    backend = backends.make(settings.backend, model.policy, sampling)
+    completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
+    out: list[dict[str, Any]] = []
+    seen: dict[tuple[str, tuple[int, ...]], str] = {}
+    for (row, _, seed), completion in zip(seeds, completions, strict=True):
+        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, settings.plan()])[:16]
+        duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
+        text = model.chat.tokenizer.decode([t for t in completion.token_ids if t not in model.chat.end_ids])
+        out.append(
+            {
+                "candidate_id": candidate_id,
+                "prompt_id": row["prompt_id"],
+                "messages": row["messages"],
+                "subset": row["subset"],
+                "response": text,
+                "token_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+                "duplicate_of": None if duplicate_of == candidate_id else duplicate_of,
+                "model": model.key,
+                "seed": seed,
+            }
+        )
+    return Part(out, len(rows) * settings.n, drops)
+
+
+def sample_seed(seed: int, row_id: str, sample: int) -> int:
+    """The seed of one sample, from the run's seed and the row alone.  -> 63 bits"""
+    return int(store.digest_json([seed, row_id, sample])[:16], 16) >> 1

@@ -1,0 +1,276 @@
+"""judge: candidates or labelled pairs -> pairs with the log-odds of every internal reward model asked for.
+
+Reference log-probabilities are stored beside the verdicts under the key of the weights that gave them: the policy's own scores of this iteration
+are the next one's reference, and training needs no second model.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scir_cli import backends, consistency, reward_models, sources, store
+from scir_cli.backends import Request, Sampling
+from scir_cli.config import EvalRewardsSettings, EvalWinrateSettings, JudgeSettings
+from scir_cli.errors import ConfigError, DataError, suggest
+from scir_cli.odds import Odds
+from scir_cli.reward_models import Context, Pair
+from scir_cli.stages.common import LazyPolicy, progress, try_encode
+from scir_cli.stages.generate import sample_seed
+from scir_cli.store import Json, Part
+
+AnySettings = JudgeSettings | EvalRewardsSettings | EvalWinrateSettings
+Row = dict[str, Any]
+
+
+def run(settings: JudgeSettings) -> Json:
+    """Writes a judged dataset and returns its manifest; counts are in pairs."""
+    choose = _pair_rule(settings.pairs)
+    path = Path(settings.input)
+    if store.is_dataset(path) and store.read_json(path / "plan.json").get("stage") == "generate":
+        table = store.read_dataset(path, "candidates").slice(0, settings.limit)
+        bounds = store.group_bounds(table["prompt_id"].to_pylist(), settings.rows_per_part)
+        make_rows = candidate_pairs
+        dropped: Counter[str] = Counter()
+    else:
+        table, dropped = sources.load_pairs(settings.input, settings.limit, settings.external)
+        bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
+        make_rows = given_pairs
+    return judge_table(settings, table, bounds, make_rows, choose, dropped, sources.digest(settings.input), "judge")
+
+
+def _pair_rule(text: str) -> tuple[str, int]:
+    name, _, number = text.partition(":")
+    if name in ("all", "best-worst") and not number:
+        return name, 0
+    if name == "random" and number.isdigit() and int(number):
+        return name, int(number)
+    raise ConfigError(f"--pairs is {text!r}; it takes all, best-worst, or random:K with K pairs a prompt")
+
+
+def judge_table(
+    settings: AnySettings, table: Any, bounds: Any, make_rows: Any, choose: Any, dropped: Counter[str], digest: str, stage: str
+) -> Json:
+    """The judged dataset of a table of candidates or pairs: the one place where pairs are scored and written."""
+    if not table.num_rows:
+        raise DataError(f"the input holds no usable row ({dict(dropped) or 'it is empty'})")
+    scorer = Scorer(settings)
+    plan = {"stage": stage, "settings": settings.plan(), "input": digest, "model": scorer.model.key, "reward_reference": scorer.reference_key}
+    if settings.dry_run:
+        return {"dry_run": True, "plan": plan, "rows_in": table.num_rows + dropped.total()}
+    with progress(stage, table.num_rows) as advance:
+
+        def make(low: int, high: int) -> Part:
+            rows, drops = make_rows(table.slice(low, high - low).to_pylist(), settings)
+            n = len(rows) + drops.total()
+            rows, more = _sampled(rows, choose, settings.seed)
+            rows, unscored = scorer.score(rows)
+            rows, rest = _best_worst(rows, choose, settings)
+            advance(high - low)
+            return Part(rows, n, drops + more + unscored + rest)
+
+        return store.write_dataset(
+            Path(settings.output_dir), "judged", plan, bounds, make,
+            overwrite=settings.overwrite, dropped_before=dropped, resumed=advance, summarise=summarise,
+        )  # fmt: skip
+
+
+def summarise(table: Any) -> Json:
+    return consistency.summary(consistency.from_table(table))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- making pairs
+
+
+def given_pairs(rows: list[Row], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
+    return rows, Counter()
+
+
+def candidate_pairs(rows: list[Row], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
+    """All pairs of each prompt's candidates, less those with a duplicate or an empty response."""
+    pairs: list[Row] = []
+    drops: Counter[str] = Counter()
+    for _, group in itertools.groupby(rows, key=lambda row: row["prompt_id"]):
+        for first, second in itertools.combinations(list(group), 2):
+            if first["duplicate_of"] or second["duplicate_of"]:
+                drops["duplicate_candidate"] += 1
+            elif not first["response"].strip() or not second["response"].strip():
+                drops["empty_response"] += 1
+            else:
+                pairs.append(_pair_row(first, second, settings.external))
+    return pairs, drops
+
+
+def _pair_row(first: Row, second: Row, external: str | None) -> Row:
+    rewards = []
+    if external:
+        if external not in first:
+            raise DataError(f"the candidates have no column '{external}'.{suggest(external, first)}")
+        a, b = first[external], second[external]
+        rewards = [{"reward_model": "external", "log_odds": None if a is None or b is None else a - b}]
+    return {
+        "pair_id": store.digest_json([first["candidate_id"], second["candidate_id"]])[:16],
+        **{name: first[name] for name in ("prompt_id", "messages", "subset")},
+        "first": _response(first),
+        "second": _response(second),
+        "gold": None,
+        "rewards": rewards,
+        "reference_logps": [],
+    }
+
+
+def _response(candidate: Row) -> Row:
+    return {"candidate_id": candidate["candidate_id"], "text": candidate["response"]} | {k: candidate[k] for k in ("token_ids", "finish_reason")}
+
+
+def _by_prompt(rows: Iterable[Row]) -> Iterable[list[Row]]:
+    return (list(group) for _, group in itertools.groupby(rows, key=lambda row: row["prompt_id"]))
+
+
+def _sampled(rows: list[Row], choose: tuple[str, int], seed: int) -> tuple[list[Row], Counter[str]]:
+    """K pairs of each prompt, drawn by a hash of (seed, pair): --pairs random:K."""
+    if choose[0] != "random":
+        return rows, Counter()
+    kept = {id(row) for group in _by_prompt(rows) for row in sorted(group, key=lambda r: store.digest_json([seed, r["pair_id"]]))[: choose[1]]}
+    out = [row for row in rows if id(row) in kept]
+    return out, Counter(not_sampled=len(rows) - len(out))
+
+
+def _best_worst(rows: list[Row], choose: tuple[str, int], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
+    """The pair of each prompt's best and worst candidate by the first reward model's mean log-odds against the others."""
+    if choose[0] != "best-worst":
+        return rows, Counter()
+    out = []
+    for group in _by_prompt(rows):
+        totals: Counter[str] = Counter()
+        for row in group:
+            value = next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == settings.reward_models[0]) or 0.0
+            totals[row["first"]["candidate_id"]] += value
+            totals[row["second"]["candidate_id"]] -= value
+        best, worst = max(totals, key=totals.__getitem__), min(totals, key=totals.__getitem__)
+        out += [row for row in group if {row["first"]["candidate_id"], row["second"]["candidate_id"]} == {best, worst}]
+    return out, Counter(not_best_worst=len(rows) - len(out))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- scoring pairs
+
+
+class Scorer:
+    """A policy, its reward reference, and the reward models that read them."""
+
+    def __init__(self, settings: AnySettings) -> None:
+        self.settings = settings
+        self.model = LazyPolicy(settings, settings.model)
+        self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
+        self.reference = self._reference()
+        self.reference_key = self.reference.key if self.reference else None
+
+    def _reference(self) -> LazyPolicy | None:
+        if "implicit" not in self.models:
+            return None
+        if self.settings.reward_reference is None:
+            raise ConfigError("the implicit reward needs --reward-reference MODEL (the SFT model the policy came from), or leave 'implicit' out of --reward-models")
+        reference = LazyPolicy(self.settings, self.settings.reward_reference)
+        if reference.key == self.model.key:
+            raise ConfigError(
+                f"--reward-reference {self.settings.reward_reference} holds the same weights as --model {self.settings.model}: every implicit "
+                "log-odds would be 0. Name the model the policy was tuned from (M_0, or M_t-1)"
+            )
+        if reference.chat.template_digest() != self.model.chat.template_digest():
+            raise ConfigError("--reward-reference and --model have different tokenizers or chat templates, so their log-probabilities are not of the same tokens")
+        return reference
+
+    def score(self, rows: list[Row]) -> tuple[list[Row], Counter[str]]:
+        """The rows with `rewards` and `reference_logps` filled in, and those that could not be scored by reason."""
+        drops: Counter[str] = Counter()
+        ready: list[tuple[Row, Pair]] = []
+        for row in rows:
+            pair = try_encode(row, self.model.chat)
+            if pair is None:
+                drops["prompt_boundary"] += 1
+            elif len(pair.prompt_ids) + max(map(len, pair.response_ids)) > self.model.policy.context_length:
+                drops["too_long"] += 1
+            else:
+                ready.append((row, pair))
+        written = self._write([pair for _, pair in ready])
+        asked = [reward_models.ask(self.models, pair, text) for (_, pair), text in zip(ready, written, strict=True)]
+        fits = [max((len(b.ids) for b in branches), default=0) <= self.model.policy.context_length for branches in asked]
+        drops["too_long"] += fits.count(False)
+        ready, asked = list(itertools.compress(ready, fits)), list(itertools.compress(asked, fits))
+        written = list(itertools.compress(written, fits))
+        return self._verdicts(ready, asked, written), +drops
+
+    def _write(self, pairs: list[Pair]) -> list[dict[str, list[tuple[int, ...]]]]:
+        """What each model that writes first has to say about each pair, as token ids."""
+        out: list[dict[str, list[tuple[int, ...]]]] = [{} for _ in pairs]
+        for name, model in self.models.items():
+            requests = [(i, tuple(p)) for i, pair in enumerate(pairs) for p in model.requests(pair)]
+            if not requests:
+                continue
+            sampling = Sampling(0.0, 1.0, self.settings.rationale_max_tokens, self.settings.batch_size)
+            backend = backends.make("transformers", self.model.policy, sampling)
+            answers = backend.generate([Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests])
+            for (i, _), completion in zip(requests, answers, strict=True):
+                out[i].setdefault(name, []).append(completion.token_ids)
+        return out
+
+    def _verdicts(self, ready: list[tuple[Row, Pair]], asked: list[Any], written: list[Any]) -> list[Row]:
+        if not ready:
+            return []
+        pairs = self._with_reference([pair for _, pair in ready])
+        widths = [len(model.branches(pairs[0], written[0].get(name, ()))) for name, model in self.models.items()]
+        logps = torch.stack(list(self.model.policy.score(asked, self.settings.max_tokens_per_pack)))  # (pairs, branches)
+        context = Context.of(pairs, self.reference_key)
+        answers = reward_models.answer(self.models, widths, logps.flatten(), context)
+        own = _own_logps(self.models, widths, logps)
+        for index, ((row, _), pair) in enumerate(zip(ready, pairs, strict=True)):
+            row["rewards"] = [_reward(name, odds, index, self.settings.min_verdict_mass) for name, odds in answers.items()]
+            known = dict(pair.reference_logps)
+            if own is not None:
+                known[self.model.key] = (float(own[index, 0]), float(own[index, 1]))
+            row["reference_logps"] = [{"weights": key, "first": a, "second": b} for key, (a, b) in sorted(known.items())]
+            for side, ids in zip(("first", "second"), pair.response_ids, strict=True):
+                row[side] = {**row[side], "token_ids": ids}
+        return [row for row, _ in ready]
+
+    def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
+        """The pairs with log-probabilities under reward_reference; those the dataset already holds are not computed again."""
+        if self.reference is None:
+            return pairs
+        return with_reference(pairs, self.reference, self.settings.max_tokens_per_pack)
+
+
+def with_reference(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int) -> list[Pair]:
+    """The pairs with summed response log-probabilities under `reference` added where they are missing."""
+    missing = [pair for pair in pairs if reference.key not in pair.reference_logps]
+    groups = [[reward_models.continuation(pair.prompt_ids, ids) for ids in pair.response_ids] for pair in missing]
+    for pair, logps in zip(missing, reference.policy.score(groups, max_tokens) if missing else [], strict=True):
+        pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
+    return list(pairs)
+
+
+def _own_logps(models: dict[str, Any], widths: list[int], logps: torch.Tensor) -> torch.Tensor | None:
+    """The policy's own response log-probabilities, where some reward model has asked for them.  # (pairs, 2)"""
+    parts = dict(zip(models, logps.split(widths, dim=1), strict=True))
+    return next((parts[name][:, :2] for name in ("implicit", "likelihood", "pmi") if name in parts), None)
+
+
+def _reward(name: str, odds: Odds, index: int, min_mass: float) -> Row:
+    def number(values: Any) -> float | None:
+        value = float(values[index]) if values is not None else float("nan")
+        return None if value != value else value
+
+    mass = number(odds.verdict_mass)
+    silent = mass is not None and mass < min_mass  # the judge is not answering the question
+    return {
+        "reward_model": name,
+        "log_odds": None if silent else number(odds.log_odds),
+        "forward_log_odds": number(odds.seats[0]) if odds.seats is not None else None,
+        "swapped_log_odds": number(odds.seats[1]) if odds.seats is not None else None,
+        "verdict_mass": mass,
+    }

@@ -1,0 +1,39 @@
+"""What every test shares: two threads, no network, and one tiny llama."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+from toy import make_model
+from transformers.utils import logging as transformers_logging
+
+from scir_cli import config, policy
+
+torch.set_num_threads(2)
+transformers_logging.disable_progress_bar()
+
+
+def load_fp32(folder: Path, **settings: object) -> policy.Policy:
+    """A fresh policy of a model folder, on the CPU, in fp32 where nothing else is said."""
+    values = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu"} | settings
+    return policy.load(config.build(config.ModelSettings, values, where="test"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny llama and its tokenizer."""
+    return make_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_llama: Path) -> policy.Policy:
+    """That llama, loaded in fp32. Shared: a test that changes it loads its own."""
+    return load_fp32(tiny_llama)

@@ -1,0 +1,404 @@
+"""What users bring, read from files made here; the hub is a stand-in, for no test touches the network."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scir_cli import schemas, sources, store
+from scir_cli.errors import DataError
+
+USER = {"role": "user", "content": "Why is the sky blue?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+Rows = list[dict[str, Any]]
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def jsonl(path: Path, rows: Rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def own(path: Path, table: pa.Table) -> str:
+    """A finished dataset folder of ours that holds `table`."""
+    kind = schemas.kind_of(table.schema)
+    assert kind
+    store.write_dataset(path, kind, {"made": "here"}, [(0, table.num_rows)], lambda lo, hi: store.Part(table, table.num_rows))
+    return str(path)
+
+
+def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
+    """Messages, chosen text and rejected text of a table with one pair."""
+    (row,) = table.to_pylist()
+    other = {"first": "second", "second": "first"}[row["gold"]]
+    return row["messages"], row[row["gold"]]["text"], row[other]["text"]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [SYSTEM, USER]}, [SYSTEM, USER]),
+        ({"messages": [USER, answer("Scattering.")]}, [USER]),
+        ({"messages": [USER, answer("Why?"), USER]}, [USER, answer("Why?"), USER]),
+        ({"messages": [{**USER, "name": "Ann"}]}, [USER]),
+        ({"prompt": "Why is the sky blue?", "unrelated": 1}, [USER]),
+        ({"prompt": [SYSTEM, USER]}, [SYSTEM, USER]),
+        ({"prompt": "Why is the sky blue?", "messages": None}, [USER]),
+        ({"instruction": "Why is the sky blue?"}, [USER]),
+        ({"instruction": "Why is the sky blue?", "input": ""}, [USER]),
+        ({"instruction": "Translate.", "input": "bleu"}, [{"role": "user", "content": "Translate.\n\nbleu"}]),
+    ],
+)
+def test_each_prompt_layout_gives_its_messages(tmp_path: Path, row: dict[str, Any], messages: Rows) -> None:
+    table, drops = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [row]))
+    (got,) = table.to_pylist()
+    assert got == {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": None}
+    assert schemas.kind_of(table.schema) == "prompts"
+    assert not drops
+
+
+def test_prompts_that_are_blank_or_repeated_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a"},
+        {"prompt": " \n"},
+        {"prompt": None},
+        {"prompt": [SYSTEM]},
+        {"prompt": "b"},
+        {"prompt": "a", "subset": "x"},
+    ]
+    table, drops = sources.load_prompts(jsonl(tmp_path / "p.jsonl", rows))
+    assert [row["messages"][0]["content"] for row in table.to_pylist()] == ["a", "b"]
+    assert drops == Counter(empty_prompt=3, duplicate_prompt=1)
+    assert table.num_rows + sum(drops.values()) == len(rows)
+
+
+def test_the_limit_counts_input_rows_and_not_kept_ones(tmp_path: Path) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"prompt": ""}, {"prompt": "a"}, {"prompt": "b"}])
+    table, drops = sources.load_prompts(spec, limit=2)
+    assert (table.num_rows, drops) == (1, Counter(empty_prompt=1))
+
+
+def test_the_subset_is_kept_as_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "subset": "math"}, {"prompt": "b", "subset": 3}, {"prompt": "c", "subset": ""}, {"prompt": "d"}]
+    table, _ = sources.load_prompts(jsonl(tmp_path / "p.jsonl", rows))
+    assert table.column("subset").to_pylist() == ["math", "3", None, None]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": USER["content"], "chosen": "good", "rejected": "bad"}, [USER]),
+        ({"prompt": [SYSTEM, USER], "chosen": [answer("good")], "rejected": [answer("bad")]}, [SYSTEM, USER]),
+        ({"chosen": [SYSTEM, USER, answer("good")], "rejected": [SYSTEM, USER, answer("bad")]}, [SYSTEM, USER]),
+        ({"prompt": "shortened", "chosen": [USER, answer("good")], "rejected": [USER, answer("bad")]}, [USER]),
+        ({"messages": [USER], "chosen": "good", "rejected": "bad"}, [USER]),
+    ],
+)
+def test_each_pair_layout_gives_its_prompt_and_its_two_texts(tmp_path: Path, row: dict[str, Any], messages: Rows) -> None:
+    table, drops = sources.load_pairs(jsonl(tmp_path / "p.jsonl", [{**row, "subset": "s"}]))
+    assert pair(table) == (messages, "good", "bad")
+    assert not drops
+    (got,) = table.to_pylist()
+    first, second = got["first"], got["second"]
+    assert got["pair_id"] == store.digest_json([messages, first["text"], second["text"]])[:16]
+    assert got["prompt_id"] == store.digest_json(messages)[:16]
+    assert first == {"candidate_id": None, "text": first["text"], "token_ids": [], "finish_reason": "stop"}
+    assert (got["subset"], got["rewards"], got["reference_logps"]) == ("s", [], [])
+    assert table.schema.equals(schemas.schema("judged"), check_metadata=True)
+
+
+def test_each_unusable_pair_is_dropped_for_its_reason(tmp_path: Path) -> None:
+    rows: Rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "a"},
+        {"prompt": " ", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "\n"},
+        {"prompt": "p", "chosen": None, "rejected": "b"},
+        {"prompt": "p", "chosen": [], "rejected": [answer("b")]},
+        {"prompt": "p", "chosen": "b", "rejected": "a"},  # the first pair again, labelled the other way round
+    ]
+    table, drops = sources.load_pairs(jsonl(tmp_path / "p.jsonl", rows))
+    assert pair(table)[1:] == ("a", "b")
+    assert drops == Counter(identical_responses=1, empty_prompt=1, empty_response=3, duplicate_pair=1)
+
+
+def test_the_side_follows_from_the_pair_and_gold_follows_the_side(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(400)]
+    swapped = [{"prompt": row["prompt"], "chosen": "b", "rejected": "a"} for row in rows]
+    table = sources.load_pairs(jsonl(tmp_path / "p.jsonl", rows))[0].to_pylist()
+    other = sources.load_pairs(jsonl(tmp_path / "q.jsonl", swapped))[0].to_pylist()
+    assert all(row[row["gold"]]["text"] == "a" for row in table)
+    assert all(row[row["gold"]]["text"] == "b" for row in other)
+    assert [row["pair_id"] for row in table] == [row["pair_id"] for row in other]  # so the label has no say in the side
+    # 400 fair coins: mean 200, standard deviation 10; the hash is fixed, so this cannot flicker
+    assert 160 < sum(row["gold"] == "first" for row in table) < 240
+
+
+@pytest.mark.parametrize("external", ["odds", "good,bad", "good, bad"])
+def test_external_scores_become_log_odds_for_the_first_response(tmp_path: Path, external: str) -> None:
+    scores = {"odds": 1.5, "good": 2.0, "bad": 0.5}  # 2.0 - 0.5 = 1.5 nats that chosen is better
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", **scores} for i in range(20)]
+    table, _ = sources.load_pairs(jsonl(tmp_path / "p.jsonl", rows), external=external)
+    assert set(table.column("gold").to_pylist()) == {"first", "second"}
+    others = {"forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None}
+    for row in table.to_pylist():
+        log_odds = 1.5 if row["gold"] == "first" else -1.5
+        assert row["rewards"] == [{"reward_model": "external", "log_odds": log_odds, **others}]
+
+
+@pytest.mark.parametrize("score", [None, float("nan"), ""])
+def test_a_missing_external_score_is_no_verdict(tmp_path: Path, score: object) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "good": 1.0, "bad": score}])
+    for external in ("bad", "good,bad", "bad,good"):
+        table, _ = sources.load_pairs(spec, external=external)
+        assert table.column("rewards").to_pylist()[0][0]["log_odds"] is None
+
+
+@pytest.mark.parametrize(
+    ("external", "words"),
+    [
+        ("scor", ["no column 'scor'", "prompt, chosen, rejected, score", "Did you mean 'score'?"]),
+        ("score,loser", ["no column 'loser'", "prompt, chosen, rejected, score"]),
+        ("a,b,c", ["names 3 columns"]),
+        ("prompt", ["row 1", "'prompt' should be a finite number", "'p'"]),
+    ],
+)
+def test_an_external_column_that_cannot_be_used_is_named(tmp_path: Path, external: str, words: list[str]) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "score": 1}])
+    with pytest.raises(DataError) as caught:
+        sources.load_pairs(spec, external=external)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("score", [True, float("inf"), 10**400, [1.0]])
+def test_an_external_score_that_is_no_finite_number_is_refused(tmp_path: Path, score: object) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "score": score}])
+    with pytest.raises(DataError, match="row 1: 'score' should be a finite number"):
+        sources.load_pairs(spec, external="score")
+
+
+def test_a_missing_prompt_column_is_an_error_that_names_the_ones_present(tmp_path: Path) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"text": "a", "chosen": "b", "rejected": "c"}])
+    for load in (sources.load_prompts, sources.load_pairs):
+        with pytest.raises(DataError, match=r"p\.jsonl, row 1: .*'messages', 'prompt' or 'instruction'.* text, chosen, rejected$"):
+            load(spec)
+
+
+def test_a_missing_response_column_is_an_error_that_names_the_ones_present(tmp_path: Path) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "loser": "c"}])
+    with pytest.raises(DataError, match=r"no column 'rejected'.* prompt, chosen, loser"):
+        sources.load_pairs(spec)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["text", 5, {"role": "user"}, ["text"], [{"from": "human", "value": "a"}], [{"role": "user", "content": None}], [[1, 2]]],
+)
+def test_messages_of_the_wrong_shape_are_an_error_that_names_the_row(tmp_path: Path, value: object) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"messages": [USER]}, {"messages": value}])
+    with pytest.raises(DataError, match=r"p\.jsonl, row 2: 'messages' should be a list of \{role, content\}"):
+        sources.load_prompts(spec)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"chosen": [USER, answer("a")], "rejected": [SYSTEM, answer("b")]}, "'chosen' and 'rejected' repeat different prompts"),
+        ({"prompt": "p", "chosen": [USER], "rejected": "b"}, "the last message of 'chosen' .* its role is 'user'"),
+        ({"instruction": ["a"], "chosen": "a", "rejected": "b"}, "'instruction' and 'input' should be text"),
+        ({"prompt": "half a pair \ud83d", "chosen": "a", "rejected": "b"}, r"'\\ud83d' is half a character"),
+    ],
+)
+def test_a_pair_of_the_wrong_shape_is_an_error_that_names_the_row(tmp_path: Path, row: dict[str, Any], words: str) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [row])
+    with pytest.raises(DataError, match=f"row 1: {words}"):
+        sources.load_pairs(spec)
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_the_byte_offset(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "caf\xe9"}\n')  # 15 bytes come before 0xe9
+    with pytest.raises(DataError, match="not UTF-8: byte offset 15 holds 0xe9"):
+        sources.load_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": \n', r"p\.jsonl:3: malformed JSON"),
+        ("p.json", '[{"prompt": "a"},\n {"prompt"}]', r"p\.json:2: malformed JSON"),
+        ("p.json", '{\n "prompt": "a"\n}', r"p\.json:1: malformed JSON .* a list of objects, or one object a line"),
+        ("p.json", '["a"]', r"p\.json:1: found 'a'; expected a list of objects"),
+        ("p.jsonl", '{"prompt": "a"}\n7\n', r"p\.jsonl:2: found 7; expected a list of objects"),
+        ("p.csv", 'prompt,subset\n"a",b\nx,y,z\n', r"p\.csv:3: not as many fields"),
+        ("p.csv", "prompt,subset\na\n", r"p\.csv:2: not as many fields"),
+        ("p.csv", 'prompt\n"a" b\n', r"p\.csv:2: malformed CSV"),
+        ("p.jsonl", "", r"p\.jsonl is empty"),
+        ("p.json", "[]", r"p\.json is empty"),
+        ("p.csv", "prompt\n", r"p\.csv is empty"),
+        ("p.parquet", "", r"p\.parquet is empty"),
+        ("p.parquet", "PAR1 and then nothing", r"p\.parquet is truncated or is not Parquet"),
+        ("p.txt", "a", r"unknown extension '\.txt'; expected one of \.jsonl, \.json, \.parquet, \.csv"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_of_one_line(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=words) as caught:
+        sources.load_prompts(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_json_list_a_byte_order_mark_and_a_line_separator_in_a_string_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text('\n[{"prompt": "a"}, {"prompt": "b"}]', encoding="utf-8")
+    assert sources.load_prompts(str(tmp_path / "p.json"))[0].num_rows == 2
+    (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a\u2028b"}\r\n', encoding="utf-8")
+    assert sources.load_prompts(str(tmp_path / "p.jsonl"))[0].to_pylist()[0]["messages"][0]["content"] == "a\u2028b"
+
+
+def test_a_csv_file_is_read_with_long_cells_line_breaks_and_scores(tmp_path: Path) -> None:
+    long = "x" * 200_000  # over the csv module's own limit of 131,072
+    (tmp_path / "p.csv").write_text(f'prompt,chosen,rejected,odds\n"a, b",{long},"two\nlines",-2\np,good,bad,\n', encoding="utf-8")
+    table, drops = sources.load_pairs(str(tmp_path / "p.csv"), external="odds")
+    assert pair(table.slice(0, 1)) == ([{"role": "user", "content": "a, b"}], long, "two\nlines")
+    rows = table.to_pylist()
+    assert rows[0]["rewards"][0]["log_odds"] == (-2.0 if rows[0]["gold"] == "first" else 2.0)
+    assert rows[1]["rewards"][0]["log_odds"] is None
+    assert not drops
+
+
+def test_a_parquet_file_is_read_with_nested_messages(tmp_path: Path) -> None:
+    rows = [{"chosen": [USER, answer("good")], "rejected": [USER, answer("bad")]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    assert pair(sources.load_pairs(str(tmp_path / "p.parquet"))[0]) == ([USER], "good", "bad")
+
+
+def test_a_parquet_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"]}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="truncated"):
+        sources.load_prompts(str(path))
+
+
+def test_a_save_to_disk_folder_is_read_whatever_its_format(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([{"prompt": text} for text in "abc"]).with_format("numpy")
+    data.select([2, 0]).save_to_disk(tmp_path / "saved")
+    table, _ = sources.load_prompts(str(tmp_path / "saved"))
+    assert [row["messages"][0]["content"] for row in table.to_pylist()] == ["c", "a"]
+    assert sources.load_prompts(str(tmp_path / "saved"), limit=1)[0].num_rows == 1
+
+
+def test_a_save_to_disk_folder_with_splits_gives_the_one_that_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    datasets.DatasetDict({name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "test")}).save_to_disk(folder)
+    for spec, text in ((f"{folder}", "train"), (f"{folder}:test", "test")):
+        assert sources.load_prompts(spec)[0].to_pylist()[0]["messages"][0]["content"] == text
+    with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+        sources.load_prompts(f"{folder}:dev")
+    assert sources.digest(f"{folder}:test") != sources.digest(str(folder))
+
+
+def test_a_save_to_disk_folder_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"nothing")
+    with pytest.raises(DataError, match="saved cannot be read"):
+        sources.load_prompts(str(tmp_path / "saved"))
+
+
+def test_any_other_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name the data file inside it"):
+        sources.load_prompts(str(tmp_path))
+
+
+def test_our_own_prompts_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    table, _ = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}]))
+    folder = own(tmp_path / "prompts", table)
+    back, drops = sources.load_prompts(folder)
+    assert back.equals(table)
+    assert schemas.kind_of(back.schema) == "prompts"
+    assert not drops
+    assert sources.load_prompts(folder, limit=1)[0].num_rows == 1
+
+
+@pytest.mark.parametrize("kind", ["judged", "consistency", "preferences"])
+def test_our_own_pairs_come_back_as_judged_whatever_their_kind(tmp_path: Path, kind: str) -> None:
+    pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "odds": 1} for i in range(3)]
+    table, _ = sources.load_pairs(jsonl(tmp_path / "p.jsonl", pairs), external="odds")
+    more = {"judged": {}, "consistency": {"agree": True}, "preferences": {"prompt": [USER], "margin": 0.5}}[kind]
+    folder = own(tmp_path / kind, schemas.to_table(kind, [{**row, **more} for row in table.to_pylist()]))
+    back, drops = sources.load_pairs(folder)
+    assert back.equals(table)
+    assert back.schema.equals(schemas.schema("judged"), check_metadata=True)
+    assert not drops
+    assert sources.load_pairs(folder, limit=2)[0].num_rows == 2
+    with pytest.raises(DataError, match="rewards of its own"):
+        sources.load_pairs(folder, external="odds")
+
+
+def test_our_own_folder_of_another_kind_or_unfinished_is_refused(tmp_path: Path) -> None:
+    table, _ = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}]))
+    folder = own(tmp_path / "prompts", table)
+    with pytest.raises(DataError, match="holds a 'prompts' dataset"):
+        sources.load_pairs(folder)
+    (tmp_path / "prompts" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="not a finished dataset"):
+        sources.load_prompts(folder)
+
+
+@pytest.mark.parametrize("spec", ["", "absent.jsonl", "data/absent.jsonl", "../absent/folder", "/absent/folder", "hf://absent"])
+def test_a_path_that_does_not_exist_and_cannot_be_on_the_hub_is_refused(spec: str) -> None:
+    for use in (sources.load_prompts, sources.digest):
+        with pytest.raises(DataError, match="does not exist; expected a file"):
+            use(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked"),
+    [
+        ("org/name", ("org/name", None, "train")),
+        ("org/name:test", ("org/name", None, "test")),
+        ("hf://org/na-me.2:main:test", ("org/na-me.2", "main", "test")),
+        ("hf://datasets/org/name:main:test", ("org/name", "main", "test")),
+    ],
+)
+def test_a_hub_spec_asks_for_its_config_and_split(monkeypatch: pytest.MonkeyPatch, spec: str, asked: tuple[str, ...]) -> None:
+    def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"prompt": json.dumps([name, config, split])}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    table, _ = sources.load_prompts(spec)
+    assert json.loads(table.to_pylist()[0]["messages"][0]["content"]) == list(asked)
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach it\n(no network)")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    with pytest.raises(
+        DataError, match=r"'org/name' is no local path, and the hub did not give it: Couldn't reach it \(no network\)$"
+    ):
+        sources.load_pairs("org/name")
+    assert sources.digest("hf://org/name") == "hub:org/name"
+    assert sources.digest("org/name:test") == "hub:org/name:test"
+
+
+def test_the_digest_follows_content_and_hub_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (jsonl(tmp_path / name, [{"prompt": "a"}]) for name in ("one.jsonl", "two.jsonl"))
+    three = jsonl(tmp_path / "three.jsonl", [{"prompt": "b"}])
+    assert sources.digest(one) == sources.digest(two) != sources.digest(three)
+    builder = type("Builder", (), {"hash": "abc123"})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: builder)
+    assert sources.digest("org/name") == "hub:org/name@abc123"
+    assert sources.digest("org/name:test") == "hub:org/name@abc123:test"
