@@ -84,7 +84,9 @@ class Chat:
         body = [token for token in ids if token not in self.end_ids]
         if len(body) != 1:
             pieces = [self.tokenizer.decode([token]) for token in body]
-            raise ModelError(f"the verdict {word!r} is {len(body)} tokens {pieces} for this tokenizer and must be one; choose others with --verdict-tokens")
+            raise ModelError(
+                f"the verdict {word!r} is {len(body)} tokens {pieces} for this tokenizer and must be one; choose others with --verdict-tokens"
+            )
         return body[0]
 
     def template_digest(self) -> str:

@@ -7,9 +7,10 @@ Defaults marked [ours] in docs/method.md are our reconstruction and not the pape
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scir_cli.errors import ConfigError, suggest
 
@@ -27,8 +28,28 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself; `Annotated` is looked through."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(m for member in get_args(annotation) for m in _members(member))
+    return (annotation,)
+
+
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _words(cls, value: Any, info: Any) -> Any:
+        """Text from a command line: "null" is no value, and a list is written with commas."""
+        if not isinstance(value, str):
+            return value
+        if value.lower() in ("null", "none") and cls.model_fields[info.field_name].default is None:
+            return None
+        listed = any(get_origin(kind) in (list, tuple) for kind in _members(cls.model_fields[info.field_name].annotation))
+        return [word.strip() for word in value.split(",") if word.strip()] if listed else value
 
     def plan(self) -> dict[str, Any]:
         """The settings that determine the rows, JSON-ready. Paths of inputs and models are left to digests."""
@@ -45,8 +66,14 @@ class StageSettings(Settings):
 
 
 class ModelSettings(StageSettings):
-    model: str = setting(..., "Model folder, hub id, or package:NAME (a GGUF file in a pip package); 'a | b' takes the first that can be had.", free=True)
-    dtype: Literal["auto", "bf16", "fp32"] = setting("auto", "Precision of the forward pass; auto is bf16 where the hardware has it.")
+    model: str = setting(
+        ...,
+        "Model folder, hub id, or package:NAME (a GGUF file in a pip package); 'a | b' takes the first that can be had.",
+        free=True,
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = setting(
+        "auto", "Precision of the forward pass; auto is bf16 where the hardware has it."
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", free=True)
     trust_remote_code: bool = setting(False, "Run code that comes with the model.", free=True)
     chat_template: Path | None = setting(None, "Jinja file to use in place of the model's chat template.")
@@ -54,18 +81,26 @@ class ModelSettings(StageSettings):
 
 
 class RewardSettings(ModelSettings):
-    reward_models: list[Literal[REWARD_MODELS]] = setting(["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}.")  # type: ignore[valid-type]
-    reward_reference: str | None = setting(None, "Frozen model that defines the implicit reward: the SFT model, not the model itself.", free=True)
+    reward_models: list[Literal[REWARD_MODELS]] = setting(
+        ["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}."
+    )  # type: ignore[valid-type]
+    reward_reference: str | None = setting(
+        None, "Frozen model that defines the implicit reward: the SFT model, not the model itself.", free=True
+    )
     implicit_beta: float = setting(0.1, "beta of the implicit reward.", gt=0)
     implicit_scale: float = setting(5.0, "s: factor on the implicit log-odds, to bring them to the judge's scale.", gt=0)
-    length_control: Literal["sum", "mean", "penalty"] = setting("sum", "Length control of the implicit reward: sum, mean per token, or sum - alpha * tokens.")
+    length_control: Literal["sum", "mean", "penalty"] = setting(
+        "sum", "Length control of the implicit reward: sum, mean per token, or sum - alpha * tokens."
+    )
     length_alpha: float = setting(0.0, "alpha of --length-control penalty, nats a token.")
     rubric_scale: float = setting(1.0, "Log-odds per rubric point.", gt=0)
     likelihood_scale: float = setting(1.0, "Factor on the mean log-probabilities of likelihood and pmi.", gt=0)
     judge_prompt: Path | None = setting(None, "Text file with {question}, {a} and {b}: the pairwise judge's prompt.")
     verdict_tokens: tuple[str, str] = setting(("A", "B"), "The judge's two verdicts; each must be one token.")
     min_verdict_mass: Rate = setting(0.0, "Below this P(A)+P(B) the judge gives no verdict (null).")
-    external: str | None = setting(None, "Column of log-odds, or two columns 'CHOSEN,REJECTED' (for candidates: one column) of scores.")
+    external: str | None = setting(
+        None, "Column of log-odds, or two columns 'CHOSEN,REJECTED' (for candidates: one column) of scores."
+    )
 
     @model_validator(mode="after")
     def _needs(self) -> RewardSettings:
@@ -113,7 +148,9 @@ class CheckConsistencySettings(StageSettings):
 
 class FilterSettings(StageSettings):
     input: str = setting(..., "A judged or consistency dataset.", free=True)
-    rule: str = setting("agree", "Who labels: agree, majority, random:RATE (labels of --random-label), or the name of a reward model.")
+    rule: str = setting(
+        "agree", "Who labels: agree, majority, random:RATE (labels of --random-label), or the name of a reward model."
+    )
     random_label: str = setting("judge", "Reward model that labels under --rule random:RATE.")
     agree_on: list[str] | None = setting(None, "Reward models that have to agree; all by default.")
     min_margin: float = setting(0.0, "Smallest |log-odds| in nats of the models that label.", ge=0)
@@ -133,7 +170,9 @@ class LoraSettings(Settings):
 
 
 class TrainSettings(RewardSettings):
-    objective: Literal["sft", "dpo", "scir"] = setting("scir", "sft: teach to answer and to judge; dpo: labelled pairs; scir: penalty and dynamic mask.")
+    objective: Literal["sft", "dpo", "scir"] = setting(
+        "scir", "sft: teach to answer and to judge; dpo: labelled pairs; scir: penalty and dynamic mask."
+    )
     input: str = setting(..., "Preferences or judged pairs (scir), labelled pairs (sft, dpo).", free=True)
     validation: str | None = setting(None, "Labelled pairs on which each reward model is watched.", free=True)
     validation_every: Positive = setting(50, "Optimiser steps between two looks at the validation pairs.")
@@ -151,11 +190,17 @@ class TrainSettings(RewardSettings):
 
     beta: float = setting(0.1, "beta of the DPO term.", gt=0)
     penalty_weight: float = setting(1.0, "lambda: weight of the inconsistency penalty.", ge=0)
-    entropy_weight: float = setting(0.1, "alpha: weight of the entropy in the penalty; at 4 confident disagreement would win.", ge=0)
+    entropy_weight: float = setting(
+        0.1, "alpha: weight of the entropy in the penalty; at 4 confident disagreement would win.", ge=0
+    )
     confidence_threshold: float = setting(0.5, "tau: DPO uses a pair only where every model is at least this sure.", ge=0.5, lt=1)
     entropy_floor: float = setting(0.05, "Nats; the entropy term stops pushing a verdict below this.", ge=0)
-    orders: Literal["separate", "averaged", "forward"] = setting("separate", "The judge's two orders as two reward models, as their average, or the first order only.")
-    agree_on: Literal["averaged", "each"] = setting("averaged", "The dynamic mask asks the order-averaged judge, or each reward model of the penalty.")
+    orders: Literal["separate", "averaged", "forward"] = setting(
+        "separate", "The judge's two orders as two reward models, as their average, or the first order only."
+    )
+    agree_on: Literal["averaged", "each"] = setting(
+        "averaged", "The dynamic mask asks the order-averaged judge, or each reward model of the penalty."
+    )
     stop_gradient: Literal["none", "judge", "implicit"] = setting("none", "Reward model that the penalty does not train.")
     sft_response_weight: float = setting(1.0, "sft: weight of the chosen response's mean token loss.", ge=0)
     sft_judge_weight: float = setting(1.0, "sft: weight of the verdict's loss, both orders.", ge=0)
@@ -167,15 +212,21 @@ class TrainSettings(RewardSettings):
     @model_validator(mode="after")
     def _guards(self) -> TrainSettings:
         if self.objective == "scir" and self.entropy_weight >= 4:
-            raise ValueError(f"entropy_weight is {self.entropy_weight}; from 4 on, confident disagreement is the penalty's minimum. Use less than 4, 0.1 is the default")
+            raise ValueError(
+                f"entropy_weight is {self.entropy_weight}; from 4 on, confident disagreement is the penalty's minimum. Use less than 4, 0.1 is the default"
+            )
         unfit = set(self.reward_models) - {"judge", "implicit"}
         if self.objective == "scir" and (unfit or len(set(self.reward_models)) < 2):
-            raise ValueError(f"objective scir trains the reward models 'judge' and 'implicit' together; got {', '.join(self.reward_models)}")
+            raise ValueError(
+                f"objective scir trains the reward models 'judge' and 'implicit' together; got {', '.join(self.reward_models)}"
+            )
         return self
 
 
 class EvalRewardsSettings(RewardSettings):
-    input: str = setting(..., "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are then used as they are.", free=True)
+    input: str = setting(
+        ..., "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are then used as they are.", free=True
+    )
     model: str = setting("", "Model folder, hub id or package:NAME; not needed where the input is already judged.", free=True)
     rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
     batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
@@ -227,7 +278,7 @@ def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
     merged: dict[str, Any] = {}
     problems = []
     for layer in layers:
-        for name, value in _flatten(layer, known).items():
+        for name, value in flatten(layer, known).items():
             if name in known:
                 merged[name] = value
             else:
@@ -248,12 +299,12 @@ def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
     return result
 
 
-def _flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in layer.items():
         name = prefix + str(key).replace("-", "_")
         inner = isinstance(value, dict) and any(k.startswith(name + ".") for k in known)
-        flat |= _flatten(value, known, name + ".") if inner else {name: value}
+        flat |= flatten(value, known, name + ".") if inner else {name: value}
     return flat
 
 
@@ -265,7 +316,11 @@ def _explain(item: Any) -> str:
     return f"'{name}' is {item['input']!r}: {message}" if name else message
 
 
-def choices(annotation: Any) -> tuple[str, ...]:
-    """The words a Literal setting takes, for help texts; () for anything else."""
-    args = get_args(annotation)
-    return tuple(a for a in args if isinstance(a, str))
+def takes(info: Any) -> str:
+    """What a setting takes, for help texts: `a|b` for choices, INTEGER, NUMBER, PATH, LIST or TEXT."""
+    member = next(m for m in _members(info.annotation) if m is not NoneType)
+    if get_origin(member) is Literal:
+        return "|".join(get_args(member))
+    if get_origin(member) in (list, tuple):
+        return "A,B,…"
+    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(member, "TEXT")

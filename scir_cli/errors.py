@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -65,3 +66,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
+
+
+def warn(message: str) -> None:
+    """One line on stderr for something the user should know and that stops nothing."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -85,7 +85,10 @@ class Sft(_Base):
             nll = -verdicts.gather(2, right[:, :, None])[..., 0]  # (pairs, 2)
             loss = loss + self.settings.sft_judge_weight * nll.mean()
             judged = reward_models.odds.two_orders(logps[:, 1:].detach().T.unflatten(0, (2, 2)))
-            metrics |= {"sft/verdict_nll": float(nll.detach().mean()), "accuracy/judge": float((judged.log_odds * label > 0).float().mean())}
+            metrics |= {
+                "sft/verdict_nll": float(nll.detach().mean()),
+                "accuracy/judge": float((judged.log_odds * label > 0).float().mean()),
+            }
         return loss, metrics
 
 
@@ -139,11 +142,17 @@ class Scir(_Base):
         both = {"judge_forward": judge.seats[0], "judge_swapped": -judge.seats[1]}  # both: log-odds that the first is better
         return both if self.settings.orders == "separate" else {"judge_forward": both["judge_forward"]}
 
-    def _metrics(self, t: losses.Scir, models: dict[str, Tensor], judge: Odds, implicit: Odds, ratios: Tensor, logps: Tensor) -> Metrics:
+    def _metrics(
+        self, t: losses.Scir, models: dict[str, Tensor], judge: Odds, implicit: Odds, ratios: Tensor, logps: Tensor
+    ) -> Metrics:
         assert judge.seats is not None and judge.verdict_mass is not None
         n = t.mask.sum().clamp(min=1)
         label = judge.log_odds.detach().sign() * t.mask  # 0 where the mask is off
-        kept = dpo_metrics(logps[t.mask][:, self.groups["implicit"]], ratios[:, t.mask], label[t.mask], self.settings.beta) if t.mask.any() else {}
+        kept = (
+            dpo_metrics(logps[t.mask][:, self.groups["implicit"]], ratios[:, t.mask], label[t.mask], self.settings.beta)
+            if t.mask.any()
+            else {}
+        )
         return kept | {
             "scir/dpo": float((t.dpo.detach() * t.mask).sum() / n),
             "scir/symmetric_kl": float(t.sym.detach().mean()),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from scir_cli import model_sources, trees
 from scir_cli.chat import Chat
 from scir_cli.config import ModelSettings
-from scir_cli.errors import ModelError
+from scir_cli.errors import ModelError, warn
 from scir_cli.trees import Branch, Forest
 
 TREE_ATTENTION = "scir_tree"
@@ -178,7 +177,11 @@ class Policy:
 
     def _core(self) -> Any:
         """The causal language model itself, with or without adapters around it."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model") else self.model
+        return (
+            self.model.get_base_model()
+            if hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
+            else self.model
+        )
 
     def _forest_logps(self, forest: Forest) -> Tensor:
         core = self._core()
@@ -239,7 +242,7 @@ def load(settings: ModelSettings, spec: str | None = None) -> Policy:
     register_tree_attention()
     policy.takes_trees = _trees_agree(policy)
     if not policy.takes_trees:
-        print(f"warning: {path.name} cannot score token trees; it is scored one branch at a time, with the same numbers, slower", file=sys.stderr)
+        warn(f"{path.name} cannot score token trees; it is scored one branch at a time, with the same numbers, slower")
     return policy
 
 
@@ -248,7 +251,11 @@ def _trees_agree(policy: Policy) -> bool:
     """Whether a small forest scores the same through trees as branch by branch with the model's own attention."""
     vocabulary = policy.model.get_input_embeddings().weight.shape[0]
     ids = [int(i) % vocabulary for i in np.random.default_rng(0).integers(0, 2**31, 24)]
-    branches = [trees.continuation(ids[:8], ids[8:14]), trees.continuation(ids[:8], ids[14:20]), trees.verdict([*ids[:5], *ids[20:]], 1 % vocabulary)]
+    branches = [
+        trees.continuation(ids[:8], ids[8:14]),
+        trees.continuation(ids[:8], ids[14:20]),
+        trees.verdict([*ids[:5], *ids[20:]], 1 % vocabulary),
+    ]
     with policy.own_attention():
         plain = policy._one_by_one(branches)
     try:
@@ -278,7 +285,7 @@ def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
         raise ModelError(f"the tokenizer in {path} has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     probe = "Is 2 + 2 = 4?\nYes, it's so."
     if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
-        print(f"warning: the tokenizer in {path} does not give a plain sentence back; is its tokenizer.json read as it should be?", file=sys.stderr)
+        warn(f"the tokenizer in {path} does not give a plain sentence back; is its tokenizer.json read as it should be?")
     return tokenizer
 
 

@@ -88,7 +88,9 @@ class Judge(_Base):
     def _prompts(self, pair: Pair) -> list[list[int]]:
         first, second = pair.texts
         orders = ((first, second), (second, first))
-        return [self.chat.prompt_ids(chat.fill(self.template, question=chat.question_text(pair.messages), a=a, b=b)) for a, b in orders]
+        return [
+            self.chat.prompt_ids(chat.fill(self.template, question=chat.question_text(pair.messages), a=a, b=b)) for a, b in orders
+        ]
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -120,7 +122,9 @@ class Rationale(Judge):
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(self.chat.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][-1] for word in self.settings.verdict_tokens)
+        return tuple(
+            self.chat.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][-1] for word in self.settings.verdict_tokens
+        )
 
     def _reasons(self, written: Sequence[int]) -> list[int]:
         """What was written up to the verdict it may have given itself, which is read from probabilities instead."""

@@ -18,7 +18,9 @@ VERSION = "1"
 KIND_KEY, VERSION_KEY = b"scir.kind", b"scir.version"
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-RESPONSE = pa.struct([("candidate_id", pa.string()), ("text", pa.string()), ("token_ids", pa.list_(pa.int32())), ("finish_reason", pa.string())])
+RESPONSE = pa.struct(
+    [("candidate_id", pa.string()), ("text", pa.string()), ("token_ids", pa.list_(pa.int32())), ("finish_reason", pa.string())]
+)
 REWARDS = pa.list_(
     pa.struct(
         [
@@ -72,7 +74,13 @@ COLUMNS: dict[str, list[tuple[str, pa.DataType, bool]]] = {
         ("chosen", MESSAGES, True),
         ("rejected", MESSAGES, True),
     ],
-    "scores": [("example_id", pa.string(), False), ("subset", pa.string(), True), ("metric", pa.string(), False), ("value", pa.float64(), True), ("detail", pa.string(), True)],
+    "scores": [
+        ("example_id", pa.string(), False),
+        ("subset", pa.string(), True),
+        ("metric", pa.string(), False),
+        ("value", pa.float64(), True),
+        ("detail", pa.string(), True),
+    ],
 }
 
 

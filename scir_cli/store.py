@@ -102,7 +102,9 @@ def writing(path: Path) -> Iterator[Path]:
 
 def disk_error(error: OSError, path: Path) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(f"no space left on the disk while writing {path}; finished parts are kept: free some space and run the same command again")
+        return StoreError(
+            f"no space left on the disk while writing {path}; finished parts are kept: free some space and run the same command again"
+        )
     return StoreError(f"cannot write {path}: {error.strerror or error}")
 
 
@@ -164,7 +166,9 @@ def _start(out: Path, plan: Json) -> Json | None:
         return None
     changes = _differences(read_json(path), json.loads(json.dumps(plan)))
     if changes:
-        raise PlanMismatch(f"{out} was started with other settings: {'; '.join(changes)}. Use --overwrite to replace it, or another --output-dir")
+        raise PlanMismatch(
+            f"{out} was started with other settings: {'; '.join(changes)}. Use --overwrite to replace it, or another --output-dir"
+        )
     manifest = out / "manifest.json"
     return read_json(manifest) if manifest.exists() else None
 
@@ -210,7 +214,9 @@ def write_dataset(
 def _write_part(path: Path, kind: str, part: Part) -> None:
     table = part.rows if isinstance(part.rows, pa.Table) else schemas.to_table(kind, part.rows)
     schemas.check_nulls(table, kind)
-    assert part.rows_in == table.num_rows + sum(part.drops.values()), f"{path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
+    assert part.rows_in == table.num_rows + sum(part.drops.values()), (
+        f"{path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
+    )
     account = json.dumps({"rows_in": part.rows_in, "drops": dict(part.drops)}).encode()
     table = table.replace_schema_metadata({**schemas.schema(kind).metadata, **(table.schema.metadata or {}), ACCOUNT_KEY: account})
     with writing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
@@ -265,7 +271,9 @@ def _read_part(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is truncated or is not an Arrow stream ({error}); delete it and run the stage that made it again") from error
+        raise DataError(
+            f"{path} is truncated or is not an Arrow stream ({error}); delete it and run the stage that made it again"
+        ) from error
 
 
 def is_dataset(path: Path) -> bool:
@@ -278,7 +286,9 @@ def read_dataset(path: Path, *kinds: str) -> pa.Table:
     if not (path / "manifest.json").is_file():
         if not path.exists():
             raise DataError(f"{path} does not exist")
-        raise DataError(f"{path} is not a finished dataset (no manifest.json); run the stage that writes it again: it resumes where it stopped")
+        raise DataError(
+            f"{path} is not a finished dataset (no manifest.json); run the stage that writes it again: it resumes where it stopped"
+        )
     manifest = read_json(path / "manifest.json")
     kind = manifest.get("kind", "unknown")
     if kinds and kind not in kinds:
@@ -287,7 +297,9 @@ def read_dataset(path: Path, *kinds: str) -> pa.Table:
     for part in manifest["parts"]:
         table = _read_part(path / part["file"])
         if table.num_rows != part["rows"]:
-            raise DataError(f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete the folder and write it again")
+            raise DataError(
+                f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete the folder and write it again"
+            )
         tables.append(table.replace_schema_metadata(schemas.schema(kind).metadata))
     table = pa.concat_tables(tables)
     schemas.check_nulls(table, kind)

@@ -71,14 +71,23 @@ class Trainer:
         out: Path,
         validate: Callable[[], Metrics] | None = None,
     ) -> None:
-        self.policy, self.objective, self.examples, self.settings, self.out, self.validate = policy, objective, examples, settings, out, validate
+        self.policy, self.objective, self.examples, self.settings, self.out, self.validate = (
+            policy,
+            objective,
+            examples,
+            settings,
+            out,
+            validate,
+        )
         steps = math.ceil(len(examples) / settings.batch_size) * settings.num_epochs
         self.n_steps = min(steps, settings.max_steps or steps)
         self.accelerator = Accelerator(cpu=policy.device.type == "cpu", log_with=settings.report_to or None, project_dir=str(out))
         self.params = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = MasterAdamW(self.params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         warmup = math.ceil(settings.warmup_ratio * self.n_steps)
-        self.scheduler = get_scheduler(SCHEDULES[settings.schedule], self.optimizer, num_warmup_steps=warmup, num_training_steps=self.n_steps)
+        self.scheduler = get_scheduler(
+            SCHEDULES[settings.schedule], self.optimizer, num_warmup_steps=warmup, num_training_steps=self.n_steps
+        )
         self.step = 0
         self.tokens = 0
 

@@ -12,6 +12,7 @@ Nothing here knows what a prompt is. Out on purpose: attention kernels (policy.p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def build(branches: Sequence[Branch]) -> Forest:
     """The forest of the branches: the trie of their paths, with their targets in the order given.  # (tokens,) <= sum of path lengths"""
     order = sorted(range(len(branches)), key=lambda b: branches[b].ids)  # depth-first order of the trie
     paths = [np.asarray(branches[b].ids, dtype=np.int64) for b in order]
-    shared = [0, *(_shared(a, b) for a, b in zip(paths, paths[1:], strict=False)), 0]  # with the neighbour before; sentinel at both ends
+    shared = [0, *(_shared(a, b) for a, b in itertools.pairwise(paths)), 0]  # with the neighbour before; sentinel at both ends
     tokens: list[Ints] = []
     positions: list[Ints] = []
     segments: list[Segment] = []

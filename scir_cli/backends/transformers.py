@@ -61,7 +61,9 @@ class TransformersBackend:
         if s.temperature > 0:
             streams = [torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
             processors.append(SeededNucleus(s, torch.stack(streams).to(policy.device), width))
-        config = GenerationConfig(do_sample=False, max_new_tokens=s.max_new_tokens, eos_token_id=sorted(policy.chat.end_ids), pad_token_id=pad)
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=s.max_new_tokens, eos_token_id=sorted(policy.chat.end_ids), pad_token_id=pad
+        )
         out = policy.model.generate(
             ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config, logits_processor=processors
         )

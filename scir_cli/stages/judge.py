@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def run(settings: JudgeSettings) -> Json:
         table, dropped = sources.load_pairs(settings.input, settings.limit, settings.external)
         bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
         make_rows = given_pairs
-    return judge_table(settings, table, bounds, make_rows, choose, dropped, sources.digest(settings.input), "judge")
+    work = Work(table, bounds, make_rows, dropped, sources.digest(settings.input), choose)
+    return judge_table("judge", settings, Scorer(settings), work)
 
 
 def _pair_rule(text: str) -> tuple[str, int]:
@@ -53,31 +55,47 @@ def _pair_rule(text: str) -> tuple[str, int]:
     raise ConfigError(f"--pairs is {text!r}; it takes all, best-worst, or random:K with K pairs a prompt")
 
 
-def judge_table(
-    settings: AnySettings, table: Any, bounds: Any, make_rows: Any, choose: Any, dropped: Counter[str], digest: str, stage: str
-) -> Json:
-    """The judged dataset of a table of candidates or pairs: the one place where pairs are scored and written."""
-    if not table.num_rows:
-        raise DataError(f"the input holds no usable row ({dict(dropped) or 'it is empty'})")
-    scorer = Scorer(settings)
-    plan = {"stage": stage, "settings": settings.plan(), "input": digest, "model": scorer.model.key, "reward_reference": scorer.reference_key}
+@dataclass
+class Work:
+    """What there is to judge: rows of a table, cut into parts, and how a part's rows become pairs."""
+
+    table: Any
+    bounds: list[tuple[int, int]]
+    make_rows: Callable[[list[Row], AnySettings], tuple[list[Row], Counter[str]]]
+    dropped: Counter[str]  # before there were rows
+    digest: str
+    choose: tuple[str, int] = ("all", 0)
+
+
+def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work) -> Json:
+    """Writes the judged dataset of a table of candidates or pairs: the one place where pairs are scored and written."""
+    if not work.table.num_rows:
+        raise DataError(f"the input holds no usable row ({dict(work.dropped) or 'it is empty'})")
+    plan = {"stage": stage, "settings": settings.plan(), "input": work.digest, **scorer.keys}
     if settings.dry_run:
-        return {"dry_run": True, "plan": plan, "rows_in": table.num_rows + dropped.total()}
-    with progress(stage, table.num_rows) as advance:
+        return {"dry_run": True, "plan": plan, "rows_in": work.table.num_rows + work.dropped.total()}
+    with progress(stage, work.table.num_rows) as advance:
 
         def make(low: int, high: int) -> Part:
-            rows, drops = make_rows(table.slice(low, high - low).to_pylist(), settings)
+            rows, drops = work.make_rows(work.table.slice(low, high - low).to_pylist(), settings)
             n = len(rows) + drops.total()
-            rows, more = _sampled(rows, choose, settings.seed)
+            rows, more = _sampled(rows, work.choose, settings.seed)
             rows, unscored = scorer.score(rows)
-            rows, rest = _best_worst(rows, choose, settings)
+            rows, rest = _best_worst(rows, work.choose, settings)
             advance(high - low)
             return Part(rows, n, drops + more + unscored + rest)
 
         return store.write_dataset(
-            Path(settings.output_dir), "judged", plan, bounds, make,
-            overwrite=settings.overwrite, dropped_before=dropped, resumed=advance, summarise=summarise,
-        )  # fmt: skip
+            Path(settings.output_dir),
+            "judged",
+            plan,
+            work.bounds,
+            make,
+            overwrite=settings.overwrite,
+            dropped_before=work.dropped,
+            resumed=advance,
+            summarise=summarise,
+        )
 
 
 def summarise(table: Any) -> Json:
@@ -125,7 +143,9 @@ def _pair_row(first: Row, second: Row, external: str | None) -> Row:
 
 
 def _response(candidate: Row) -> Row:
-    return {"candidate_id": candidate["candidate_id"], "text": candidate["response"]} | {k: candidate[k] for k in ("token_ids", "finish_reason")}
+    return {"candidate_id": candidate["candidate_id"], "text": candidate["response"]} | {
+        k: candidate[k] for k in ("token_ids", "finish_reason")
+    }
 
 
 def _by_prompt(rows: Iterable[Row]) -> Iterable[list[Row]]:
@@ -136,7 +156,11 @@ def _sampled(rows: list[Row], choose: tuple[str, int], seed: int) -> tuple[list[
     """K pairs of each prompt, drawn by a hash of (seed, pair): --pairs random:K."""
     if choose[0] != "random":
         return rows, Counter()
-    kept = {id(row) for group in _by_prompt(rows) for row in sorted(group, key=lambda r: store.digest_json([seed, r["pair_id"]]))[: choose[1]]}
+    kept = {
+        id(row)
+        for group in _by_prompt(rows)
+        for row in sorted(group, key=lambda r: store.digest_json([seed, r["pair_id"]]))[: choose[1]]
+    }
     out = [row for row in rows if id(row) in kept]
     return out, Counter(not_sampled=len(rows) - len(out))
 
@@ -169,12 +193,15 @@ class Scorer:
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
         self.reference = self._reference()
         self.reference_key = self.reference.key if self.reference else None
+        self.keys = {"model": self.model.key, "reward_reference": self.reference_key}
 
     def _reference(self) -> LazyPolicy | None:
         if "implicit" not in self.models:
             return None
         if self.settings.reward_reference is None:
-            raise ConfigError("the implicit reward needs --reward-reference MODEL (the SFT model the policy came from), or leave 'implicit' out of --reward-models")
+            raise ConfigError(
+                "the implicit reward needs --reward-reference MODEL (the SFT model the policy came from), or leave 'implicit' out of --reward-models"
+            )
         reference = LazyPolicy(self.settings, self.settings.reward_reference)
         if reference.key == self.model.key:
             raise ConfigError(
@@ -182,7 +209,9 @@ class Scorer:
                 "log-odds would be 0. Name the model the policy was tuned from (M_0, or M_t-1)"
             )
         if reference.chat.template_digest() != self.model.chat.template_digest():
-            raise ConfigError("--reward-reference and --model have different tokenizers or chat templates, so their log-probabilities are not of the same tokens")
+            raise ConfigError(
+                "--reward-reference and --model have different tokenizers or chat templates, so their log-probabilities are not of the same tokens"
+            )
         return reference
 
     def score(self, rows: list[Row]) -> tuple[list[Row], Counter[str]]:
@@ -214,7 +243,9 @@ class Scorer:
                 continue
             sampling = Sampling(0.0, 1.0, self.settings.rationale_max_tokens, self.settings.batch_size)
             backend = backends.make("transformers", self.model.policy, sampling)
-            answers = backend.generate([Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests])
+            answers = backend.generate(
+                [Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests]
+            )
             for (i, _), completion in zip(requests, answers, strict=True):
                 out[i].setdefault(name, []).append(completion.token_ids)
         return out

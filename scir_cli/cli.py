@@ -1,0 +1,185 @@
+"""The command line: parse, import the stage, run it, print one line. Options are made from the settings in config.py; torch is not imported here."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import signal
+import sys
+import traceback as tracebacks
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scir_cli import __version__, config, recipe, report, stages
+from scir_cli.errors import ConfigError, ScirError
+
+CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+PANELS = {config.StageSettings: "Every stage", config.ModelSettings: "Model", config.RewardSettings: "Internal reward models"}
+SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
+
+app = typer.Typer(
+    no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode="rich"
+)
+evaluations = typer.Typer(
+    no_args_is_help=True, context_settings=CONTEXT, help="Measure: reward models on labelled pairs, responses against responses."
+)
+
+ABOUT = {
+    "generate": "Sample N responses for each prompt.",
+    "judge": "Pair candidates and let every internal reward model say which is better.",
+    "check-consistency": "How far do the internal reward models agree?",
+    "filter": "Label and select pairs for preference optimisation.",
+    "train": "Train a policy: sft, dpo, or scir.",
+    "eval rewards": "Accuracy of each reward model, and of their agreed label, on labelled pairs.",
+    "eval winrate": "Win rate of one file of responses over another, judged in both orders.",
+    "eval responses": "Answer a prompt set in AlpacaEval's format.",
+}
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file of settings; flags win over it.", rich_help_panel="Every stage")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.", rich_help_panel="Every stage")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.", rich_help_panel="Every stage")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings by name, as lora.rank=8.", show_default=False)
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Self-Consistent Internal Rewards (arXiv 2502.08922): align a language model with its own judgement.
+
+    Stages pass Arrow datasets on: generate → judge → check-consistency → filter → train → eval; `run` takes a recipe through all of them.
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+    if version:
+        print(f"scir {__version__}")
+        raise typer.Exit()
+
+
+def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable[..., None]:
+    """A Typer command with an option for every setting; an option that is not given is None and leaves the setting to the layers below."""
+    known = config.fields(settings)
+    options = {name.replace(".", "_"): name for name in known}
+
+    def command(**given: Any) -> None:
+        file, as_json, traceback, overrides = (given.pop(k) for k in ("config", "as_json", "traceback", "overrides"))
+        with _reporting(traceback):
+            flags = {options[k]: v for k, v in given.items() if v is not None}
+            layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
+            built = config.build(settings, *layers, where=f"scir {stage}")
+            manifest = stages.load(stage)(built)
+            print(report.line(stage, str(built.output_dir), manifest), file=sys.stderr)
+            print(json.dumps(manifest, ensure_ascii=False)) if as_json else report.show(stage, manifest)
+
+    parameters = [_parameter(settings, flat, known[name]) for flat, name in options.items()]
+    parameters.sort(key=lambda p: p.name in config.RewardSettings.model_fields)  # the stage's own first
+    extra = {
+        "config": (ConfigFile, None),
+        "as_json": (AsJson, False),
+        "traceback": (Traceback, False),
+        "overrides": (Overrides, None),
+    }
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters += [inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in extra.items()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__doc__ = ABOUT[stage]
+    return command
+
+
+def _parameter(settings: type[config.StageSettings], flat: str, info: Any) -> inspect.Parameter:
+    flag = "--" + flat.replace("_", "-")
+    boolean = info.annotation is bool
+    names = [f"{flag}/--no-{flag[2:]}" if boolean and info.default else flag, *([SHORT[flat]] if flat in SHORT else [])]
+    default = "required" if info.is_required() else f"default: {_shown(info.default)}"
+    text = (
+        info.description if info.default is None or (boolean and not info.default) else f"{info.description} [dim]\\[{default}][/dim]"
+    )
+    panel = next(
+        (title for base, title in PANELS.items() if flat in base.model_fields and issubclass(settings, base)), "This stage"
+    )
+    option = typer.Option(
+        *names, help=text, metavar=None if boolean else config.takes(info), show_default=False, rich_help_panel=panel
+    )
+    kind = bool if boolean else str
+    return inspect.Parameter(flat, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _overrides(words: list[str] | None) -> dict[str, Any]:
+    pairs = [word.partition("=") for word in words or []]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ConfigError(f"'{name}' is not a setting; write NAME=VALUE, or a flag with --")
+    return {name: value for name, _, value in pairs}
+
+
+@contextmanager
+def _reporting(traceback: bool) -> Iterator[None]:
+    """Turns every failure into one line on stderr and an exit status; the traceback is behind --traceback."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("scir: interrupted; finished parts are kept, the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise typer.Exit(1) from None
+    except ScirError as error:
+        if traceback:
+            tracebacks.print_exc()
+        for message in str(error).splitlines():
+            print(f"scir: error: {message}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except Exception as error:  # the last line of defence: a bug of ours, or a library's failure nobody foresaw
+        if traceback:
+            tracebacks.print_exc()
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        print(
+            f"scir: error: {type(error).__name__}: {first} (unexpected; run again with --traceback to see where)", file=sys.stderr
+        )
+        raise typer.Exit(1) from None
+
+
+@app.command("run")
+def run_recipe(
+    recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe; see recipes/.")],
+    overrides: Overrides = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Folder of the whole run, in place of the recipe's.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole script and run nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print all figures as JSON on stdout; the stages' tables go to stderr.")
+    ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+) -> None:
+    """Run a recipe: every stage of every iteration, each in a process of its own. Killed and started again, it goes on where it stopped."""
+    with _reporting(traceback):
+        steps = recipe.load(recipe_file, output_dir, _overrides(overrides))
+        if dry_run:
+            print("#!/bin/sh\nset -e")
+            print("\n".join(step.line() for step in steps))
+            return
+        from scir_cli.stages import run
+
+        result = run.run(steps, quiet=as_json)
+        print(json.dumps(result, ensure_ascii=False)) if as_json else run.show(result)
+
+
+for _name, _settings in config.STAGES.items():
+    _group = evaluations if _name.startswith("eval ") else app
+    _group.command(_name.removeprefix("eval "))(_stage_command(_name, _settings))
+app.add_typer(evaluations, name="eval")
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,59 @@
+"""run: the stages of a recipe one after the other, each in a child process so that its memory is free for the next."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from scir_cli import report, store
+from scir_cli.errors import StageFailed
+from scir_cli.recipe import Step
+from scir_cli.store import Json
+
+PR_SET_PDEATHSIG = 1
+
+
+def run(steps: list[Step], *, quiet: bool = False) -> Json:
+    """Runs every step, prints each as a shell line on stderr, and returns the figures of what was checked; done steps are found done."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    for index, step in enumerate(steps, start=1):
+        console.print(f"[bold]\\[{index}/{len(steps)}][/bold] ", end="")
+        console.print(step.line(), markup=False)
+        _child(step, quiet)
+    figures = {}
+    for step in steps:
+        summary = store.read_json(Path(step.settings["output_dir"]) / "manifest.json").get("summary") or {}
+        if "models" in summary:
+            figures[str(step.settings["output_dir"])] = summary
+    return {"steps": len(steps), "checked": figures}
+
+
+def show(result: Json) -> None:
+    if result["checked"]:
+        names = list(result["checked"])
+        prefix = len(str(Path(names[0]).parent)) + 1 if len({Path(n).parent for n in names}) == 1 else 0
+        Console().print(report.story([(name[prefix:], figures) for name, figures in result["checked"].items()]))
+
+
+def _child(step: Step, quiet: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scir_cli", *step.arguments], stdout=sys.stderr if quiet else None, preexec_fn=_die_with_parent
+    )
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()  # the terminal has interrupted the child as well
+        raise
+    if code:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+        raise StageFailed(f"{step.stage} {how}; what it finished is kept, the same command goes on from there: {step.line()}")
+
+
+def _die_with_parent() -> None:
+    """A killed run must not leave a child behind that still writes."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,221 @@
+"""train: pairs -> a model folder (safetensors, tokenizer, card), with the dataset's reference log-probabilities and no second model in the loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from scir_cli import __version__, consistency, objectives, reward_models, sources, store
+from scir_cli.config import TrainSettings
+from scir_cli.errors import ConfigError, DataError, warn
+from scir_cli.objectives import Example
+from scir_cli.policy import Policy
+from scir_cli.reward_models import Context, Pair
+from scir_cli.stages.common import LazyPolicy, progress, try_encode
+from scir_cli.stages.judge import Scorer, with_reference
+from scir_cli.store import Json
+from scir_cli.trainer import Trainer
+
+LABEL = {"first": 1, "second": -1, None: 0}
+
+
+def run(settings: TrainSettings) -> Json:
+    """Trains and writes a model folder, and returns its manifest; counts are in pairs."""
+    rows, dropped, digests = _rows(settings)
+    scorer = Scorer(settings) if settings.objective == "scir" else None  # refuses a degenerate reward_reference
+    start = scorer.model if scorer else LazyPolicy(settings, settings.model)
+    reference = scorer.reference if scorer else None
+    plan = {
+        "stage": "train",
+        "settings": settings.plan(),
+        **digests,
+        "model": start.key,
+        "reward_reference": reference.key if reference else None,
+    }
+    if settings.dry_run:
+        return {"dry_run": True, "plan": plan, "rows_in": len(rows) + dropped.total()}
+    out = Path(settings.output_dir)
+    with store.claim(out, plan, settings.overwrite) as done:
+        if done is not None:
+            return {**done, "reused": True}
+        examples, drops = _examples(rows, start, settings)
+        validation, _ = _examples(_validation_rows(settings), start, replace_objective(settings))
+        policy = start.policy
+        for needed in [reference] * (reference is not None) + [start] * (settings.objective != "sft"):
+            with_reference([e.pair for e in [*examples, *validation]], needed, settings.max_tokens_per_pack)
+        if reference is not None:
+            reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
+        return _train(
+            settings, policy, start.key, reference.key if reference else None, examples, validation, dropped + drops, plan, out
+        )
+
+
+def replace_objective(settings: TrainSettings) -> TrainSettings:
+    """The settings under which validation pairs are encoded: as for labelled pairs."""
+    return settings.model_copy(update={"objective": "dpo"})
+
+
+def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], Json]:
+    """The training rows, each with a `label`; which columns count as labels depends on the kind of dataset, never on the objective."""
+    path = Path(settings.input)
+    if store.is_dataset(path):
+        table, dropped = store.read_dataset(path, "preferences", "consistency", "judged").slice(0, settings.limit), Counter[str]()
+    else:
+        table, dropped = sources.load_pairs(settings.input, settings.limit)
+    rows = table.to_pylist()
+    for row in rows:
+        row["label"] = row["label"] if "label" in row else row["gold"]
+    digests = {"input": sources.digest(settings.input), "validation": settings.validation and sources.digest(settings.validation)}
+    return rows, dropped, digests
+
+
+def _validation_rows(settings: TrainSettings) -> list[dict[str, Any]]:
+    if not settings.validation:
+        return []
+    rows = sources.load_pairs(settings.validation)[0].to_pylist()
+    return [{**row, "label": row["gold"]} for row in rows if row["gold"]]
+
+
+def _examples(rows: list[dict[str, Any]], start: LazyPolicy, settings: TrainSettings) -> tuple[list[Example], Counter[str]]:
+    drops: Counter[str] = Counter()
+    objective = objectives.TABLE[settings.objective](settings, start.chat, start.key, None)
+    examples = []
+    for row in rows:
+        pair = try_encode(row, start.chat)
+        example = Example(pair, LABEL[row["label"]] if settings.objective != "scir" else 0) if pair else None
+        if example is None:
+            drops["prompt_boundary"] += 1
+        elif settings.objective != "scir" and example.label == 0:
+            drops["unlabelled"] += 1
+        elif max(len(b.ids) for b in objective.branches(example)) > start.policy.context_length:
+            drops["too_long"] += 1
+        else:
+            examples.append(example)
+    if rows and not examples:
+        raise DataError(f"{settings.input} leaves no pair to train on: {dict(drops)}")
+    return examples, drops
+
+
+def _train(
+    settings: TrainSettings, policy: Policy, start_key: str, reward_key: str | None, examples: list[Example], validation: list[Example],
+    drops: Counter[str], plan: Json, out: Path,
+) -> Json:  # fmt: skip
+    if settings.lora.rank:
+        policy = _with_adapters(policy, settings)
+    objective = objectives.TABLE[settings.objective](settings, policy.chat, start_key, reward_key)
+    watch = Watch(settings, policy, [e.pair for e in validation], [e.label for e in validation], reward_key)
+    trainer = Trainer(policy, objective, examples, settings, out, watch if validation else None)
+    with progress(f"train {settings.objective}", trainer.n_steps) as advance:
+        final = trainer.train(advance)
+    return _write_model(settings, policy, trainer, plan, out, final, drops)
+
+
+def _with_adapters(policy: Policy, settings: TrainSettings) -> Policy:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("--lora-rank needs the package peft: pip install 'scir[lora]'") from error
+    targets = settings.lora.target_modules
+    config = LoraConfig(
+        r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    return replace(policy, model=get_peft_model(policy.model, config))
+
+
+class Watch:
+    """Figures of each reward model on labelled pairs while training goes on: which side wins is free, so it is watched (METHOD 4.5)."""
+
+    def __init__(
+        self, settings: TrainSettings, policy: Policy, pairs: Sequence[Pair], labels: Sequence[int], reward_key: str | None
+    ) -> None:
+        self.settings, self.policy, self.pairs, self.gold, self.reward_key = (
+            settings,
+            policy,
+            pairs,
+            np.array(labels, dtype=float),
+            reward_key,
+        )
+        names = [m for m in settings.reward_models if m == "judge" or (m == "implicit" and reward_key)]
+        self.models = reward_models.make(names, policy.chat, settings)
+        self.start: dict[str, float] = {}
+
+    def __call__(self) -> dict[str, float]:
+        asked = [reward_models.ask(self.models, pair) for pair in self.pairs]
+        widths = [len(model.branches(self.pairs[0])) for model in self.models.values()]
+        logps = list(self.policy.score(asked, self.settings.max_tokens_per_pack))
+        answers = reward_models.answer(self.models, widths, torch.cat(logps), Context.of(self.pairs, self.reward_key))
+        odds = np.stack([answer.log_odds.numpy().astype(float) for answer in answers.values()])
+        figures: dict[str, float] = {}
+        for name, values in zip(answers, odds, strict=True):
+            figures[f"validation/accuracy/{name}"] = float(np.mean(np.where(values == 0, 0.5, values * self.gold > 0)))
+            figures[f"validation/abs_log_odds/{name}"] = float(np.abs(values).mean())
+        if "judge" in answers and (seats := answers["judge"].seats) is not None:
+            figures["validation/flip_rate"] = float((seats[0].sign() == seats[1].sign()).float().mean())
+        if len(odds) > 1:
+            figures["validation/agreement"] = float(np.nanmean(consistency.agreement(odds).agree))
+        self._warn(figures)
+        return figures
+
+    def _warn(self, now: dict[str, float]) -> None:
+        """One line when the judge collapses into answering by seat: |a| halved and flips up by a tenth since the start."""
+        self.start = self.start or now
+        size, flips = "validation/abs_log_odds/judge", "validation/flip_rate"
+        if size in now and now[size] < 0.5 * self.start[size] and now[flips] > self.start[flips] + 0.1:
+            warn(
+                f"the judge is collapsing: mean |log-odds| {self.start[size]:.2f} -> {now[size]:.2f}, flip rate {self.start[flips]:.0%} -> {now[flips]:.0%}. "
+                "Lower --penalty-weight or --implicit-scale, or set --stop-gradient judge"
+            )
+
+
+def _write_model(
+    settings: TrainSettings, policy: Policy, trainer: Trainer, plan: Json, out: Path, final: Json, drops: Counter[str]
+) -> Json:
+    model = policy.model
+    if settings.lora.rank:
+        model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()
+    model.set_attn_implementation(policy.plain_attention)
+    try:
+        model.save_pretrained(out)
+        policy.chat.tokenizer.save_pretrained(out)
+        generation = policy.path / "generation_config.json"
+        if generation.is_file():
+            (out / generation.name).write_bytes(generation.read_bytes())
+        (out / "README.md").write_text(_card(settings, plan, trainer), encoding="utf-8")
+    except OSError as error:
+        raise store.disk_error(error, out) from error
+    manifest = {
+        "kind": "model",
+        "digest": store.digest_json([store.digest_file(f) for f in sorted(out.glob("*.safetensors"))]),
+        "rows_in": len(trainer.examples) + drops.total(),
+        "rows_out": len(trainer.examples),
+        "drops": dict(drops),
+        "nulls": {},
+        "steps": trainer.n_steps,
+        "versions": store.versions(),
+        "summary": {name: round(float(value), 6) for name, value in final.items()},
+    }
+    store.write_json(out / "manifest.json", manifest)
+    trainer.finish()
+    return manifest
+
+
+def _card(settings: TrainSettings, plan: Json, trainer: Trainer) -> str:
+    lines = [f"| `{name}` | {value} |" for name, value in plan["settings"].items()]
+    return "\n".join(
+        [
+            "---", "library_name: transformers", "tags: [scir, preference-optimisation]", "---", "",
+            f"# A policy trained by scir {__version__}", "",
+            f"Objective `{settings.objective}`, {trainer.n_steps} steps on {len(trainer.examples)} pairs.", "",
+            f"- parent: `{settings.model}` (weights key `{plan['model']}`)",
+            f"- data: `{settings.input}` (digest `{plan['input']}`)",
+            f"- reward reference: `{settings.reward_reference}` (weights key `{plan['reward_reference']}`)", "",
+            "| setting | value |", "|---|---|", *lines, "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,397 @@
+"""The engine against the model itself: packed trees must score what one sequence at a time scores, logps and gradients.
+
+The plain scorer below is written independently of scir_cli: a second copy of the model with its own attention, full logits, log_softmax, gather.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_fp32
+from peft import LoraConfig, get_peft_model
+from toy import CHATML, VOCABULARY, make_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from scir_cli import policy, trees
+from scir_cli.policy import Policy
+from scir_cli.trees import Branch, continuation, verdict
+
+TAKES_TREES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "cohere", "granite"]
+CANNOT = ["bloom", "mamba"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model, said twice: as branches for the engine, and as (context, answer) for the plain scorer."""
+
+    branches: list[Branch]
+    sequences: list[tuple[list[int], list[int]]]
+
+
+def questions(seed: int = 0) -> Asked:
+    """Three prompts with three answers each (some starting alike, one given twice), and judge prompts that share a start and have two verdicts each."""
+    random = np.random.default_rng(seed)
+
+    def ids(n: int) -> list[int]:
+        return random.integers(4, VOCABULARY, n).tolist()
+
+    sequences = []
+    system = ids(5)
+    for length in (3, 14, 30):  # with the answers: below and beyond the sliding windows of 8 and 16
+        prompt, start = system + ids(length), ids(3)
+        answers = [start + ids(7), start + ids(4), ids(9)]
+        sequences += [(prompt, answer) for answer in [*answers, answers[0]]]
+    instruction, a, b = ids(12), ids(8), ids(6)
+    for order in ([*a, 9, *b], [*b, 9, *a]):
+        sequences += [([*instruction, *order, 7], [token]) for token in (36, 37)]
+    return Asked([continuation(p, r) if len(r) > 1 else verdict(p, r[0]) for p, r in sequences], sequences)
+
+
+def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A second copy of the model. Eager attention is each model's own definition: the only one with Gemma 2's soft-capping."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def plain_logps(model: Any, asked: Asked) -> Tensor:
+    """Summed log-probability of each answer after its context, one sequence at a time through the whole model."""
+    sums = []
+    for context, answer in asked.sequences:
+        logits = model(input_ids=torch.tensor([context + answer]), use_cache=False).logits[0]
+        logps = torch.log_softmax(logits.float(), dim=-1)
+        sums.append(sum(logps[len(context) + i - 1, token] for i, token in enumerate(answer)))
+    return torch.stack(sums)
+
+
+def weights_for(asked: Asked) -> Tensor:
+    return torch.randn(len(asked.branches), generator=torch.Generator().manual_seed(7))
+
+
+def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
+    """Gradient of a random weighted sum of the branches, by parameter."""
+    weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(7))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad((weights * logps).sum(), list(named.values())), strict=True))
+
+
+def assert_same_logps(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    worst = ((got - want).abs() / want.abs()).max().item()
+    assert worst < 1e-4, f"log-probabilities differ by {worst:.1e} relative"
+
+
+def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    off = {name: ((got[name] - want[name]).norm() / want[name].norm()).item() for name in want}
+    assert not {name: value for name, value in off.items() if not value < 1e-4}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folder of a tiny model by architecture, made when first asked for."""
+    root, made = tmp_path_factory.mktemp("architectures"), {}
+
+    def folder(arch: str) -> Path:
+        if arch not in made:
+            made[arch] = make_model(root / arch, arch)
+        return made[arch]
+
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------------ packed equals plain
+
+
+@pytest.mark.parametrize("arch", TAKES_TREES)
+def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(arch: str, folders: Any, capsys: pytest.CaptureFixture[str]):
+    folder = folders(arch)
+    packed, plain, asked = load_fp32(folder), plain_model(folder), questions()
+    assert packed.takes_trees
+    assert capsys.readouterr().err == ""
+    forest = trees.build(asked.branches)
+    assert len(forest) < 0.6 * sum(len(b.ids) for b in asked.branches)  # much is shared, so that this tests something
+    got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
+    assert got.dtype == torch.float32
+    assert_same_logps(got, want)
+    assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
+
+
+@pytest.mark.parametrize("arch", CANNOT)
+def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warning(arch: str, folders: Any, capsys: pytest.CaptureFixture[str]):
+    folder, asked = folders(arch), questions()
+    fallen_back, plain = load_fp32(folder), plain_model(folder)
+    assert not fallen_back.takes_trees
+    assert capsys.readouterr().err.count("warning: ") == 1
+    got, want = fallen_back.branch_logps(asked.branches), plain_logps(plain, asked)
+    assert_same_logps(got, want)
+    assert_same_gradients(gradients(fallen_back.model, got), gradients(plain, want))
+
+
+@pytest.fixture
+def attention_that_ignores_the_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A model that swallows the plan and attends over the flat sequence, as one would that has an attention of its own."""
+
+    def flat(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **_: Any):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2), None
+
+    with monkeypatch.context() as patched:
+        patched.setattr(policy, "tree_attention", flat)
+        yield
+    policy.register_tree_attention()  # the registry is the process's: put the right one back
+
+
+@pytest.mark.usefixtures("attention_that_ignores_the_tree")
+def test_a_model_that_ignores_the_mask_is_found_out_when_it_is_loaded(tiny_llama: Path, capsys: pytest.CaptureFixture[str]):
+    found_out, asked = load_fp32(tiny_llama), questions()
+    assert not found_out.takes_trees
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: llama cannot score token trees; it is scored one branch at a time, with the same numbers, slower"
+    ]
+    plain = plain_model(tiny_llama)
+    got, want = found_out.branch_logps(asked.branches), plain_logps(plain, asked)
+    assert_same_logps(got, want)
+    assert_same_gradients(gradients(found_out.model, got), gradients(plain, want))
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8])
+def test_a_window_smaller_than_a_segment_and_one_that_spans_several_are_right(window: int, tmp_path: Path):
+    folder, asked = make_model(tmp_path / "model", "mistral", sliding_window=window), questions()
+    assert_same_logps(load_fp32(folder).branch_logps(asked.branches).detach(), plain_logps(plain_model(folder), asked).detach())
+
+
+def test_the_masks_of_a_plan_are_the_visible_keys_of_each_segment():
+    forest = trees.build(questions().branches)
+    for window in (None, 3, 16):
+        mask = trees.visible(forest, window)
+        for segment, own in zip(forest.segments, policy.Plan.of(forest, torch.device("cpu")).mask(window), strict=True):
+            keys = [k for s in (*(forest.segments[a] for a in segment.ancestors), segment) for k in range(s.start, s.end)]
+            assert own.tolist() == mask[segment.start : segment.end][:, keys].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------------ gradients of shared targets
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 1.0), (1.0, -1.0), (0.3, -0.7)])
+def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient_each(weights: tuple[float, float], tiny_llama: Path):
+    """Two targets with one hidden state and one token: their gradients add up, each counted once."""
+    packed, plain = load_fp32(tiny_llama), plain_model(tiny_llama)
+    asked = Asked([continuation([5, 6, 7], [20, 21]), continuation([5, 6, 7], [20, 22])], [([5, 6, 7], [20, 21]), ([5, 6, 7], [20, 22])])
+    both = [
+        dict(zip(dict(m.named_parameters()), torch.autograd.grad((torch.tensor(weights) * logps).sum(), list(m.parameters())), strict=True))
+        for m, logps in ((packed.model, packed.branch_logps(asked.branches)), (plain, plain_logps(plain, asked)))
+    ]
+    assert_same_gradients(*both)
+
+
+# ------------------------------------------------------------------------------------------------------------------ precision and the head
+
+
+def test_in_bf16_trees_are_as_near_to_fp32_as_the_model_itself(tiny_llama: Path):
+    asked = questions()
+    exact = plain_logps(plain_model(tiny_llama), asked).detach()
+    half = plain_logps(plain_model(tiny_llama, torch.bfloat16), asked).detach()
+    packed = load_fp32(tiny_llama, dtype="bf16")
+    assert packed.takes_trees
+    got = packed.branch_logps(asked.branches).detach()
+    assert got.dtype == torch.float32
+    n_tokens = torch.tensor([len(answer) for _, answer in asked.sequences])
+    # bf16 keeps 8 bits: logits up to about 8 are rounded by up to 2^-6, and hidden states before them by as much again
+    assert ((got - exact).abs() / n_tokens).max() < 2**-4
+    assert ((got - half).abs() / n_tokens).max() < 2**-4
+
+
+def head(vocabulary: int, width: int, dtype: torch.dtype) -> nn.Linear:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(width, vocabulary, bias=True, dtype=dtype)
+
+
+def test_verdict_margins_below_the_resolution_of_bf16_survive():
+    lm_head = nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
+    lm_head.weight.data = torch.tensor([[1.0, 2.0], [1.0, 2.015625], [0.0, 0.0]], dtype=torch.bfloat16)  # bf16 holds 2 + 1/64 exactly
+    hidden = torch.tensor([[8.0, 1.0]], dtype=torch.bfloat16)
+    assert len(set(lm_head(hidden)[0, :2].tolist())) == 1  # 10 and 10 + 1/64 are one number in bf16
+    forest = trees.build([verdict([5], 0), verdict([5], 1)])
+    a, b = policy.target_logps(hidden, lm_head, lambda logits: logits, forest).tolist()
+    assert b - a == pytest.approx(1 / 64, abs=1e-6)
+
+
+def test_the_head_on_two_hidden_states_by_hand():
+    lm_head = nn.Linear(1, 3)
+    lm_head.weight.data, lm_head.bias.data = torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([0.0, 0.0, math.log(2)])
+    forest = trees.build([Branch((7, 8), (0, 1), (1, 2))])
+    # hidden 0: logits 0, 0, ln 2 -> 1/4, 1/4, 1/2; hidden ln 2: logits ln 2, ln 4, ln 2 -> 1/4, 1/2, 1/4
+    logps = policy.target_logps(torch.tensor([[0.0], [math.log(2)]]), lm_head, lambda logits: logits, forest)
+    assert logps.tolist() == pytest.approx([math.log(1 / 4), math.log(1 / 4)])
+
+
+def test_chunks_of_the_head_change_neither_logps_nor_gradients(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    packed, asked = load_fp32(tiny_llama), questions()
+    whole = packed.branch_logps(asked.branches)
+    whole_gradients = gradients(packed.model, whole)
+    calls = []
+    monkeypatch.setattr(policy, "HEAD_CHUNK_ELEMENTS", 1)  # 16 rows a chunk, the least there is
+    original = policy._chunk_logps
+    monkeypatch.setattr(policy, "_chunk_logps", lambda h, *rest: (calls.append(len(h)), original(h, *rest))[1])
+    chunked = packed.branch_logps(asked.branches)
+    assert len(calls) > 3
+    assert max(calls) == 16
+    assert torch.allclose(chunked, whole, rtol=1e-6, atol=0)
+    assert_same_gradients(gradients(packed.model, chunked), whole_gradients)
+    with torch.no_grad():
+        assert torch.allclose(packed.branch_logps(asked.branches), whole, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_log_probability_is_never_above_zero(dtype: torch.dtype):
+    """Also where one token has nearly all the mass, in bf16 as well: its exact logit stands in its own normaliser."""
+    lm_head = head(50, 16, dtype)
+    lm_head.weight.data[3] *= 400
+    hidden = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    forest = trees.build([Branch(tuple(range(200)), tuple(range(200)), (token,) * 200) for token in (3, 4)])
+    logps = policy.target_logps(hidden, lm_head, lambda logits: logits, forest)
+    assert logps.shape == (400,)
+    assert logps.max() <= 0
+    assert logps[:200].max() > -1e-6  # sure of token 3 somewhere
+
+
+def test_no_branches_give_no_logps(tiny_policy: Policy):
+    assert tiny_policy.branch_logps([]).shape == (0,)
+
+
+def test_a_branch_without_targets_scores_nothing_beside_one_that_does(tiny_policy: Policy):
+    scored = continuation([5, 6, 7], [20, 21])
+    with torch.no_grad():
+        alone, beside = tiny_policy.branch_logps([scored]), tiny_policy.branch_logps([Branch((5, 9), (), ()), scored])
+    assert beside[0] == 0
+    assert beside[1].item() == pytest.approx(alone[0].item(), rel=1e-5)
+
+
+def test_an_empty_response_beside_others_scores_zero_and_leaves_them_as_they_are(tiny_policy: Policy):
+    scored = continuation([5, 6, 7], [20, 21])
+    with torch.no_grad():
+        alone = tiny_policy.branch_logps([scored])
+        beside = tiny_policy.branch_logps([continuation([5, 6, 7], []), scored])
+    assert beside.tolist() == pytest.approx([0.0, alone[0].item()], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------ score
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
+def test_score_gives_the_same_numbers_for_any_number_of_tokens_a_pack(max_tokens: int, tiny_policy: Policy, tiny_llama: Path):
+    asked = questions()
+    bounds = [0, 2, 2, 3, 7, len(asked.branches)]  # groups of different sizes, one of them empty
+    groups = [asked.branches[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    scored = list(tiny_policy.score(groups, max_tokens))
+    assert [len(s) for s in scored] == [len(g) for g in groups]
+    assert not any(s.requires_grad for s in scored)
+    assert_same_logps(torch.cat(scored), plain_logps(plain_model(tiny_llama), asked).detach())
+
+
+def test_score_of_no_groups_is_nothing(tiny_policy: Policy):
+    assert list(tiny_policy.score([], 100)) == []
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+
+
+def test_gradient_checkpointing_changes_neither_logps_nor_gradients(tiny_llama: Path):
+    asked = questions()
+    stored, recomputed = load_fp32(tiny_llama), load_fp32(tiny_llama)
+    recomputed.model.gradient_checkpointing_enable()
+    recomputed.model.train()
+    passes = []
+    recomputed.model.model.layers[0].mlp.register_forward_hook(lambda *_: passes.append(1))
+    logps = [p.branch_logps(asked.branches) for p in (recomputed, stored)]
+    assert_same_logps(*logps)
+    got = gradients(recomputed.model, logps[0])
+    assert len(passes) == 2  # once forward, once more in the backward pass: checkpointing was on
+    assert_same_gradients(got, gradients(stored.model, logps[1]))
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "phi"])
+def test_dropout_is_off_in_train_mode_too(arch: str, folders: Any):
+    packed, asked = load_fp32(folders(arch)), questions()  # gpt2's default is dropout at 0.1
+    with torch.no_grad():
+        evaluated = packed.branch_logps(asked.branches)
+        packed.model.train()
+        assert torch.equal(packed.branch_logps(asked.branches), evaluated)
+
+
+def adapted(model: Any, target_modules: str = "all-linear") -> Any:
+    """The model with LoRA adapters that are not zero, the same for the same model."""
+    adapters = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, task_type="CAUSAL_LM"))
+    random = torch.Generator().manual_seed(5)
+    for name, parameter in adapters.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=random)
+    return adapters
+
+
+def with_adapters(base: Policy, target_modules: str = "all-linear") -> Policy:
+    return replace(base, model=adapted(base.model, target_modules))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft's word on GPT-2's transposed weights, which it then corrects
+def test_with_lora_adapters_trees_equal_plain_and_without_them_the_base(arch: str, folders: Any):
+    folder, asked = folders(arch), questions()
+    packed, plain = with_adapters(load_fp32(folder)), adapted(plain_model(folder))
+    got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
+    base = plain_logps(plain_model(folder), asked)
+    assert (want - base).abs().min() > 1e-2  # the adapters do something to every branch
+    assert_same_logps(got, want)
+    assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
+    with packed.adapters_off():
+        assert_same_logps(packed.branch_logps(asked.branches), base)
+    assert torch.equal(packed.branch_logps(asked.branches), got)  # and on again
+
+
+def test_adapters_on_the_head_count_as_well(tiny_llama: Path):
+    asked = questions()
+    packed, plain = with_adapters(load_fp32(tiny_llama), ".*lm_head"), adapted(plain_model(tiny_llama), ".*lm_head")
+    got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
+    assert_same_logps(got, want)
+    assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
+
+
+def test_without_adapters_the_policy_is_its_own_base(tiny_policy: Policy):
+    asked = questions()
+    with torch.no_grad(), tiny_policy.adapters_off():
+        off = tiny_policy.branch_logps(asked.branches)
+    with torch.no_grad():
+        assert torch.equal(tiny_policy.branch_logps(asked.branches), off)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the weights key
+
+
+def test_the_weights_key_does_not_depend_on_the_folders_name(tiny_llama: Path, tiny_policy: Policy, tmp_path: Path):
+    shutil.copytree(tiny_llama, tmp_path / "another name")
+    assert load_fp32(tmp_path / "another name").key == tiny_policy.key
+    assert len(tiny_policy.key) == 16
+
+
+def test_the_weights_key_changes_with_weights_precision_and_template(tiny_llama: Path, tiny_policy: Policy, tmp_path: Path):
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML.replace("assistant", "helper"))
+    keys = {
+        "as it is": tiny_policy.key,
+        "other weights": load_fp32(make_model(tmp_path / "other", "llama", seed=1)).key,
+        "bf16": load_fp32(tiny_llama, dtype="bf16").key,
+        "other template": load_fp32(tiny_llama, chat_template=str(template)).key,
+        "other tokenizer": load_fp32(make_model(tmp_path / "bos", "llama", bos=True)).key,
+    }
+    assert len(set(keys.values())) == len(keys), keys
