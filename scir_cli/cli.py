@@ -97,7 +97,9 @@ def _parameter(settings: type[config.StageSettings], flat: str, info: Any) -> in
     names = [f"{flag}/--no-{flag[2:]}" if boolean and info.default else flag, *([SHORT[flat]] if flat in SHORT else [])]
     default = "required" if info.is_required() else f"default: {_shown(info.default)}"
     text = (
-        info.description if info.default is None or (boolean and not info.default) else f"{info.description} [dim]\\[{default}][/dim]"
+        info.description
+        if info.default is None or (boolean and not info.default)
+        else f"{info.description} [dim]\\[{default}][/dim]"
     )
     panel = next(
         (title for base, title in PANELS.items() if flat in base.model_fields and issubclass(settings, base)), "This stage"

@@ -132,8 +132,6 @@ class GenerateSettings(ModelSettings):
 class JudgeSettings(RewardSettings):
     input: str = setting(..., "Candidates, or pairs (prompt, chosen, rejected; their labels are kept as gold).", free=True)
     pairs: str = setting("all", "Pairs of each prompt's candidates: all, best-worst (by the first reward model), or random:K.")
-    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
-    batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
     rows_per_part: Positive = setting(64, "Input rows a part; a stopped run loses the part at work.")
 
 
@@ -210,6 +208,18 @@ class TrainSettings(RewardSettings):
     report_to: list[str] = setting([], "Trackers known to accelerate: tensorboard, wandb, trackio, mlflow …", free=True)
 
     @model_validator(mode="after")
+    def _sft(self) -> TrainSettings:
+        if (
+            self.objective == "sft"
+            and not self.sft_response_weight
+            and not (self.sft_judge_weight and "judge" in self.reward_models)
+        ):
+            raise ValueError(
+                "sft has nothing to teach: sft_response_weight and sft_judge_weight are both 0 (or 'judge' is not among reward_models)"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _guards(self) -> TrainSettings:
         if self.objective == "scir" and self.entropy_weight >= 4:
             raise ValueError(
@@ -228,8 +238,6 @@ class EvalRewardsSettings(RewardSettings):
         ..., "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are then used as they are.", free=True
     )
     model: str = setting("", "Model folder, hub id or package:NAME; not needed where the input is already judged.", free=True)
-    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
-    batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
     rows_per_part: Positive = setting(64, "Input rows a part.")
 
 
@@ -237,8 +245,6 @@ class EvalWinrateSettings(RewardSettings):
     responses: str = setting(..., "Responses of the model under test: AlpacaEval's JSON list, or a candidates dataset.", free=True)
     baseline: str = setting(..., "Responses to compare with, of the same form.", free=True)
     reward_models: list[Literal[REWARD_MODELS]] = setting(["judge"], "Who judges.")  # type: ignore[valid-type]
-    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
-    batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
     rows_per_part: Positive = setting(64, "Input rows a part.")
 
 

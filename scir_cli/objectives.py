@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from scir_cli import losses, reward_models
+from scir_cli import losses, odds, reward_models
 from scir_cli.chat import Chat
 from scir_cli.config import TrainSettings
 from scir_cli.odds import Odds
@@ -65,30 +65,31 @@ class Sft(_Base):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.judge = self.models.get("judge")
-        self.groups = {"answer": slice(0, 1)} | ({"judge": slice(1, 5)} if self.judge else {})
+        self.judge = self.models.get("judge") if self.settings.sft_judge_weight else None
+        self.answers = 1 if self.settings.sft_response_weight else 0  # branches of the chosen response
+        parts = {"answer": slice(0, self.answers), "judge": slice(self.answers, self.answers + 4)}
+        self.groups = {name: part for name, part in parts.items() if (self.answers if name == "answer" else self.judge)}
 
     def branches(self, example: Example) -> list[Branch]:
         chosen = example.pair.response_ids[0 if example.label > 0 else 1]
-        verdicts = self.judge.branches(example.pair) if self.judge else []
-        return [continuation(example.pair.prompt_ids, chosen), *verdicts]
+        answer = [continuation(example.pair.prompt_ids, chosen)] * self.answers
+        return [*answer, *(self.judge.branches(example.pair) if self.judge else [])]
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        label = self.labels(examples, logps)
-        chosen = [len(e.pair.response_ids[0 if e.label > 0 else 1]) for e in examples]
-        answer = -logps[:, 0] / torch.tensor(chosen, device=logps.device)  # mean token NLL, (pairs,)
-        loss = self.settings.sft_response_weight * answer.mean()
-        metrics = {"sft/answer_nll": float(answer.detach().mean())}
-        if self.judge:
-            verdicts = logps[:, 1:].unflatten(1, (2, 2))  # (pairs, 2 orders, tokens A and B)
+        loss, metrics = logps.new_zeros(()), Metrics()
+        if "answer" in self.groups:
+            lengths = [len(e.pair.response_ids[0 if e.label > 0 else 1]) for e in examples]
+            nll = -logps[:, 0] / torch.tensor(lengths, device=logps.device)  # mean over tokens, (pairs,)
+            loss = loss + self.settings.sft_response_weight * nll.mean()
+            metrics["sft/answer_nll"] = float(nll.detach().mean())
+        if "judge" in self.groups:
+            label = self.labels(examples, logps)
+            verdicts = logps[:, self.groups["judge"]].unflatten(1, (2, 2))  # (pairs, 2 orders, tokens A and B)
             right = torch.stack([label < 0, label > 0], dim=1).long()  # first better: A in the first order, B in the second
             nll = -verdicts.gather(2, right[:, :, None])[..., 0]  # (pairs, 2)
             loss = loss + self.settings.sft_judge_weight * nll.mean()
-            judged = reward_models.odds.two_orders(logps[:, 1:].detach().T.unflatten(0, (2, 2)))
-            metrics |= {
-                "sft/verdict_nll": float(nll.detach().mean()),
-                "accuracy/judge": float((judged.log_odds * label > 0).float().mean()),
-            }
+            judged = odds.two_orders(verdicts.detach().permute(1, 2, 0)).log_odds
+            metrics |= {"sft/verdict_nll": float(nll.detach().mean()), "accuracy/judge": float((judged * label > 0).float().mean())}
         return loss, metrics
 
 

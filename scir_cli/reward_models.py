@@ -6,7 +6,7 @@ text first; usually none), `branches` (token paths to score, always the same num
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -201,7 +201,7 @@ def make(names: Sequence[str], chat: Chat, settings: RewardSettings) -> dict[str
     return {name: TABLE[name](chat, settings) for name in names}
 
 
-def ask(models: dict[str, RewardModel], pair: Pair, written: dict[str, Sequence[Sequence[int]]] | None = None) -> list[Branch]:
+def ask(models: dict[str, RewardModel], pair: Pair, written: Mapping[str, Sequence[Sequence[int]]] | None = None) -> list[Branch]:
     """All branches the models ask about a pair, one model after the other."""
     return [branch for name, model in models.items() for branch in model.branches(pair, (written or {}).get(name, ()))]
 

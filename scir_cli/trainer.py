@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import get_scheduler
 
 from scir_cli import store, trees
 from scir_cli.config import TrainSettings
@@ -30,7 +29,14 @@ from scir_cli.errors import TrainingError
 from scir_cli.objectives import Example, Metrics, Objective
 from scir_cli.policy import Policy
 
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+def rate(step: int, n_steps: int, settings: TrainSettings) -> float:
+    """Learning rate of a step as a share of the peak: linear warm-up that starts above 0, then the schedule, which ends above 0."""
+    warmup = math.ceil(settings.warmup_ratio * n_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    left = (n_steps - step) / max(1, n_steps - warmup)  # 1 after warm-up, 1 / (steps left then) in the last step
+    return {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[settings.schedule]
 
 
 class MasterAdamW(torch.optim.AdamW):
@@ -84,10 +90,7 @@ class Trainer:
         self.accelerator = Accelerator(cpu=policy.device.type == "cpu", log_with=settings.report_to or None, project_dir=str(out))
         self.params = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = MasterAdamW(self.params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        warmup = math.ceil(settings.warmup_ratio * self.n_steps)
-        self.scheduler = get_scheduler(
-            SCHEDULES[settings.schedule], self.optimizer, num_warmup_steps=warmup, num_training_steps=self.n_steps
-        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, self.n_steps, settings))
         self.step = 0
         self.tokens = 0
 
@@ -133,17 +136,17 @@ class Trainer:
     def _optimise(self, batch: list[Example]) -> Metrics:
         self.optimizer.zero_grad()
         metrics = self._backward(batch)
-        norm = self.accelerator.clip_grad_norm_(self.params, self.settings.max_grad_norm)
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(float(norm)):
+        norm = float(self.accelerator.clip_grad_norm_(self.params, self.settings.max_grad_norm))
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             ids = ", ".join(e.pair.pair_id for e in batch[:4])
             raise TrainingError(
-                f"step {self.step}: the loss is {metrics['loss']} and the gradient norm {float(norm)}; the first pairs of the batch are {ids}. "
+                f"step {self.step}: the loss is {metrics['loss']} and the gradient norm {norm}; the first pairs of the batch are {ids}. "
                 f"Lower --learning-rate (now {self.settings.learning_rate}) or look at those pairs; earlier checkpoints are kept"
             )
-        rate = self.scheduler.get_last_lr()[0]
+        learning_rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
-        return metrics | {"grad_norm": float(norm), "learning_rate": rate}
+        return metrics | {"grad_norm": norm, "learning_rate": learning_rate}
 
     # -- one step
 

@@ -28,6 +28,7 @@ from scir_cli.trees import Branch, continuation, verdict
 
 TAKES_TREES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "cohere", "granite"]
 CANNOT = ["bloom", "mamba"]
+PEFT_AND_TRANSFORMERS_5_23 = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @dataclass(frozen=True)
@@ -198,17 +199,20 @@ def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient
 
 
 def test_in_bf16_trees_are_as_near_to_fp32_as_the_model_itself(tiny_llama: Path):
-    asked = questions()
-    exact = plain_logps(plain_model(tiny_llama), asked).detach()
-    half = plain_logps(plain_model(tiny_llama, torch.bfloat16), asked).detach()
-    packed = load_fp32(tiny_llama, dtype="bf16")
+    exact, half, packed = plain_model(tiny_llama), plain_model(tiny_llama, torch.bfloat16), load_fp32(tiny_llama, dtype="bf16")
     assert packed.takes_trees
-    got = packed.branch_logps(asked.branches).detach()
-    assert got.dtype == torch.float32
-    n_tokens = torch.tensor([len(answer) for _, answer in asked.sequences])
-    # bf16 keeps 8 bits: logits up to about 8 are rounded by up to 2^-6, and hidden states before them by as much again
-    assert ((got - exact).abs() / n_tokens).max() < 2**-4
-    assert ((got - half).abs() / n_tokens).max() < 2**-4
+    ours, own = [], []  # errors a token, nats
+    with torch.no_grad():
+        for seed in range(4):
+            asked = questions(seed)
+            n_tokens = torch.tensor([len(answer) for _, answer in asked.sequences])
+            want, got = plain_logps(exact, asked), packed.branch_logps(asked.branches)
+            assert got.dtype == torch.float32
+            ours.append((got - want) / n_tokens)
+            own.append((plain_logps(half, asked) - want) / n_tokens)
+    rms, own_rms = (torch.cat(errors).square().mean().sqrt().item() for errors in (ours, own))
+    assert rms < 1.5 * own_rms  # 64 branches: chance alone moves such a ratio by about 1 / sqrt(2 * 64), a tenth
+    assert own_rms < 0.05  # and neither is noise: answers differ by whole nats a token
 
 
 def head(vocabulary: int, width: int, dtype: torch.dtype) -> nn.Linear:
@@ -307,13 +311,14 @@ def test_score_of_no_groups_is_nothing(tiny_policy: Policy):
 # ------------------------------------------------------------------------------------------------------------------ training
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its new name is missing from transformers 5.16
 def test_gradient_checkpointing_changes_neither_logps_nor_gradients(tiny_llama: Path):
     asked = questions()
     stored, recomputed = load_fp32(tiny_llama), load_fp32(tiny_llama)
     recomputed.model.gradient_checkpointing_enable()
     recomputed.model.train()
     passes = []
-    recomputed.model.model.layers[0].mlp.register_forward_hook(lambda *_: passes.append(1))
+    recomputed.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(1))
     logps = [p.branch_logps(asked.branches) for p in (recomputed, stored)]
     assert_same_logps(*logps)
     got = gradients(recomputed.model, logps[0])
@@ -344,6 +349,7 @@ def with_adapters(base: Policy, target_modules: str = "all-linear") -> Policy:
     return replace(base, model=adapted(base.model, target_modules))
 
 
+@PEFT_AND_TRANSFORMERS_5_23
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft's word on GPT-2's transposed weights, which it then corrects
 def test_with_lora_adapters_trees_equal_plain_and_without_them_the_base(arch: str, folders: Any):
@@ -359,6 +365,7 @@ def test_with_lora_adapters_trees_equal_plain_and_without_them_the_base(arch: st
     assert torch.equal(packed.branch_logps(asked.branches), got)  # and on again
 
 
+@PEFT_AND_TRANSFORMERS_5_23
 def test_adapters_on_the_head_count_as_well(tiny_llama: Path):
     asked = questions()
     packed, plain = with_adapters(load_fp32(tiny_llama), ".*lm_head"), adapted(plain_model(tiny_llama), ".*lm_head")

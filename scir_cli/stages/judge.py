@@ -7,7 +7,7 @@ are the next one's reference, and training needs no second model.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from scir_cli import backends, consistency, reward_models, sources, store
 from scir_cli.backends import Request, Sampling
-from scir_cli.config import EvalRewardsSettings, EvalWinrateSettings, JudgeSettings
+from scir_cli.config import EvalRewardsSettings, EvalWinrateSettings, JudgeSettings, TrainSettings
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.odds import Odds
 from scir_cli.reward_models import Context, Pair
@@ -25,7 +25,7 @@ from scir_cli.stages.common import LazyPolicy, progress, try_encode
 from scir_cli.stages.generate import sample_seed
 from scir_cli.store import Json, Part
 
-AnySettings = JudgeSettings | EvalRewardsSettings | EvalWinrateSettings
+AnySettings = JudgeSettings | EvalRewardsSettings | EvalWinrateSettings | TrainSettings
 Row = dict[str, Any]
 
 
@@ -171,7 +171,7 @@ def _best_worst(rows: list[Row], choose: tuple[str, int], settings: AnySettings)
         return rows, Counter()
     out = []
     for group in _by_prompt(rows):
-        totals: Counter[str] = Counter()
+        totals: dict[str, float] = defaultdict(float)
         for row in group:
             value = next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == settings.reward_models[0]) or 0.0
             totals[row["first"]["candidate_id"]] += value
@@ -241,7 +241,7 @@ class Scorer:
             requests = [(i, tuple(p)) for i, pair in enumerate(pairs) for p in model.requests(pair)]
             if not requests:
                 continue
-            sampling = Sampling(0.0, 1.0, self.settings.rationale_max_tokens, self.settings.batch_size)
+            sampling = Sampling(0.0, 1.0, self.settings.rationale_max_tokens, self.settings.rationale_batch_size)
             backend = backends.make("transformers", self.model.policy, sampling)
             answers = backend.generate(
                 [Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests]
