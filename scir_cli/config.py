@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from scir_cli.errors import ConfigError, suggest
 
-REWARD_MODELS = ("judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external")
+RewardModelName = Literal["judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external"]
+REWARD_MODELS = get_args(RewardModelName)
 
 #: Marks a setting that cannot change a row: it stays out of the plan, so a stopped run may go on with another value.
-FREE = {"free": True}
+FREE: dict[str, Any] = {"free": True}
 
 
 def setting(default: Any, help: str, *, free: bool = False, **limits: Any) -> Any:
@@ -81,9 +82,9 @@ class ModelSettings(StageSettings):
 
 
 class RewardSettings(ModelSettings):
-    reward_models: list[Literal[REWARD_MODELS]] = setting(
+    reward_models: list[RewardModelName] = setting(
         ["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}."
-    )  # type: ignore[valid-type]
+    )
     reward_reference: str | None = setting(
         None, "Frozen model that defines the implicit reward: the SFT model, not the model itself.", free=True
     )
@@ -98,6 +99,8 @@ class RewardSettings(ModelSettings):
     judge_prompt: Path | None = setting(None, "Text file with {question}, {a} and {b}: the pairwise judge's prompt.")
     verdict_tokens: tuple[str, str] = setting(("A", "B"), "The judge's two verdicts; each must be one token.")
     min_verdict_mass: Rate = setting(0.0, "Below this P(A)+P(B) the judge gives no verdict (null).")
+    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
+    rationale_batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
     external: str | None = setting(
         None, "Column of log-odds, or two columns 'CHOSEN,REJECTED' (for candidates: one column) of scores."
     )
@@ -244,7 +247,7 @@ class EvalRewardsSettings(RewardSettings):
 class EvalWinrateSettings(RewardSettings):
     responses: str = setting(..., "Responses of the model under test: AlpacaEval's JSON list, or a candidates dataset.", free=True)
     baseline: str = setting(..., "Responses to compare with, of the same form.", free=True)
-    reward_models: list[Literal[REWARD_MODELS]] = setting(["judge"], "Who judges.")  # type: ignore[valid-type]
+    reward_models: list[RewardModelName] = setting(["judge"], "Who judges.")
     rows_per_part: Positive = setting(64, "Input rows a part.")
 
 

@@ -126,7 +126,8 @@ class Scir(_Base):
         trained["implicit"] = implicit.log_odds.detach() if s.stop_gradient == "implicit" else implicit.log_odds
         models = torch.stack(list(trained.values()))  # (K, pairs)
         averaged = torch.stack([judge.log_odds, implicit.log_odds])
-        silent = judge.verdict_mass < s.min_verdict_mass  # type: ignore[operator]
+        assert judge.verdict_mass is not None
+        silent = judge.verdict_mass.detach() < s.min_verdict_mass
         voters = (models if s.agree_on == "each" else averaged).detach().masked_fill(silent, float("nan"))
         ratios = self.log_ratios(logps[:, self.groups["implicit"]], examples)
         terms = losses.scir(

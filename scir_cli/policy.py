@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from scir_cli import model_sources, trees
 from scir_cli.chat import Chat
@@ -101,7 +102,7 @@ def register_tree_attention() -> None:
 # ---------------------------------------------------------------------------------------------------------------------- the head
 
 
-def target_logps(hidden: Tensor, head: nn.Module, finish: Any, forest: Forest) -> Tensor:
+def target_logps(hidden: Tensor, head: Any, finish: Any, forest: Forest) -> Tensor:
     """Log-probability of each target, in nats.  hidden: (tokens, width) -> (targets,) fp32
 
     A target's own logit is computed in fp32, its row's normaliser in the model's precision: verdict margins of 0.2 nat survive bf16.
@@ -109,15 +110,15 @@ def target_logps(hidden: Tensor, head: nn.Module, finish: Any, forest: Forest) -
     device = hidden.device
     rows, row_of = np.unique(forest.target_hidden, return_inverse=True)
     order = np.argsort(row_of, kind="stable")
-    chunk = max(16, HEAD_CHUNK_ELEMENTS // head.weight.shape[0])  # type: ignore[union-attr, operator]
+    chunk = max(16, HEAD_CHUNK_ELEMENTS // head.weight.shape[0])
     parts = []
     for low in range(0, len(rows), chunk):
         of_chunk = order[np.searchsorted(row_of[order], low) : np.searchsorted(row_of[order], low + chunk)]
         h = hidden[torch.from_numpy(rows[low : low + chunk]).to(device)]
         row = torch.from_numpy(row_of[of_chunk] - low).to(device)
         token = torch.from_numpy(forest.target_token[of_chunk]).to(device)
-        call = (_chunk_logps, h, head.weight, getattr(head, "bias", None), row, token, finish)
-        parts.append(checkpoint(*call, use_reentrant=False) if torch.is_grad_enabled() else call[0](*call[1:]))
+        inputs = (h, head.weight, getattr(head, "bias", None), row, token, finish)
+        parts.append(checkpoint(_chunk_logps, *inputs, use_reentrant=False) if torch.is_grad_enabled() else _chunk_logps(*inputs))
     if not parts:
         return hidden.new_zeros(0, dtype=torch.float32)
     return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(device)]
@@ -228,11 +229,12 @@ def load(settings: ModelSettings, spec: str | None = None) -> Policy:
     dtype = resolve_dtype(settings.dtype, settings.device)
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(path, settings)
+    disable_progress_bar()  # transformers' own, on stderr even in a pipe
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=settings.trust_remote_code).to(device)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the model in {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    model.eval()
+    model.to(device).eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -284,7 +286,7 @@ def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
     if tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer in {path} has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     probe = "Is 2 + 2 = 4?\nYes, it's so."
-    if tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"]).strip() != probe:
+    if str(tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"])).strip() != probe:
         warn(f"the tokenizer in {path} does not give a plain sentence back; is its tokenizer.json read as it should be?")
     return tokenizer
 

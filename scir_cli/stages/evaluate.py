@@ -31,8 +31,8 @@ def rewards(settings: EvalRewardsSettings) -> Json:
     if not judged and not settings.model:
         raise ConfigError("--model is needed: the input has no verdicts yet (give a judged dataset, or a model to judge with)")
     scorer = None if judged else Scorer(settings)
-    keys = scorer.keys if scorer else {}
-    plan = {"stage": "eval rewards", "settings": settings.plan(), "input": sources.digest(settings.input), **keys}
+    digest = sources.digest(settings.input)
+    plan = {"stage": "eval rewards", "settings": settings.plan(), "input": digest, **(scorer.keys if scorer else {})}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan}
 
@@ -41,7 +41,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
             table, dropped = sources.load_pairs(settings.input, settings.limit, settings.external)
             inner = settings.model_copy(update={"output_dir": out / "judged", "overwrite": False})
             bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
-            judge_table("eval rewards", inner, scorer, Work(table, bounds, given_pairs, dropped, plan["input"]))
+            judge_table("eval rewards", inner, scorer, Work(table, bounds, given_pairs, dropped, digest))
         rows = _accuracy_rows(_verdicts(path if judged else out / "judged"))
         if not any(row["value"] is not None for row in rows):
             raise DataError(f"{settings.input} has no labelled pair: gold is null in every row")
@@ -150,7 +150,7 @@ def match(responses: dict[str, Row], baseline: dict[str, Row]) -> tuple[list[Row
 
 def _pair(instruction: str, first: str, second: str) -> Row:
     messages = [{"role": "user", "content": instruction}]
-    sides = [{"candidate_id": None, "text": text, "token_ids": [], "finish_reason": "stop"} for text in (first, second)]
+    sides: list[Row] = [{"candidate_id": None, "text": text, "token_ids": [], "finish_reason": "stop"} for text in (first, second)]
     return {
         "pair_id": store.digest_json([instruction, first, second])[:16], "prompt_id": store.digest_json(messages)[:16], "messages": messages,
         "subset": None, "first": sides[0], "second": sides[1], "gold": None, "rewards": [], "reference_logps": [],

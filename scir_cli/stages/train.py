@@ -47,8 +47,9 @@ def run(settings: TrainSettings) -> Json:
         examples, drops = _examples(rows, start, settings)
         validation, _ = _examples(_validation_rows(settings), start, replace_objective(settings))
         policy = start.policy
-        for needed in [reference] * (reference is not None) + [start] * (settings.objective != "sft"):
-            with_reference([e.pair for e in [*examples, *validation]], needed, settings.max_tokens_per_pack)
+        needed = [reference] if reference is not None else []
+        for weights in [*needed, *([start] if settings.objective != "sft" else [])]:
+            with_reference([e.pair for e in [*examples, *validation]], weights, settings.max_tokens_per_pack)
         if reference is not None:
             reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
         return _train(
