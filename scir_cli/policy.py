@@ -108,27 +108,27 @@ def target_logps(hidden: Tensor, head: Any, finish: Any, forest: Forest) -> Tens
     A target's own logit is computed in fp32, its row's normaliser in the model's precision: verdict margins of 0.2 nat survive bf16.
     """
     device = hidden.device
-    rows, row_of = np.unique(forest.target_hidden, return_inverse=True)
-    order = np.argsort(row_of, kind="stable")
+    asked = np.stack([forest.target_hidden, forest.target_token], axis=1)
+    pairs, place = np.unique(asked, axis=0, return_inverse=True)  # two answers that start alike ask for the same log-probability once
+    rows, row_of = np.unique(pairs[:, 0], return_inverse=True)
     chunk = max(16, HEAD_CHUNK_ELEMENTS // head.weight.shape[0])
-    parts = []
+    parts = [hidden.new_zeros(0, dtype=torch.float32)]
     for low in range(0, len(rows), chunk):
-        of_chunk = order[np.searchsorted(row_of[order], low) : np.searchsorted(row_of[order], low + chunk)]
+        first, last = np.searchsorted(row_of, [low, low + chunk])
         h = hidden[torch.from_numpy(rows[low : low + chunk]).to(device)]
-        row = torch.from_numpy(row_of[of_chunk] - low).to(device)
-        token = torch.from_numpy(forest.target_token[of_chunk]).to(device)
-        inputs = (h, head.weight, getattr(head, "bias", None), row, token, finish)
+        row = torch.from_numpy(row_of[first:last] - low).to(device)
+        token = torch.from_numpy(pairs[first:last, 1]).to(device)
+        inputs = (h, head, row, token, finish)
         parts.append(checkpoint(_chunk_logps, *inputs, use_reentrant=False) if torch.is_grad_enabled() else _chunk_logps(*inputs))
-    if not parts:
-        return hidden.new_zeros(0, dtype=torch.float32)
-    return torch.cat(parts)[torch.from_numpy(np.argsort(order)).to(device)]
+    return torch.cat(parts)[torch.from_numpy(place.reshape(-1)).to(device)]
 
 
-def _chunk_logps(h: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, token: Tensor, finish: Any) -> Tensor:
-    exact = (h[row].float() * weight[token].float()).sum(-1)  # (targets,) fp32
-    exact = exact if bias is None else exact + bias[token].float()
-    logits = F.linear(h, weight, bias).float()  # (rows, vocab)
-    logits = logits.index_put((row, token), exact)
+def _chunk_logps(h: Tensor, head: Any, row: Tensor, token: Tensor, finish: Any) -> Tensor:
+    """Log-probabilities of distinct (row, token) pairs.  h: (rows, width); row, token: (pairs,) -> (pairs,)"""
+    logits = head(h).float()  # (rows, vocab)
+    if type(head) is nn.Linear:  # with adapters on it, its own precision has to do
+        exact = (h[row].float() * head.weight[token].float()).sum(-1)  # (pairs,)
+        logits = logits.index_put((row, token), exact if head.bias is None else exact + head.bias[token].float())
     logits = finish(logits)
     return logits[row, token] - logits.logsumexp(-1)[row]
 

@@ -36,7 +36,7 @@ class Branch:
 def continuation(prompt: Sequence[int], response: Sequence[int]) -> Branch:
     """The branch that scores every token of `response` after `prompt`; its last token needs no forward of its own."""
     ids = (*prompt, *response[:-1])
-    return Branch(ids, tuple(range(len(prompt) - 1, len(ids))), tuple(response))
+    return Branch(ids, tuple(range(len(prompt) - 1, len(prompt) - 1 + len(response))), tuple(response))
 
 
 def verdict(prompt: Sequence[int], token: int) -> Branch:
