@@ -109,7 +109,9 @@ def target_logps(hidden: Tensor, head: Any, finish: Any, forest: Forest) -> Tens
     """
     device = hidden.device
     asked = np.stack([forest.target_hidden, forest.target_token], axis=1)
-    pairs, place = np.unique(asked, axis=0, return_inverse=True)  # two answers that start alike ask for the same log-probability once
+    pairs, place = np.unique(
+        asked, axis=0, return_inverse=True
+    )  # two answers that start alike ask for the same log-probability once
     rows, row_of = np.unique(pairs[:, 0], return_inverse=True)
     chunk = max(16, HEAD_CHUNK_ELEMENTS // head.weight.shape[0])
     parts = [hidden.new_zeros(0, dtype=torch.float32)]

@@ -92,6 +92,7 @@ class Trainer:
         self.optimizer = MasterAdamW(self.params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate(step, self.n_steps, settings))
         self.step = 0
+        self.started = time.monotonic()
         self.tokens = 0
 
     # -- the loop
@@ -143,7 +144,7 @@ class Trainer:
                 f"step {self.step}: the loss is {metrics['loss']} and the gradient norm {norm}; the first pairs of the batch are {ids}. "
                 f"Lower --learning-rate (now {self.settings.learning_rate}) or look at those pairs; earlier checkpoints are kept"
             )
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         return metrics | {"grad_norm": norm, "learning_rate": learning_rate}

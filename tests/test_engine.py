@@ -113,7 +113,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("arch", TAKES_TREES)
-def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(arch: str, folders: Any, capsys: pytest.CaptureFixture[str]):
+def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(
+    arch: str, folders: Any, capsys: pytest.CaptureFixture[str]
+):
     folder = folders(arch)
     packed, plain, asked = load_fp32(folder), plain_model(folder), questions()
     assert packed.takes_trees
@@ -127,7 +129,9 @@ def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(a
 
 
 @pytest.mark.parametrize("arch", CANNOT)
-def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warning(arch: str, folders: Any, capsys: pytest.CaptureFixture[str]):
+def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warning(
+    arch: str, folders: Any, capsys: pytest.CaptureFixture[str]
+):
     folder, asked = folders(arch), questions()
     fallen_back, plain = load_fp32(folder), plain_model(folder)
     assert not fallen_back.takes_trees
@@ -141,7 +145,15 @@ def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warn
 def attention_that_ignores_the_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A model that swallows the plan and attends over the flat sequence, as one would that has an attention of its own."""
 
-    def flat(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **_: Any):
+    def flat(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **_: Any,
+    ):
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
@@ -184,12 +196,22 @@ def test_the_masks_of_a_plan_are_the_visible_keys_of_each_segment():
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 1.0), (1.0, -1.0), (0.3, -0.7)])
-def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient_each(weights: tuple[float, float], tiny_llama: Path):
+def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient_each(
+    weights: tuple[float, float], tiny_llama: Path
+):
     """Two targets with one hidden state and one token: their gradients add up, each counted once."""
     packed, plain = load_fp32(tiny_llama), plain_model(tiny_llama)
-    asked = Asked([continuation([5, 6, 7], [20, 21]), continuation([5, 6, 7], [20, 22])], [([5, 6, 7], [20, 21]), ([5, 6, 7], [20, 22])])
+    asked = Asked(
+        [continuation([5, 6, 7], [20, 21]), continuation([5, 6, 7], [20, 22])], [([5, 6, 7], [20, 21]), ([5, 6, 7], [20, 22])]
+    )
     both = [
-        dict(zip(dict(m.named_parameters()), torch.autograd.grad((torch.tensor(weights) * logps).sum(), list(m.parameters())), strict=True))
+        dict(
+            zip(
+                dict(m.named_parameters()),
+                torch.autograd.grad((torch.tensor(weights) * logps).sum(), list(m.parameters())),
+                strict=True,
+            )
+        )
         for m, logps in ((packed.model, packed.branch_logps(asked.branches)), (plain, plain_logps(plain, asked)))
     ]
     assert_same_gradients(*both)
@@ -223,7 +245,9 @@ def head(vocabulary: int, width: int, dtype: torch.dtype) -> nn.Linear:
 
 def test_verdict_margins_below_the_resolution_of_bf16_survive():
     lm_head = nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
-    lm_head.weight.data = torch.tensor([[1.0, 2.0], [1.0, 2.015625], [0.0, 0.0]], dtype=torch.bfloat16)  # bf16 holds 2 + 1/64 exactly
+    lm_head.weight.data = torch.tensor(
+        [[1.0, 2.0], [1.0, 2.015625], [0.0, 0.0]], dtype=torch.bfloat16
+    )  # bf16 holds 2 + 1/64 exactly
     hidden = torch.tensor([[8.0, 1.0]], dtype=torch.bfloat16)
     assert len(set(lm_head(hidden)[0, :2].tolist())) == 1  # 10 and 10 + 1/64 are one number in bf16
     forest = trees.build([verdict([5], 0), verdict([5], 1)])
@@ -311,7 +335,9 @@ def test_score_of_no_groups_is_nothing(tiny_policy: Policy):
 # ------------------------------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its new name is missing from transformers 5.16
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+)  # its new name is missing from transformers 5.16
 def test_gradient_checkpointing_changes_neither_logps_nor_gradients(tiny_llama: Path):
     asked = questions()
     stored, recomputed = load_fp32(tiny_llama), load_fp32(tiny_llama)
@@ -351,7 +377,9 @@ def with_adapters(base: Policy, target_modules: str = "all-linear") -> Policy:
 
 @PEFT_AND_TRANSFORMERS_5_23
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft's word on GPT-2's transposed weights, which it then corrects
+@pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to False:UserWarning"
+)  # peft's word on GPT-2's transposed weights, which it then corrects
 def test_with_lora_adapters_trees_equal_plain_and_without_them_the_base(arch: str, folders: Any):
     folder, asked = folders(arch), questions()
     packed, plain = with_adapters(load_fp32(folder)), adapted(plain_model(folder))

@@ -26,7 +26,9 @@ def f64(*rows: object) -> Tensor:
 def matrices(rows: int) -> st.SearchStrategy[Tensor]:
     """(rows, pairs) fp64 of one to five pairs."""
     return st.integers(1, 5).flatmap(
-        lambda n: st.lists(st.lists(reals, min_size=n, max_size=n), min_size=rows, max_size=rows).map(lambda m: torch.tensor(m, dtype=torch.float64))
+        lambda n: st.lists(st.lists(reals, min_size=n, max_size=n), min_size=rows, max_size=rows).map(
+            lambda m: torch.tensor(m, dtype=torch.float64)
+        )
     )
 
 
@@ -280,7 +282,9 @@ def test_scir_and_its_gradient_are_those_of_the_method(k: int, setting: dict[str
     expected = by_the_book(theirs[0], voters, theirs[1], setting)
     assert 0 < said.mask.sum() < 9  # seeds chosen so that some pairs are kept and some are not
     assert close(said.loss.detach(), expected.detach())
-    got, want = (torch.autograd.grad(loss, inputs, materialize_grads=True) for loss, inputs in [(said.loss, ours), (expected, theirs)])
+    got, want = (
+        torch.autograd.grad(loss, inputs, materialize_grads=True) for loss, inputs in [(said.loss, ours), (expected, theirs)]
+    )
     assert close(got[0], want[0])
     assert close(got[1], want[1])
 
@@ -335,7 +339,9 @@ def test_where_nobody_agrees_nothing_is_preferred_and_only_the_penalty_is_left()
 def test_the_label_and_the_mask_pass_no_gradient():
     voters = f64([1.0, 2.0], [0.5, -1.0]).requires_grad_()
     models = f64([1.0, 2.0], [0.5, -1.0]).requires_grad_()
-    said = losses.scir(models, voters, f64([3.0, 1.0], [1.0, 0.0]).requires_grad_(), beta=0.1, penalty_weight=1.0, entropy_weight=0.1)
+    said = losses.scir(
+        models, voters, f64([3.0, 1.0], [1.0, 0.0]).requires_grad_(), beta=0.1, penalty_weight=1.0, entropy_weight=0.1
+    )
     said.loss.backward()
     assert voters.grad is None
     assert models.grad is not None
@@ -370,7 +376,9 @@ def test_from_an_entropy_weight_of_four_on_two_models_gain_by_disagreeing_with_c
 def test_below_four_the_penalty_leads_from_disagreement_to_agreement(alpha: float):
     models = f64([1.5], [-1.0]).requires_grad_()
     for _ in range(400):
-        said = losses.scir(models, models, torch.zeros(2, 1, dtype=torch.float64), beta=0.1, penalty_weight=1.0, entropy_weight=alpha)
+        said = losses.scir(
+            models, models, torch.zeros(2, 1, dtype=torch.float64), beta=0.1, penalty_weight=1.0, entropy_weight=alpha
+        )
         (slope,) = torch.autograd.grad(said.loss, models)
         models = (models - slope).detach().requires_grad_()
     assert losses.consistent(models).tolist() == [True]

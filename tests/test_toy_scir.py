@@ -26,13 +26,26 @@ def pairs(policy: Policy) -> list[tuple[Pair, int]]:
             right_first = (digit + wrong) % 2 == 0
             texts = (str(digit), str(wrong)) if right_first else (str(wrong), str(digit))
             sides = [{"text": text * 3, "token_ids": []} for text in texts]
-            row = {"pair_id": f"{digit}{wrong}", "messages": [{"role": "user", "content": f"Say {digit}."}], "rewards": [], "reference_logps": []}
+            row = {
+                "pair_id": f"{digit}{wrong}",
+                "messages": [{"role": "user", "content": f"Say {digit}."}],
+                "rewards": [],
+                "reference_logps": [],
+            }
             rows.append((encode_pair({**row, "first": sides[0], "second": sides[1]}, policy.chat), 1 if right_first else -1))
     return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
 def settings(**values: object) -> config.TrainSettings:
-    base = {"model": "x", "input": "x", "output_dir": "x", "reward_reference": "M_0", "judge_prompt": None, "schedule": "constant", "branch_gradients": False}
+    base = {
+        "model": "x",
+        "input": "x",
+        "output_dir": "x",
+        "reward_reference": "M_0",
+        "judge_prompt": None,
+        "schedule": "constant",
+        "branch_gradients": False,
+    }
     return config.build(config.TrainSettings, base | values, where="test")
 
 
@@ -66,7 +79,9 @@ def figures(policy: Policy, data: list[tuple[Pair, int]], chosen: config.TrainSe
 
 
 @pytest.mark.slow
-def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_gold_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_gold_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     policy = load_fp32(make_model(tmp_path / "m0", "llama", hidden_size=64, intermediate_size=128, initializer_range=0.05))
     data = pairs(policy)
     everyone = [p for p, _ in data]

@@ -185,7 +185,9 @@ def test_the_order_of_the_branches_does_not_change_the_layout(branches: list[Bra
 
 
 def test_three_hundred_forks_along_one_path_are_laid_out():
-    forest = trees.build([verdict([*range(length), 999], 0) for length in range(1, 301)])  # 0 … 299, with a 999 hanging off each of them
+    forest = trees.build(
+        [verdict([*range(length), 999], 0) for length in range(1, 301)]
+    )  # 0 … 299, with a 999 hanging off each of them
     assert len(forest) == 300 + 300
     assert sorted(forest.positions[forest.tokens == 999].tolist()) == list(range(1, 301))
 

@@ -39,7 +39,10 @@ def _bytes_and_merges() -> str:
     tokenizer.decoder = decoders.ByteLevel()
     special = [PAD, START, END, BOS]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     return tokenizer.to_str()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -199,6 +200,7 @@ def _write_model(
         "drops": dict(drops),
         "nulls": {},
         "steps": trainer.n_steps,
+        "seconds": round(time.monotonic() - trainer.started, 3),
         "versions": store.versions(),
         "summary": {name: round(float(value), 6) for name, value in final.items()},
     }
