@@ -37,7 +37,7 @@ class LazyPolicy:
     """A model spec: its tokenizer and key at once (a plan needs them), its weights only when something is scored."""
 
     def __init__(self, settings: ModelSettings, spec: str) -> None:
-        self.settings, self.spec = settings, spec
+        self.settings = settings
         self.path = model_sources.resolve(spec)
         tokenizer = policy.load_tokenizer(self.path, settings)
         self.chat = Chat(tokenizer, policy.end_ids(self.path, tokenizer))
@@ -45,7 +45,7 @@ class LazyPolicy:
 
     @cached_property
     def policy(self) -> Policy:
-        return policy.load(self.settings, self.spec)
+        return policy.load(self.settings, str(self.path))
 
 
 def encode_pair(row: Mapping[str, Any], chat: Chat) -> Pair:
