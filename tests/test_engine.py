@@ -5,10 +5,10 @@ The plain scorer below is written independently of scir_cli: a second copy of th
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import pytest
 import torch
 from conftest import load_fp32
 from peft import LoraConfig, get_peft_model
-from toy import CHATML, VOCABULARY, make_model
 from torch import Tensor, nn
+from toy import CHATML, VOCABULARY, make_model
 from transformers import AutoModelForCausalLM
 
 from scir_cli import policy, trees
@@ -126,6 +126,15 @@ def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(
     assert got.dtype == torch.float32
     assert_same_logps(got, want)
     assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
+
+
+@pytest.mark.parametrize("arch", ["qwen2_moe", "longrope"])
+def test_what_a_small_probe_cannot_see_is_right_all_the_same(arch: str, folders: Any):
+    """A window that only the mask tells of, and positions that mean something else beside a longer sequence."""
+    folder, asked = folders(arch), questions()
+    loaded = load_fp32(folder)
+    with torch.no_grad():
+        assert_same_logps(loaded.branch_logps(asked.branches), plain_logps(plain_model(folder), asked))
 
 
 @pytest.mark.parametrize("arch", CANNOT)
@@ -321,7 +330,7 @@ def test_an_empty_response_beside_others_scores_zero_and_leaves_them_as_they_are
 def test_score_gives_the_same_numbers_for_any_number_of_tokens_a_pack(max_tokens: int, tiny_policy: Policy, tiny_llama: Path):
     asked = questions()
     bounds = [0, 2, 2, 3, 7, len(asked.branches)]  # groups of different sizes, one of them empty
-    groups = [asked.branches[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    groups = [asked.branches[low:high] for low, high in itertools.pairwise(bounds)]
     scored = list(tiny_policy.score(groups, max_tokens))
     assert [len(s) for s in scored] == [len(g) for g in groups]
     assert not any(s.requires_grad for s in scored)
@@ -330,6 +339,17 @@ def test_score_gives_the_same_numbers_for_any_number_of_tokens_a_pack(max_tokens
 
 def test_score_of_no_groups_is_nothing(tiny_policy: Policy):
     assert list(tiny_policy.score([], 100)) == []
+
+
+def test_within_its_own_attention_the_model_answers_whole_sequences_and_scores_trees_afterwards(tiny_llama: Path):
+    loaded, plain, asked = load_fp32(tiny_llama), plain_model(tiny_llama), questions()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = loaded.branch_logps(asked.branches)
+        with pytest.raises(ValueError, match="stop"), loaded.own_attention():
+            assert torch.allclose(loaded.model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+            raise ValueError("stop")  # an error on the way out changes nothing
+        assert torch.equal(loaded.branch_logps(asked.branches), before)
 
 
 # ------------------------------------------------------------------------------------------------------------------ training

@@ -40,5 +40,8 @@ def test_an_unknown_stage_setting_or_name_is_an_error_with_a_suggestion(tmp_path
 
 def test_iterations_count_from_one_and_know_the_next(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("output_dir: o\nsteps:\n- iterations: 2\n  steps: [{generate: {model: '{out}/m{i}', input: p, output_dir: '{out}/m{next}'}}]\n", encoding="utf-8")
+    path.write_text(
+        "output_dir: o\nsteps:\n- iterations: 2\n  steps: [{generate: {model: '{out}/m{i}', input: p, output_dir: '{out}/m{next}'}}]\n",
+        encoding="utf-8",
+    )
     assert [(s.settings["model"], s.settings["output_dir"]) for s in recipe.load(path)] == [("o/m1", "o/m2"), ("o/m2", "o/m3")]

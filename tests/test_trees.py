@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -202,7 +204,7 @@ def test_packs_hold_all_groups_once_in_order_within_the_budget(groups: list[list
         assert low < high
         assert high - low == 1 or sum(sizes[low:high]) <= max_tokens
         assert high - low == 1 or len(trees.build([b for group in groups[low:high] for b in group])) <= max_tokens
-    for (low, high), (_, end) in zip(ranges, ranges[1:], strict=False):
+    for (low, high), (_, end) in itertools.pairwise(ranges):
         assert sum(sizes[low : high + 1]) > max_tokens, f"group {high} of the pack up to {end} would have fitted before"
 
 

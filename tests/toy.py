@@ -97,6 +97,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("cohere", {**COMMON, **GQA, "logit_scale": 0.3}),
     "granite": ("granite", {**COMMON, **GQA, "logits_scaling": 2.5, "attention_multiplier": 0.5, "residual_multiplier": 0.7}),
+    # says its window in the mask alone: attention is not told
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **COMMON, **GQA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        },
+    ),
+    # turns all its positions differently once a sequence is longer than 32
+    "longrope": (
+        "phi3",
+        {
+            **COMMON, "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, "factor": 16.0,
+                "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+            },
+        },
+    ),
     # cannot take trees: positions come from the distance between keys, and from a recurrent state
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.25, **ENDS}),
     "mamba": ("mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.25, **ENDS}),

@@ -1,0 +1,319 @@
+"""The whole chain on a tiny model: rows add up, folders open elsewhere, killed runs end as undisturbed ones, failures are one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import make_model
+
+from scir_cli import config, objectives, stages, store
+from scir_cli.errors import ConfigError, DataError, PlanMismatch, StoreError
+from scir_cli.objectives import Example
+from scir_cli.stages.common import LazyPolicy, encode_pair
+
+FP32 = {"dtype": "fp32", "device": "cpu"}
+
+
+def run(stage: str, **values: Any) -> dict[str, Any]:
+    settings = config.STAGES[stage]
+    known = {k: v for k, v in FP32.items() if k in settings.model_fields}
+    return stages.load(stage)(config.build(settings, known, values, where="test"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, a policy, prompts, labelled pairs, and the chain's datasets up to preferences."""
+    root = tmp_path_factory.mktemp("world")
+    make_model(root / "base", seed=1)
+    make_model(root / "policy", seed=2)
+    words = ["cat", "dog", "sun", "sea", "map", "key"]
+    (root / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Tell me of the {w}."}) + "\n" for w in words), encoding="utf-8"
+    )
+    gold = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in words]
+    (root / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8")
+    run(
+        "generate",
+        model=str(root / "policy"),
+        input=str(root / "prompts.jsonl"),
+        n=3,
+        max_new_tokens=6,
+        output_dir=root / "candidates",
+        rows_per_part=2,
+    )
+    models = ["judge", "implicit", "likelihood", "pmi", "rubric"]
+    run("judge", model=str(root / "policy"), reward_reference=str(root / "base"), input=str(root / "candidates"), reward_models=models,
+        output_dir=root / "judged", rows_per_part=4)  # fmt: skip
+    run("check-consistency", input=str(root / "judged"), output_dir=root / "consistency", agree_on=["judge", "implicit"])
+    run(
+        "filter",
+        input=str(root / "judged"),
+        output_dir=root / "preferences",
+        agree_on=["judge", "implicit"],
+        keep_unlabelled=True,
+        format="trl",
+    )
+    return root
+
+
+def train(world: Path, out: Path, **values: Any) -> dict[str, Any]:
+    common = {
+        "model": str(world / "policy"),
+        "reward_reference": str(world / "base"),
+        "input": str(world / "preferences"),
+        "output_dir": out,
+    }
+    return run("train", **{**common, "batch_size": 6, "learning_rate": 1e-3, "branch_gradients": False, **values})
+
+
+@pytest.mark.parametrize("name", ["candidates", "judged", "consistency", "preferences"])
+def test_rows_in_are_rows_out_plus_drops_and_the_folder_opens_in_datasets(world: Path, name: str):
+    from datasets import load_from_disk
+
+    manifest = store.read_json(world / name / "manifest.json")
+    assert manifest["rows_in"] == 18  # 6 prompts, 3 candidates, 3 pairs each
+    assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["drops"].values())
+    assert len(load_from_disk(str(world / name))) == manifest["rows_out"] > 0
+
+
+def test_an_end_token_is_there_if_and_only_if_the_answer_finished(world: Path):
+    chat = LazyPolicy(
+        config.build(config.ModelSettings, FP32, {"model": str(world / "policy"), "output_dir": "x"}, where="test"),
+        str(world / "policy"),
+    ).chat
+    for row in store.read_dataset(world / "candidates").to_pylist():
+        assert (row["token_ids"][-1] in chat.end_ids) == (row["finish_reason"] == "stop")
+        assert chat.tokenizer.decode([t for t in row["token_ids"] if t not in chat.end_ids]) == row["response"]
+
+
+def test_the_same_seed_gives_the_same_candidates_in_any_batch_and_another_seed_others(world: Path, tmp_path: Path):
+    common = {
+        "model": str(world / "policy"),
+        "input": str(world / "prompts.jsonl"),
+        "n": 3,
+        "max_new_tokens": 6,
+        "rows_per_part": 2,
+    }
+    run("generate", **common, batch_size=1, output_dir=tmp_path / "again")
+    run("generate", **common, seed=1, output_dir=tmp_path / "other")
+    tokens = [
+        store.read_dataset(folder)["token_ids"].to_pylist()
+        for folder in (world / "candidates", tmp_path / "again", tmp_path / "other")
+    ]
+    assert tokens[0] == tokens[1] != tokens[2]
+
+
+def test_the_trainers_first_log_odds_are_those_the_judge_stage_wrote(world: Path):
+    settings = config.build(
+        config.TrainSettings,
+        FP32,
+        {"model": str(world / "policy"), "input": "x", "output_dir": "x", "reward_reference": str(world / "base")},
+        where="test",
+    )
+    model, reference = LazyPolicy(settings, str(world / "policy")), LazyPolicy(settings, str(world / "base"))
+    objective = objectives.Scir(settings, model.chat, model.key, reference.key)
+    rows = store.read_dataset(world / "judged").to_pylist()
+    examples = [Example(encode_pair(row, model.chat)) for row in rows]
+    logps = model.policy.branch_logps([b for e in examples for b in objective.branches(e)]).view(len(rows), -1)
+    context = objectives.Context.of([e.pair for e in examples], reference.key)
+    for name in ("judge", "implicit"):
+        trained = objective.models[name].odds(logps[:, objective.groups[name]].T, context).log_odds
+        judged = [next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == name) for row in rows]
+        torch.testing.assert_close(trained, torch.tensor(judged), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["scir", "dpo"])
+def test_one_large_pack_and_many_small_ones_train_the_same_weights(world: Path, tmp_path: Path, objective: str):
+    values = {"objective": objective, "max_steps": 2}
+    for name, tokens in (("large", 100_000), ("small", 150)):
+        train(world, tmp_path / name, **values, max_tokens_per_pack=tokens)
+    large, small = (load_file(tmp_path / name / "model.safetensors") for name in ("large", "small"))
+    start = load_file(world / "policy" / "model.safetensors")
+    assert any(not torch.equal(large[key], start[key]) for key in start)
+    for key in large:
+        torch.testing.assert_close(small[key], large[key], rtol=1e-4, atol=2e-5)
+
+
+def test_dpo_starts_at_ln_2_and_scir_without_penalty_follows_dpo(world: Path, tmp_path: Path):
+    run("filter", input=str(world / "judged"), output_dir=tmp_path / "agreed", agree_on=["judge", "implicit"])
+    n = store.read_dataset(tmp_path / "agreed").num_rows
+    shared = {"input": str(tmp_path / "agreed"), "batch_size": n, "learning_rate": 1e-5, "num_epochs": 3}
+    train(world, tmp_path / "dpo", objective="dpo", **shared)
+    train(world, tmp_path / "scir", objective="scir", penalty_weight=0, **shared)
+    losses = {
+        name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("dpo", "scir")
+    }
+    assert losses["dpo"][0] == pytest.approx(0.693147, abs=1e-5)  # ln 2
+    assert losses["scir"] == pytest.approx(losses["dpo"], abs=1e-5)
+    assert len(losses["dpo"]) == 3
+
+
+def test_a_degenerate_or_missing_reward_reference_is_refused(world: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="same weights"):
+        train(world, tmp_path / "m", reward_reference=str(world / "policy"))
+    with pytest.raises(ConfigError, match="--reward-reference"):
+        train(world, tmp_path / "m", reward_reference=None)
+
+
+def test_lora_trains_adapters_and_leaves_an_ordinary_folder(world: Path, tmp_path: Path):
+    train(world, tmp_path / "m", lora={"rank": 2}, max_steps=1)
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) == set(load_file(world / "policy" / "model.safetensors"))
+    assert (tmp_path / "m" / "adapter" / "adapter_config.json").exists()
+
+
+def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(world: Path, tmp_path: Path):
+    common = {"model": str(world / "policy"), "reward_reference": str(world / "base")}
+    summary = run("eval rewards", **common, input=str(world / "gold.jsonl"), output_dir=tmp_path / "rewards")["summary"]
+    assert summary["models"]["judge"]["labelled"] == 6
+    for name, answers in (("a", {"x": "yes", "y": "no", "z": "same"}), ("b", {"x": "no", "y": "yes", "z": "same", "w": "?"})):
+        rows = [{"instruction": k, "output": v, "generator": name} for k, v in answers.items()]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    manifest = run(
+        "eval winrate",
+        model=common["model"],
+        responses=str(tmp_path / "a.json"),
+        baseline=str(tmp_path / "b.json"),
+        output_dir=tmp_path / "w",
+    )
+    assert manifest["drops"] == {"identical_responses": 1, "not_in_responses": 1}
+    assert manifest["rows_in"] == 4
+    assert manifest["summary"]["verdicts"] == 2
+
+
+def test_trl_rows_are_the_labelled_ones_as_messages(world: Path):
+    rows = [json.loads(line) for line in (world / "preferences" / "trl.jsonl").read_text().splitlines()]
+    table = store.read_dataset(world / "preferences")
+    assert len(rows) == table.num_rows - table["label"].null_count
+    assert {m["role"] for row in rows for m in row["chosen"] + row["rejected"]} == {"assistant"}
+
+
+def test_another_setting_in_the_same_folder_is_refused_by_name_and_overwrite_replaces_it(world: Path, tmp_path: Path):
+    first = {"input": str(world / "judged"), "output_dir": tmp_path / "f", "rule": "judge"}
+    run("filter", **first)
+    assert run("filter", **first)["reused"]
+    with pytest.raises(PlanMismatch, match=r"settings\.min_margin was 0\.0, now 0\.1"):
+        run("filter", **first, min_margin=0.1)
+    assert "reused" not in run("filter", **first, min_margin=0.1, overwrite=True)
+
+
+def test_a_truncated_part_and_a_wrong_kind_are_named(world: Path, tmp_path: Path):
+    run("filter", input=str(world / "judged"), output_dir=tmp_path / "f")
+    with pytest.raises(DataError, match="'preferences' dataset"):
+        run("filter", input=str(tmp_path / "f"), output_dir=tmp_path / "g")
+    part = tmp_path / "f" / "data-00000.arrow"
+    part.write_bytes(part.read_bytes()[:-1000])
+    with pytest.raises(DataError, match="truncated"):
+        store.read_dataset(tmp_path / "f")
+
+
+def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 3:  # plan, part 0, part 1
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    settings = {"input": str(world / "judged"), "output_dir": tmp_path / "c", "rows_per_part": 5}
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="no space left"):
+        run("check-consistency", **settings)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "c").glob("data-*.arrow")] == ["data-00000.arrow"]
+    assert run("check-consistency", **settings)["rows_out"] == store.read_dataset(world / "judged").num_rows
+
+
+def test_every_failure_is_one_line_and_a_documented_status(world: Path, tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
+    policy, prompts = str(world / "policy"), str(world / "prompts.jsonl")
+    generate = ["generate", "-o", str(tmp_path / "o"), "--n", "1"]
+    cases = [
+        (2, [*generate, "-m", policy, "-i", prompts, "--temperature", "warm"], "temperature"),
+        (2, [*generate, "-m", policy, "-i", prompts, "temprature=1"], "Did you mean 'temperature'"),
+        (1, [*generate, "-m", policy, "-i", str(tmp_path / "bad.jsonl")], "UTF-8"),
+        (1, [*generate, "-m", policy, "-i", str(tmp_path / "empty.jsonl")], "empty"),
+        (1, [*generate, "-m", policy, "-i", str(tmp_path / "none.jsonl")], "does not exist"),
+        (1, [*generate, "-m", str(tmp_path / "hollow"), "-i", prompts], "no weights"),
+        (
+            1,
+            ["check-consistency", "-i", str(world / "judged"), "-o", str(tmp_path / "c"), "--fail-under", "1.0"],
+            "below --fail-under",
+        ),
+    ]
+    for status, arguments, expected in cases:
+        done = subprocess.run([sys.executable, "-m", "scir_cli", *arguments], capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+        lines = [line for line in done.stderr.splitlines() if line.startswith("scir: error:")]
+        assert len(lines) == 1
+        assert expected in lines[0]
+        assert "Traceback" not in done.stderr
+
+
+def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Path, tmp_path: Path):
+    code = "import sys, scir_cli.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    command = [sys.executable, "-m", "scir_cli", "filter", "-i", str(world / "judged"), "-o", str(tmp_path / "f"), "--json"]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["kind"] == "preferences"
+
+
+# ---------------------------------------------------------------------------------------------------------------------- SIGKILL
+
+
+def kill_when(command: list[str], ready: Any) -> None:
+    """Starts the command and kills it, with its children, as soon as `ready()` holds."""
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["generate", "judge", "train"])
+def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(world: Path, tmp_path: Path, stage: str):
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(24)), encoding="utf-8")
+    model, base = str(world / "policy"), str(world / "base")
+    options = {
+        "generate": ["-m", model, "-i", str(many), "--n", "2", "--max-new-tokens", "24", "--rows-per-part", "1"],
+        "judge": ["-m", model, "--reward-reference", base, "-i", str(world / "candidates"), "--rows-per-part", "1"],
+        "train": ["-m", model, "--reward-reference", base, "-i", str(world / "preferences"), "--batch-size", "3", "--num-epochs", "6",
+                  "--save-every", "1", "--learning-rate", "1e-3"],
+    }[stage]  # fmt: skip
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "scir_cli", stage, *options, "--dtype", "fp32", "--device", "cpu", "-o"]
+    done = "checkpoints/step-*.pt" if stage == "train" else "data-*.arrow"
+    kill_when([*command, str(killed)], lambda: any(killed.glob(done)))
+    assert not (killed / "manifest.json").exists()
+    for folder in (killed, whole):
+        subprocess.run([*command, str(folder)], check=True, stderr=subprocess.DEVNULL)
+    if stage == "train":
+        weights = [load_file(folder / "model.safetensors") for folder in (killed, whole)]
+        assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+        losses = [
+            [(r["step"], r["loss"]) for r in map(json.loads, (f / "metrics.jsonl").open()) if r["kind"] == "train"]
+            for f in (killed, whole)
+        ]
+        assert losses[0] == losses[1]
+    else:
+        tables: list[pa.Table] = [store.read_dataset(folder) for folder in (killed, whole)]
+        assert tables[0].equals(tables[1])
