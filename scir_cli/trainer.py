@@ -217,7 +217,7 @@ class Trainer:
     def _save(self) -> None:
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
-        state = {"step": self.step, "master": self.optimizer.master, "optimizer": self.optimizer.state_dict()["state"]}
+        state = {"step": self.step, "master": self.optimizer.master, "optimizer": self.optimizer.state_dict()}
         state |= {"scheduler": self.scheduler.state_dict(), "rng": torch.get_rng_state()}
         path = folder / f"step-{self.step:08d}.pt"
         with store.writing(path) as temporary:
@@ -236,7 +236,7 @@ class Trainer:
                 for master, live, saved in zip(self.optimizer.master, self.optimizer.live, state["master"], strict=True):
                     master.copy_(saved)
                     live.copy_(saved)
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+            self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["rng"].cpu())
         log = self.out / "metrics.jsonl"
