@@ -310,7 +310,11 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(world: Path, tm
         weights = [load_file(folder / "model.safetensors") for folder in (killed, whole)]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
         losses = [
-            [(r["step"], r["loss"]) for r in map(json.loads, (f / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "train"]
+            [
+                (r["step"], r["loss"])
+                for r in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
+                if r["kind"] == "train"
+            ]
             for f in (killed, whole)
         ]
         assert losses[0] == losses[1]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_fp32
-from toy import END, START
 from torch import Tensor
+from toy import END, START
 from transformers import AutoModelForCausalLM
 
 from scir_cli import chat, config, reward_models, trees
@@ -24,7 +24,10 @@ from scir_cli.trees import continuation
 
 REFERENCE = "reference"
 BRANCHES = {"judge": 4, "implicit": 2, "rubric": 12, "rationale": 4, "likelihood": 2, "pmi": 4, "external": 0}
-RATIONALES = ("The first is shorter.", "The second says more, and says it twice.")  # for the pair as it stands, and for the other order
+RATIONALES = (
+    "The first is shorter.",
+    "The second says more, and says it twice.",
+)  # for the pair as it stands, and for the other order
 
 # question, first, second, external log-odds; lengths differ, answers share starts, one has braces
 TEXTS = [
@@ -65,7 +68,9 @@ def swapped(pair: Pair) -> Pair:
     )
 
 
-def said(policy: Policy, names: Sequence[str], pairs: Sequence[Pair], written: Sequence[Sequence[str]] | None = None, **values: Any) -> dict[str, Odds]:
+def said(
+    policy: Policy, names: Sequence[str], pairs: Sequence[Pair], written: Sequence[Sequence[str]] | None = None, **values: Any
+) -> dict[str, Odds]:
     """What the models say of the pairs, scored by the policy, pair by pair in packs."""
     models = reward_models.make(names, policy.chat, settings(**values))
     texts = written or [RATIONALES] * len(pairs)
@@ -173,7 +178,9 @@ def test_gradients_reach_the_policy_through_every_model_it_scores(tiny_llama: Pa
 # ------------------------------------------------------------------------------------------------------------------ judge
 
 
-def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then_second(tiny_policy: Policy, pairs: list[Pair], plain: Any):
+def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then_second(
+    tiny_policy: Policy, pairs: list[Pair], plain: Any
+):
     tokenizer = tiny_policy.chat.tokenizer
     a, b = tokenizer("A")["input_ids"] + tokenizer("B")["input_ids"]
     odds = said(tiny_policy, ["judge"], pairs)["judge"]
@@ -197,7 +204,9 @@ def test_a_judge_prompt_from_a_file_is_what_is_asked(tiny_policy: Policy, pairs:
     path.write_text("{b} or {a}? {question}")
     model = reward_models.make(["judge"], tiny_policy.chat, settings(judge_prompt=str(path)))["judge"]
     asked = {tiny_policy.chat.tokenizer.decode(branch.ids) for branch in model.branches(pairs[1])}
-    assert asked == {f"{START}user\n{texts}? Sort 3 1 2.{END}\n{START}assistant\n" for texts in ("3 2 1 or 1 2 3", "1 2 3 or 3 2 1")}
+    assert asked == {
+        f"{START}user\n{texts}? Sort 3 1 2.{END}\n{START}assistant\n" for texts in ("3 2 1 or 1 2 3", "1 2 3 or 3 2 1")
+    }
 
 
 @pytest.mark.parametrize("name", ["judge", "rationale"])
@@ -267,7 +276,10 @@ def test_a_rationales_requests_are_the_judges_prompts_in_both_orders(tiny_policy
 def test_the_implicit_reward_is_the_scaled_log_ratio_against_the_reference(tiny_policy: Policy, pairs: list[Pair], plain: Any):
     got = said(tiny_policy, ["implicit"], pairs, implicit_scale=3.0, implicit_beta=0.2)["implicit"].log_odds
     for number, pair in enumerate(pairs):
-        h = [answer_logp(plain, pair.prompt_ids, ids) - ref for ids, ref in zip(pair.response_ids, pair.reference_logps[REFERENCE], strict=True)]
+        h = [
+            answer_logp(plain, pair.prompt_ids, ids) - ref
+            for ids, ref in zip(pair.response_ids, pair.reference_logps[REFERENCE], strict=True)
+        ]
         assert got[number].item() == pytest.approx(3.0 * 0.2 * (h[0] - h[1]), abs=1e-3)
 
 
@@ -286,7 +298,9 @@ def test_length_control_of_the_implicit_reward_by_hand(control: str, expected: f
 
 
 @pytest.mark.parametrize("known", [{}, {"another model": (-1.0, -2.0)}])
-def test_without_a_reference_the_implicit_reward_has_no_verdict(known: dict[str, tuple[float, float]], tiny_policy: Policy, pairs: list[Pair]):
+def test_without_a_reference_the_implicit_reward_has_no_verdict(
+    known: dict[str, tuple[float, float]], tiny_policy: Policy, pairs: list[Pair]
+):
     got = said(tiny_policy, ["implicit"], [pairs[0], replace(pairs[1], reference_logps=known)])["implicit"].log_odds
     assert got.isnan().tolist() == [False, True]
 
@@ -308,7 +322,9 @@ def test_pmi_takes_out_what_the_answer_is_worth_without_its_question(tiny_policy
     nothing = tiny_policy.chat.tokenizer(f"{START}user\n{END}\n{START}assistant\n")["input_ids"]
     got = said(tiny_policy, ["pmi"], pairs)["pmi"].log_odds
     for number, pair in enumerate(pairs):
-        gains = [(answer_logp(plain, pair.prompt_ids, ids) - answer_logp(plain, nothing, ids)) / len(ids) for ids in pair.response_ids]
+        gains = [
+            (answer_logp(plain, pair.prompt_ids, ids) - answer_logp(plain, nothing, ids)) / len(ids) for ids in pair.response_ids
+        ]
         assert got[number].item() == pytest.approx(gains[0] - gains[1], abs=1e-4)
 
 
@@ -340,7 +356,9 @@ def test_the_context_has_pairs_along_the_last_axis(pairs: list[Pair]):
 
 
 def test_answers_are_shared_out_pair_by_pair_and_model_by_model(tiny_policy: Policy, pairs: list[Pair]):
-    models = reward_models.make(["implicit", "external", "likelihood"], tiny_policy.chat, settings(implicit_scale=1.0, implicit_beta=1.0))
+    models = reward_models.make(
+        ["implicit", "external", "likelihood"], tiny_policy.chat, settings(implicit_scale=1.0, implicit_beta=1.0)
+    )
     context = Context(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), torch.zeros(2, 2), torch.tensor([7.0, 8.0]))
     # pair 1: implicit -1, -2, likelihood -3, -5; pair 2: implicit -10, -40, likelihood -20, -80
     logps = torch.tensor([-1.0, -2.0, -3.0, -5.0, -10.0, -40.0, -20.0, -80.0])
