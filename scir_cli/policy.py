@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -234,7 +235,7 @@ def load(settings: ModelSettings, spec: str | None = None) -> Policy:
     disable_progress_bar()  # transformers' own, on stderr even in a pipe
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"the model in {path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     model.to(device).eval()
     for module in model.modules():

@@ -17,7 +17,7 @@ from torch import Tensor
 from scir_cli import chat, odds
 from scir_cli.chat import Chat, Message
 from scir_cli.config import RewardSettings
-from scir_cli.errors import ConfigError
+from scir_cli.errors import ConfigError, ModelError
 from scir_cli.odds import Odds
 from scir_cli.trees import Branch, continuation, verdict
 
@@ -116,15 +116,27 @@ class Rationale(Judge):
         return self._prompts(pair)
 
     def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
-        cue = self.chat.tokenizer("\n\nVerdict:", add_special_tokens=False)["input_ids"]
+        cue = self._verdicts[0][:-1]
         prompts = [[*p, *self._reasons(w), *cue] for p, w in zip(self._prompts(pair), written, strict=True)]
         return [verdict(prompt, token) for prompt in prompts for token in self.tokens]
 
     @cached_property
+    def _verdicts(self) -> list[list[int]]:
+        """What is read after the reasons, ending in each verdict: the same ids but for the last one."""
+        ends = [
+            list(self.chat.tokenizer(f"\n\nVerdict: {w}", add_special_tokens=False)["input_ids"])
+            for w in self.settings.verdict_tokens
+        ]
+        if ends[0] == ends[1]:
+            raise ConfigError(f"the verdicts {self.settings.verdict_tokens} are the same token; choose two with --verdict-tokens")
+        if ends[0][:-1] != ends[1][:-1]:
+            words = " and ".join(map(repr, self.settings.verdict_tokens))
+            raise ModelError(f"the verdicts {words} are not one token each for this tokenizer; choose others with --verdict-tokens")
+        return ends
+
+    @cached_property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(
-            self.chat.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][-1] for word in self.settings.verdict_tokens
-        )
+        return tuple(end[-1] for end in self._verdicts)
 
     def _reasons(self, written: Sequence[int]) -> list[int]:
         """What was written up to the verdict it may have given itself, which is read from probabilities instead."""
