@@ -49,8 +49,10 @@ def consistency_tables(summary: Figures) -> list[Table]:
 
 def story(rows: list[tuple[str, Figures]]) -> Table:
     """One row a dataset that was checked, in the order of the run: does agreement rise, and do the models stay right?"""
-    table = Table("dataset", title="how far the internal reward models agree", title_justify="left")
-    for heading in ("pairs", "agree", "kappa", "judge flips", "judge right", "implicit right", "right where agreed"):
+    caption = "flips: the judge's verdicts that change with the seats; right: against gold labels, of the judge, the implicit reward, and where both agree"
+    table = Table(title="how far the internal reward models agree", title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("dataset", no_wrap=True)
+    for heading in ("pairs", "agree", "kappa", "flips", "judge right", "implicit right", "agreed right"):
         table.add_column(heading, justify="right")
     for name, s in rows:
         judge, implicit = s["models"].get("judge", {}), s["models"].get("implicit", {})

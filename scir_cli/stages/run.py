@@ -28,7 +28,7 @@ def run(steps: list[Step], *, quiet: bool = False) -> Json:
     figures = {}
     for step in steps:
         summary = store.read_json(Path(step.settings["output_dir"]) / "manifest.json").get("summary") or {}
-        if "models" in summary:
+        if "models" in summary and step.stage != "judge":  # check-consistency has the same pairs
             figures[str(step.settings["output_dir"])] = summary
     return {"steps": len(steps), "checked": figures}
 
