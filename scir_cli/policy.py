@@ -187,10 +187,10 @@ class Policy:
             else self.model
         )
 
-    def _forest_logps(self, forest: Forest) -> Tensor:
+    def _forest_logps(self, forest: Forest, plan: Plan | None = None) -> Tensor:
         core = self._core()
         ids, positions = (torch.from_numpy(x).to(self.device)[None] for x in (forest.tokens, forest.positions))
-        plan = Plan.of(forest, self.device)
+        plan = plan or Plan.of(forest, self.device)
         hidden = core.base_model(input_ids=ids, position_ids=positions, use_cache=False, plan=plan).last_hidden_state[0]
         return target_logps(hidden, core.get_output_embeddings(), head_finish(core.config.get_text_config()), forest)
 
@@ -264,7 +264,11 @@ def _trees_agree(policy: Policy) -> bool:
     with policy.own_attention():
         plain = policy._one_by_one(branches)
     try:
-        tree = policy._forest_logps(trees.build(branches))
+        forest = trees.build(branches)
+        plan = Plan.of(forest, policy.device)
+        tree = policy._forest_logps(forest, plan)
+        if not _fits_trees(policy.model.config.get_text_config(), plan):
+            tree = torch.full_like(plain, math.nan)
     except (TypeError, AssertionError, AttributeError, RuntimeError, ValueError):
         tree = torch.full_like(plain, math.nan)
     tolerance = 1e-3 if policy.model.dtype == torch.float32 else 0.03  # of a log-probability: bf16 keeps 8 bits of a logit of 10
@@ -272,6 +276,21 @@ def _trees_agree(policy: Policy) -> bool:
     if not agree:
         policy.model.set_attn_implementation(policy.plain_attention)
     return agree
+
+
+def _fits_trees(config: Any, plan: Plan) -> bool:
+    """Whether nothing in the config works beyond the probe's length in a way that trees do not follow.
+
+    Rotary frequencies that change with the longest sequence of a batch, attention in chunks, a sliding window that attention is not told of.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {r.get("rope_type") for r in [rope, *rope.values()] if isinstance(r, dict)}
+    window = getattr(config, "sliding_window", None)
+    return (
+        not kinds & {"dynamic", "longrope"}
+        and not getattr(config, "attention_chunk_size", None)
+        and (not window or window in plan.masks)
+    )
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
