@@ -314,10 +314,10 @@ class TrainSettings(RewardSettings, ReportSettings):
         "averaged",
         "The dynamic mask asks the order-averaged judge and the implicit reward, each reward model of the penalty, or the judge alone.",
     )
-    stop_gradient: Literal["none", "judge", "implicit"] = setting("none", "Reward model that the penalty does not train.")
+    stop_gradient: Literal["none", RewardModelName] = setting("none", "Reward model that the penalty does not train.")
     scale: Literal["fixed", "fitted", "running"] = setting(
         "fixed",
-        "s: --implicit-scale, or such that the implicit log-odds have the judge's median size: on the judged data once, or in every step.",
+        "s: --implicit-scale, or such that the implicit log-odds have the judge's median size: on the first iteration's judged data, or in every step.",
     )
     balance: bool = setting(False, "Divide the penalty's gradient through the implicit reward by its scale s.")
     anchors: str | None = setting(
@@ -368,16 +368,19 @@ class TrainSettings(RewardSettings, ReportSettings):
 
     @model_validator(mode="after")
     def _guards(self) -> TrainSettings:
-        ceiling = entropy_ceiling(3 if self.orders == "separate" else 2)
+        seated = sum(name in ("judge", "rationale") for name in self.reward_models) if self.orders == "separate" else 0
+        ceiling = entropy_ceiling(max(2, len(self.reward_models) + seated))
         if self.objective == "scir" and self.entropy_weight >= ceiling:
             raise ValueError(
                 f"entropy_weight is {self.entropy_weight}; from {ceiling:g} on (--orders {self.orders}), the penalty rewards confident disagreement. "
                 f"Use less than {ceiling:g}, 0.1 is the default"
             )
-        unfit = set(self.reward_models) - {"judge", "implicit"}
-        if self.objective == "scir" and (unfit or len(set(self.reward_models)) < 2):
+        if self.objective == "scir" and not {"judge", "implicit"} <= set(self.reward_models) - {"external"} == set(
+            self.reward_models
+        ):
             raise ValueError(
-                f"objective scir trains the reward models 'judge' and 'implicit' together; got {', '.join(self.reward_models)}"
+                "objective scir trains the reward models 'judge' and 'implicit' together, and other internal ones beside them; "
+                f"got {', '.join(self.reward_models)}"
             )
         return self
 

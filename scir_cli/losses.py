@@ -136,6 +136,7 @@ class Scir:
     sym: Tensor  # (pairs,)
     conf: Tensor  # (pairs,)
     mask: Tensor  # (pairs,) bool
+    label: Tensor  # (pairs,) +1 or -1: what the mask agrees on, where it does
 
 
 def scir(
@@ -152,7 +153,8 @@ def scir(
     """SCIR's objective.  L = sum(m L_pref) / max(1, sum m) + lambda ( mean L_sym + alpha mean L_conf ), label = the agreed sign, detached."""
     voters = voters.detach()
     mask = consistent(voters, confidence_threshold)  # m, (pairs,)
-    preferred = preference(voters[0].sign())  # L_DPO with the agreed label, (pairs,)
+    label = voters[0].sign()  # the agreed one, where the mask is on, (pairs,)
+    preferred = preference(label)  # L_DPO with it, (pairs,)
     sym, conf = PENALTIES[penalty](models), confidence(models, entropy_floor)
     chosen = torch.where(mask, preferred, torch.zeros_like(preferred)).sum() / mask.sum().clamp(min=1)
-    return Scir(chosen + penalty_weight * (sym.mean() + entropy_weight * conf.mean()), preferred, sym, conf, mask)
+    return Scir(chosen + penalty_weight * (sym.mean() + entropy_weight * conf.mean()), preferred, sym, conf, mask, label)

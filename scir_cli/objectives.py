@@ -55,8 +55,8 @@ class _Base:
 
     def __init__(self, settings: TrainSettings, chat: Chat, dpo_reference: str, reward_reference: str | None) -> None:
         self.settings, self.dpo_reference, self.reward_reference = settings, dpo_reference, reward_reference
-        self.models = reward_models.make([m for m in settings.reward_models if m in ("judge", "implicit")], chat, settings)
-        self.groups = {"judge": slice(0, 4), "implicit": slice(4, 6)}
+        self.models = reward_models.make(settings.reward_models, chat, settings)
+        self.groups = reward_models.columns(self.models)
 
     def labels(self, examples: Sequence[Example], like: Tensor) -> Tensor:
         return torch.tensor([e.label for e in examples], dtype=torch.float32, device=like.device)  # (pairs,)
@@ -142,7 +142,7 @@ class Scir(_Base):
         self.guard = Collapse(20)
 
     def branches(self, example: Example) -> list[Branch]:
-        return [branch for name in self.groups for branch in self.models[name].branches(example.pair)]
+        return reward_models.ask(self.models, example.pair)
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         """The step's loss: SCIR's on its unlabelled pairs, and the verdict's on its anchors."""
@@ -159,19 +159,25 @@ class Scir(_Base):
 
     def _scir(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         s = self.settings
-        context = Context.of([e.pair for e in examples], self.reward_reference, logps.device)
-        judge = self.models["judge"].odds(logps[:, self.groups["judge"]].T, context)
-        implicit = self.models["implicit"].odds(logps[:, self.groups["implicit"]].T, context).log_odds  # (pairs,)
-        judges = self._orders(judge)  # {name: (pairs,)}
-        matching = losses.matching_scale(torch.stack(list(judges.values())), implicit) if s.scale == "running" else 1.0
-        implicit = matching * implicit
-        share = 0.0 if s.stop_gradient == "implicit" else 1 / (matching * s.implicit_scale) if s.balance else 1.0
-        trained = {n: a.detach() if s.stop_gradient == "judge" else a for n, a in judges.items()}
-        trained["implicit"] = losses.with_gradient(implicit, share)
-        models = torch.stack(list(trained.values()))  # (K, pairs)
-        assert judge.verdict_mass is not None
-        silent = judge.verdict_mass.detach() < s.min_verdict_mass
-        asked = {"each": models, "averaged": torch.stack([judge.log_odds, implicit]), "judge": judge.log_odds[None]}
+        said = reward_models.answer(self.models, logps, Context.of([e.pair for e in examples], self.reward_reference, logps.device))
+        judge, implicit = said["judge"], said["implicit"].log_odds
+        matching = (
+            losses.matching_scale(torch.stack(list(self._orders("judge", judge).values())), implicit)
+            if s.scale == "running"
+            else 1.0
+        )
+        said["implicit"] = Odds(losses.with_gradient(matching * implicit, 1 / (matching * s.implicit_scale) if s.balance else 1.0))
+        trained = {
+            view: a.detach() if name == s.stop_gradient else a
+            for name, answer in said.items()
+            for view, a in self._orders(name, answer).items()
+        }
+        models, averaged = (
+            torch.stack(odds) for odds in (list(trained.values()), [a.log_odds for a in said.values()])
+        )  # (K, pairs)
+        masses = torch.stack([a.verdict_mass for a in said.values() if a.verdict_mass is not None])
+        silent = (masses.detach() < s.min_verdict_mass).any(0)
+        asked = {"each": models, "averaged": averaged, "judge": judge.log_odds[None]}
         voters = asked[s.agree_on].detach().masked_fill(silent, float("nan"))
         own = logps[:, self.groups["implicit"]]
         ratios = self.log_ratios(own, examples)
@@ -179,7 +185,7 @@ class Scir(_Base):
             models, voters, self.preference(own, ratios, examples), penalty_weight=self._penalty_weight(), entropy_weight=s.entropy_weight,
             confidence_threshold=s.confidence_threshold, entropy_floor=s.entropy_floor, penalty=s.penalty,
         )  # fmt: skip
-        metrics = self._metrics(terms, trained, judge, ratios, logps) | {"scir/scale": matching * s.implicit_scale}
+        metrics = self._metrics(terms, trained, averaged, judge, ratios, logps) | {"scir/scale": matching * s.implicit_scale}
         self.guard(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
         return terms.loss, metrics
 
@@ -189,18 +195,19 @@ class Scir(_Base):
             * {"constant": 1.0, "rising": self.progress, "falling": 1 - self.progress}[self.settings.penalty_schedule]
         )
 
-    def _orders(self, judge: Odds) -> dict[str, Tensor]:
-        """The judge as the penalty sees it: its two orders as two reward models, their average, or the first order alone."""
-        assert judge.seats is not None
-        if self.settings.orders == "averaged":
-            return {"judge": judge.log_odds}
-        both = {"judge_forward": judge.seats[0], "judge_swapped": -judge.seats[1]}  # both: log-odds that the first is better
-        return both if self.settings.orders == "separate" else {"judge_forward": both["judge_forward"]}
+    def _orders(self, name: str, answer: Odds) -> dict[str, Tensor]:
+        """A reward model as the penalty sees it: one that seats responses as its two orders, their average, or the first order alone."""
+        if answer.seats is None or self.settings.orders == "averaged":
+            return {name: answer.log_odds}
+        both = {f"{name}_forward": answer.seats[0], f"{name}_swapped": -answer.seats[1]}  # both: log-odds that the first is better
+        return both if self.settings.orders == "separate" else {f"{name}_forward": answer.seats[0]}
 
-    def _metrics(self, t: losses.Scir, models: dict[str, Tensor], judge: Odds, ratios: Tensor, logps: Tensor) -> Metrics:
+    def _metrics(
+        self, t: losses.Scir, models: dict[str, Tensor], averaged: Tensor, judge: Odds, ratios: Tensor, logps: Tensor
+    ) -> Metrics:
         assert judge.seats is not None and judge.verdict_mass is not None
         n = t.mask.sum().clamp(min=1)
-        label = judge.log_odds.detach().sign() * t.mask  # 0 where the mask is off
+        label = t.label * t.mask  # 0 where the mask is off
         kept = (
             dpo_metrics(logps[t.mask][:, self.groups["implicit"]], ratios[:, t.mask], label[t.mask], self.settings.beta)
             if t.mask.any()
@@ -211,7 +218,7 @@ class Scir(_Base):
             f"scir/{self.settings.penalty}": float(t.sym.detach().mean()),
             "scir/entropy": float(t.conf.detach().mean()),
             "scir/mask_rate": float(t.mask.float().mean()),
-            "scir/agreement": float((judge.log_odds.sign() == models["implicit"].sign()).float().mean()),
+            "scir/agreement": float((averaged.sign() == averaged[0].sign()).all(0).float().mean()),
             "scir/flip_rate": float((judge.seats[0].sign() == judge.seats[1].sign()).float().mean()),
             "scir/verdict_mass": float(judge.verdict_mass.detach().mean()),
             **{f"abs_log_odds/{name}": float(a.detach().abs().mean()) for name, a in models.items()},

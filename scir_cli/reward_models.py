@@ -1,12 +1,13 @@
 """The internal reward models: what each asks of the policy about a pair, and how the answer becomes log-odds.
 
 Add one here and it is there in judging, training and evaluation. A reward model has three methods: `requests` (prompts it needs answered in
-text first; usually none), `branches` (token paths to score, always the same number) and `odds` (their log-probabilities -> log-odds, pure).
+text first; usually none), `branches` (token paths to score, `n_branches` of them) and `odds` (their log-probabilities -> log-odds, pure).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 from scir_cli import chat, odds
 from scir_cli.chat import Chat, Message
 from scir_cli.config import RewardSettings
-from scir_cli.errors import ConfigError, ModelError
+from scir_cli.errors import ConfigError, DataError, ModelError
 from scir_cli.odds import Odds
 from scir_cli.trees import Branch, continuation, verdict
 
@@ -33,6 +34,9 @@ class Pair:
     texts: tuple[str, str]
     external: float | None = None  # log-odds somebody else gave, nats
     reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)  # weights key -> summed logps of first, second
+    written: dict[str, Sequence[Sequence[int]]] = field(
+        default_factory=dict
+    )  # reward model -> its answers to `requests`, token ids
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,14 @@ class Context:
 
 
 class RewardModel(Protocol):
+    n_branches: ClassVar[int]
     reads_verdicts: ClassVar[bool]
 
     def requests(self, pair: Pair) -> list[list[int]]:
         """Prompts that have to be answered in text before `branches` can be asked."""
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
-        """Token paths to score; `written` are the answers to `requests`, as token ids."""
+    def branches(self, pair: Pair) -> list[Branch]:
+        """Token paths to score; where there are `requests`, their answers are in `pair.written`."""
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
         """Log-odds from summed branch log-probabilities.  logps: (branches, pairs), nats"""
@@ -71,6 +76,7 @@ class RewardModel(Protocol):
 
 @dataclass(frozen=True)
 class _Base:
+    n_branches: ClassVar[int]
     reads_verdicts: ClassVar[bool] = False  # each branch is one token at one position: it enters no loss, so a backend may score it
 
     chat: Chat
@@ -83,6 +89,7 @@ class _Base:
 class Judge(_Base):
     """Pairwise verdict A or B at the first token of the answer, in both orders."""
 
+    n_branches = 4
     reads_verdicts = True
     default_prompt = chat.PAIRWISE
 
@@ -105,7 +112,7 @@ class Judge(_Base):
             raise ConfigError(f"the verdicts {self.settings.verdict_tokens} are the same token; choose two with --verdict-tokens")
         return tokens
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    def branches(self, pair: Pair) -> list[Branch]:
         return [verdict(prompt, token) for prompt in self._prompts(pair) for token in self.tokens]
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
@@ -120,9 +127,11 @@ class Rationale(Judge):
     def requests(self, pair: Pair) -> list[list[int]]:
         return self._prompts(pair)
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    def branches(self, pair: Pair) -> list[Branch]:
         cue = self._verdicts[0][:-1]
-        prompts = [[*p, *self._reasons(w), *cue] for p, w in zip(self._prompts(pair), written, strict=True)]
+        if not (reasons := pair.written.get("rationale")):
+            raise DataError("these pairs hold no rationales: have `scir judge --reward-models …,rationale` write them first")
+        prompts = [[*p, *self._reasons(w), *cue] for p, w in zip(self._prompts(pair), reasons, strict=True)]
         return [verdict(prompt, token) for prompt in prompts for token in self.tokens]
 
     @cached_property
@@ -152,9 +161,10 @@ class Rationale(Judge):
 class Rubric(_Base):
     """Additive score 0-5 of each response, as its expectation over the score tokens (arXiv 2401.10020)."""
 
+    n_branches = 12
     reads_verdicts = True
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    def branches(self, pair: Pair) -> list[Branch]:
         question = chat.question_text(pair.messages)
         asks = [chat.fill(chat.RUBRIC, question=question, response=text) for text in pair.texts]
         tokens = [self.chat.answer_token(asks[0], str(score)) for score in range(6)]
@@ -169,7 +179,9 @@ class Rubric(_Base):
 class Implicit(_Base):
     """The DPO reward: log-ratio of the policy against `reward_reference` (arXiv 2305.18290)."""
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    n_branches = 2
+
+    def branches(self, pair: Pair) -> list[Branch]:
         return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
@@ -181,7 +193,9 @@ class Implicit(_Base):
 class Likelihood(_Base):
     """Mean log-probability per token, without a reference (SimPO's reward, arXiv 2405.14734)."""
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    n_branches = 2
+
+    def branches(self, pair: Pair) -> list[Branch]:
         return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
@@ -191,7 +205,9 @@ class Likelihood(_Base):
 class Pmi(_Base):
     """Mean log-ratio per token of the answer with and without its prompt: pointwise mutual information (ours)."""
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    n_branches = 4
+
+    def branches(self, pair: Pair) -> list[Branch]:
         nothing = self.chat.prompt_ids([{"role": "user", "content": ""}])
         return [continuation(prompt, ids) for prompt in (pair.prompt_ids, nothing) for ids in pair.response_ids]
 
@@ -203,7 +219,9 @@ class Pmi(_Base):
 class External(_Base):
     """Log-odds that came with the data."""
 
-    def branches(self, pair: Pair, written: Sequence[Sequence[int]] = ()) -> list[Branch]:
+    n_branches = 0
+
+    def branches(self, pair: Pair) -> list[Branch]:
         return []
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
@@ -220,12 +238,17 @@ def make(names: Sequence[str], chat: Chat, settings: RewardSettings) -> dict[str
     return {name: TABLE[name](chat, settings) for name in names}
 
 
-def ask(models: dict[str, RewardModel], pair: Pair, written: Mapping[str, Sequence[Sequence[int]]] | None = None) -> list[Branch]:
+def ask(models: dict[str, RewardModel], pair: Pair) -> list[Branch]:
     """All branches the models ask about a pair, one model after the other."""
-    return [branch for name, model in models.items() for branch in model.branches(pair, (written or {}).get(name, ()))]
+    return [branch for model in models.values() for branch in model.branches(pair)]
 
 
-def answer(models: dict[str, RewardModel], widths: Sequence[int], logps: Tensor, context: Context) -> dict[str, Odds]:
-    """Each model's log-odds.  logps: (pairs * branches a pair,), as scored from `ask` pair by pair; widths: branches of each model"""
-    table = logps.reshape(context.external.shape[0], sum(widths)).T  # (branches, pairs)
-    return {name: model.odds(part, context) for (name, model), part in zip(models.items(), table.split(list(widths)), strict=True)}
+def columns(models: dict[str, RewardModel]) -> dict[str, slice]:
+    """Where each model's branches are among those of `ask`."""
+    ends = list(itertools.accumulate(model.n_branches for model in models.values()))
+    return {name: slice(end - model.n_branches, end) for (name, model), end in zip(models.items(), ends, strict=True)}
+
+
+def answer(models: dict[str, RewardModel], logps: Tensor, context: Context) -> dict[str, Odds]:
+    """Each model's log-odds.  logps: (pairs, branches), as scored from `ask`"""
+    return {name: models[name].odds(logps[:, part].T, context) for name, part in columns(models).items()}

@@ -35,6 +35,7 @@ REWARDS = pa.list_(
             ("forward_log_odds", pa.float64()),  # the same, read with the first response in seat A; null: the model has no seats
             ("swapped_log_odds", pa.float64()),  # log-odds *for seat A* with the second response in seat A
             ("verdict_mass", pa.float64()),  # probability on the verdict tokens; null: the model has none
+            ("written", pa.list_(pa.list_(pa.int32()))),  # token ids of what the model wrote before each verdict; null: nothing
         ]
     )
 )

@@ -263,6 +263,37 @@ def test_a_fitted_scale_is_found_on_the_judged_data_and_used(chain: Path, tmp_pa
         train(chain, tmp_path / "none", scale="fitted", input=str(chain / "gold.jsonl"), max_steps=1)
 
 
+def test_a_fitted_scale_is_kept_by_the_next_iteration_while_the_reward_reference_is_the_same(chain: Path, tmp_path: Path):
+    def scale(folder: str, **values: Any) -> float:
+        manifest = train(chain, tmp_path / folder, scale="fitted", max_steps=1, **values)
+        return float(manifest["summary"]["scir/scale"])
+
+    first = scale("m2", learning_rate=1e-2)
+    assert scale("m3", model=str(tmp_path / "m2")) == first
+    assert store.read_json(tmp_path / "m3" / "plan.json")["kept_scale"] == first
+    assert scale("again", model=str(tmp_path / "m2"), implicit_beta=0.2) != first
+
+
+def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(chain: Path, tmp_path: Path):
+    names = ["judge", "implicit", "rubric", "rationale"]
+    with pytest.raises(DataError, match="hold no rationales"):
+        train(chain, tmp_path / "none", reward_models=names, max_steps=1)
+    common = {"model": str(chain / "policy"), "reward_reference": str(chain / "base"), "reward_models": names}
+    run("judge", **common, input=str(chain / "candidates"), rationale_max_tokens=4, output_dir=tmp_path / "judged")
+    row = store.read_dataset(tmp_path / "judged").to_pylist()[0]
+    assert [len(r["written"]) for r in row["rewards"] if r["written"]] == [2]  # the rationale's, in both orders
+    train(chain, tmp_path / "m", input=str(tmp_path / "judged"), reward_models=names, max_steps=1)
+    first = json.loads((tmp_path / "m" / "metrics.jsonl").read_text().splitlines()[0])
+    rows = store.read_dataset(tmp_path / "judged").to_pylist()
+    for name in ("judge", "implicit", "rubric"):  # step 0 reads what `judge` wrote
+        sizes = [abs(r["log_odds"]) for row in rows for r in row["rewards"] if r["reward_model"] == name]
+        assert first[f"abs_log_odds/{name}"] > 0
+        assert min(sizes) <= first[f"abs_log_odds/{name}"] <= max(sizes)
+    assert {"abs_log_odds/rationale_forward", "abs_log_odds/rationale_swapped"} <= set(first)
+    with pytest.raises(ConfigError, match="from 2.4 on"):
+        train(chain, tmp_path / "over", reward_models=names, entropy_weight=2.5)
+
+
 def test_anchors_are_mixed_into_the_steps_and_change_the_plan(chain: Path, tmp_path: Path):
     manifest = train(chain, tmp_path / "m", anchors=str(chain / "gold.jsonl"), batch_size=24)
     plain = train(chain, tmp_path / "plain", batch_size=24)

@@ -74,11 +74,12 @@ def said(
     """What the models say of the pairs, scored by the policy, pair by pair in packs."""
     models = reward_models.make(names, policy.chat, settings(**values))
     texts = written or [RATIONALES] * len(pairs)
-    ids = [{"rationale": [policy.chat.tokenizer(text)["input_ids"] for text in each]} for each in texts]
-    groups = [reward_models.ask(models, pair, each) for pair, each in zip(pairs, ids, strict=True)]
-    widths = [len(m.branches(pairs[0], ids[0].get(name, ()))) for name, m in models.items()]
-    logps = torch.cat(list(policy.score(groups, 300)))
-    return reward_models.answer(models, widths, logps, Context.of(pairs, REFERENCE))
+    asked = [reward_models.ask(models, with_written(policy, pair, each)) for pair, each in zip(pairs, texts, strict=True)]
+    return reward_models.answer(models, torch.stack(list(policy.score(asked, 300))), Context.of(pairs, REFERENCE))
+
+
+def with_written(policy: Policy, pair: Pair, texts: Sequence[str]) -> Pair:
+    return replace(pair, written={"rationale": [policy.chat.tokenizer(text)["input_ids"] for text in texts]})
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +135,8 @@ def test_swapping_first_and_second_exchanges_the_seats(name: str, tiny_policy: P
 @pytest.mark.parametrize("name", BRANCHES)
 def test_the_number_of_branches_is_the_same_for_every_pair(name: str, tiny_policy: Policy, pairs: list[Pair]):
     model = reward_models.make([name], tiny_policy.chat, settings())[name]
-    written = [tiny_policy.chat.tokenizer(text)["input_ids"] for text in RATIONALES]
-    assert [len(model.branches(pair, written)) for pair in pairs] == [BRANCHES[name]] * len(pairs)
+    asked = [model.branches(with_written(tiny_policy, pair, RATIONALES)) for pair in pairs]
+    assert [len(branches) for branches in asked] == [BRANCHES[name]] * len(pairs) == [model.n_branches] * len(pairs)
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -165,11 +166,11 @@ def test_models_that_compare_or_score_have_a_verdict_mass_and_the_others_none(ti
 
 def test_gradients_reach_the_policy_through_every_model_it_scores(tiny_llama: Path):
     policy = load_fp32(tiny_llama)
-    pair = make_pair(policy, 0)
-    for name in ("judge", "implicit", "rubric", "likelihood", "pmi"):
+    pair = with_written(policy, make_pair(policy, 0), RATIONALES)
+    for name in ("judge", "implicit", "rubric", "rationale", "likelihood", "pmi"):
         models = reward_models.make([name], policy.chat, settings())
-        logps = policy.branch_logps(reward_models.ask(models, pair))
-        odds = reward_models.answer(models, [BRANCHES[name]], logps, Context.of([pair], REFERENCE))[name]
+        logps = policy.branch_logps(reward_models.ask(models, pair))[None]
+        odds = reward_models.answer(models, logps, Context.of([pair], REFERENCE))[name]
         (slope,) = torch.autograd.grad(odds.log_odds.sum(), policy.model.get_input_embeddings().weight)
         assert slope.norm() > 0
         assert slope.isfinite().all()
@@ -215,7 +216,7 @@ def test_a_judge_prompt_without_a_field_is_a_settings_error(name: str, tiny_poli
     path.write_text("{question} {a}")
     model = reward_models.make([name], tiny_policy.chat, settings(judge_prompt=str(path)))[name]
     with pytest.raises(ConfigError, match=r"has no \{b\}"):
-        model.branches(pairs[0], [[5], [6]])
+        model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
 
 
 def test_other_verdicts_are_read_where_they_are_named(tiny_policy: Policy, pairs: list[Pair]):
@@ -228,14 +229,14 @@ def test_other_verdicts_are_read_where_they_are_named(tiny_policy: Policy, pairs
 def test_verdicts_of_several_tokens_are_refused(name: str, tiny_policy: Policy, pairs: list[Pair]):
     model = reward_models.make([name], tiny_policy.chat, settings(verdict_tokens=["Zq", "Qz"]))[name]
     with pytest.raises(ModelError, match="'Zq'.*--verdict-tokens"):
-        model.branches(pairs[0], [[5], [6]])
+        model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
 
 
 @pytest.mark.parametrize("name", ["judge", "rationale"])
 def test_two_verdicts_that_are_one_token_are_refused(name: str, tiny_policy: Policy, pairs: list[Pair]):
     model = reward_models.make([name], tiny_policy.chat, settings(verdict_tokens=["A", "A"]))[name]
     with pytest.raises(ConfigError, match="are the same token"):
-        model.branches(pairs[0], [[5], [6]])
+        model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
 
 
 # ------------------------------------------------------------------------------------------------------------------ rationale
@@ -243,7 +244,7 @@ def test_two_verdicts_that_are_one_token_are_refused(name: str, tiny_policy: Pol
 
 def rationale_texts(policy: Policy, pair: Pair, written: Sequence[str]) -> list[str]:
     model = reward_models.make(["rationale"], policy.chat, settings())["rationale"]
-    branches = model.branches(pair, [policy.chat.tokenizer(text)["input_ids"] for text in written])
+    branches = model.branches(with_written(policy, pair, written))
     return [policy.chat.tokenizer.decode(branch.ids) for branch in branches]
 
 
@@ -361,8 +362,8 @@ def test_answers_are_shared_out_pair_by_pair_and_model_by_model(tiny_policy: Pol
     )
     context = Context(torch.tensor([[1.0, 2.0], [1.0, 4.0]]), torch.zeros(2, 2), torch.tensor([7.0, 8.0]))
     # pair 1: implicit -1, -2, likelihood -3, -5; pair 2: implicit -10, -40, likelihood -20, -80
-    logps = torch.tensor([-1.0, -2.0, -3.0, -5.0, -10.0, -40.0, -20.0, -80.0])
-    odds = reward_models.answer(models, [2, 0, 2], logps, context)
+    logps = torch.tensor([[-1.0, -2.0, -3.0, -5.0], [-10.0, -40.0, -20.0, -80.0]])
+    odds = reward_models.answer(models, logps, context)
     assert odds["implicit"].log_odds.tolist() == [1.0, 30.0]
     assert odds["external"].log_odds.tolist() == [7.0, 8.0]
     assert odds["likelihood"].log_odds.tolist() == [2.0, 10.0]  # -3 + 5; -20/2 + 80/4

@@ -69,8 +69,8 @@ def figures(policy: Policy, data: list[tuple[Pair, int]], chosen: config.TrainSe
     """Agreement of the averaged judge with the implicit reward, flips, and the accuracy of each, on the pairs."""
     models = reward_models.make(["judge", "implicit"], policy.chat, chosen)
     items, gold = [p for p, _ in data], np.array([label for _, label in data])
-    logps = torch.cat(list(policy.score([reward_models.ask(models, p) for p in items], 4096)))
-    odds = reward_models.answer(models, [4, 2], logps, Context.of(items, "M_0"))
+    logps = torch.stack(list(policy.score([reward_models.ask(models, p) for p in items], 4096)))
+    odds = reward_models.answer(models, logps, Context.of(items, "M_0"))
     stacked = np.stack([o.log_odds.numpy().astype(float) for o in odds.values()])
     seats = odds["judge"].seats
     assert seats is not None

@@ -57,6 +57,7 @@ def encode_pair(row: Mapping[str, Any], chat: Chat) -> Pair:
         (sides[0]["text"], sides[1]["text"]),
         external[0] if external else None,
         {r["weights"]: (r["first"], r["second"]) for r in row["reference_logps"]},
+        {r["reward_model"]: r["written"] for r in row["rewards"] if r.get("written")},
     )
 
 

@@ -287,17 +287,15 @@ class Scorer:
                 drops["too_long"] += 1
             else:
                 ready.append((row, pair))
-        written = self._write([pair for _, pair in ready])
-        asked = [reward_models.ask(self.models, pair, text) for (_, pair), text in zip(ready, written, strict=True)]
+        self._write([pair for _, pair in ready])
+        asked = [reward_models.ask(self.models, pair) for _, pair in ready]
         fits = [max((len(b.ids) for b in branches), default=0) < self.room for branches in asked]
         drops["too_long"] += fits.count(False)
         ready, asked = list(itertools.compress(ready, fits)), list(itertools.compress(asked, fits))
-        written = list(itertools.compress(written, fits))
-        return self._verdicts(ready, asked, written), +drops
+        return self._verdicts(ready, asked), +drops
 
-    def _write(self, pairs: list[Pair]) -> list[dict[str, list[tuple[int, ...]]]]:
-        """What each model that writes first has to say about each pair, as token ids."""
-        out: list[dict[str, list[tuple[int, ...]]]] = [{} for _ in pairs]
+    def _write(self, pairs: list[Pair]) -> None:
+        """Has each model that writes first do so about each pair."""
         for name, model in self.models.items():
             requests = [(i, tuple(p)) for i, pair in enumerate(pairs) for p in model.requests(pair)]
             if not requests:
@@ -305,21 +303,23 @@ class Scorer:
             answers = self.backend.generate(
                 [Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests]
             )
+            for pair in pairs:
+                pair.written[name] = []
             for (i, _), completion in zip(requests, answers, strict=True):
-                out[i].setdefault(name, []).append(completion.token_ids)
-        return out
+                pairs[i].written[name] = [*pairs[i].written[name], completion.token_ids]
 
-    def _verdicts(self, ready: list[tuple[Row, Pair]], asked: list[Any], written: list[Any]) -> list[Row]:
+    def _verdicts(self, ready: list[tuple[Row, Pair]], asked: list[Any]) -> list[Row]:
         if not ready:
             return []
         pairs = self._with_reference([pair for _, pair in ready])
-        widths = [len(model.branches(pairs[0], written[0].get(name, ()))) for name, model in self.models.items()]
-        logps = self._logps(asked, widths)
-        context = Context.of(pairs, self.reference_key)
-        answers = reward_models.answer(self.models, widths, logps.flatten(), context)
-        own = _own_logps(self.models, widths, logps)
+        logps = self._logps(asked)
+        answers = reward_models.answer(self.models, logps, Context.of(pairs, self.reference_key))
+        own = _own_logps(self.models, logps)
         for index, ((row, _), pair) in enumerate(zip(ready, pairs, strict=True)):
-            row["rewards"] = [_reward(name, odds, index, self.settings.min_verdict_mass) for name, odds in answers.items()]
+            row["rewards"] = [
+                _reward(name, odds, index, self.settings.min_verdict_mass) | {"written": pair.written.get(name)}
+                for name, odds in answers.items()
+            ]
             known = dict(pair.reference_logps)
             if own is not None:
                 known[self.model.key] = (float(own[index, 0]), float(own[index, 1]))
@@ -328,13 +328,13 @@ class Scorer:
                 row[side] = {**row[side], "token_ids": ids}
         return [row for row, _ in ready]
 
-    def _logps(self, asked: list[list[Branch]], widths: list[int]) -> torch.Tensor:
+    def _logps(self, asked: list[list[Branch]]) -> torch.Tensor:
         """Summed log-probabilities of all branches: of answers by the engine, of verdicts by vLLM where it was asked for.  # (pairs, branches)"""
-        flags = [model.reads_verdicts for model, width in zip(self.models.values(), widths, strict=True) for _ in range(width)]
+        flags = [model.reads_verdicts for model in self.models.values() for _ in range(model.n_branches)]
         verdicts = torch.tensor(flags, dtype=torch.bool) & (
             self.backend_settings is not None and self.backend_settings.backend == "vllm"
         )
-        logps = torch.zeros(len(asked), sum(widths))
+        logps = torch.zeros(len(asked), len(flags))
         for chosen, score in ((verdicts, self._by_backend), (~verdicts, self._by_engine)):
             if chosen.any():
                 logps[:, chosen] = score([list(itertools.compress(branches, chosen.tolist())) for branches in asked])
@@ -363,10 +363,10 @@ def with_reference(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int
     return list(pairs)
 
 
-def _own_logps(models: dict[str, Any], widths: list[int], logps: torch.Tensor) -> torch.Tensor | None:
+def _own_logps(models: dict[str, Any], logps: torch.Tensor) -> torch.Tensor | None:
     """The policy's own response log-probabilities, where some reward model has asked for them.  # (pairs, 2)"""
-    parts = dict(zip(models, logps.split(widths, dim=1), strict=True))
-    return next((parts[name][:, :2] for name in ("implicit", "likelihood", "pmi") if name in parts), None)
+    parts = reward_models.columns(models)
+    return next((logps[:, parts[name]][:, :2] for name in ("implicit", "likelihood", "pmi") if name in parts), None)
 
 
 def _reward(name: str, odds: Odds, index: int, min_mass: float) -> Row:

@@ -80,7 +80,9 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     if ranks.size > 1 and settings.sharding == "fsdp":
         for weights in filter(None, (start, reference)):
             weights.options |= {"ranks": ranks, "cpu_offload": settings.cpu_offload}
+    kept = kept_scale(start.path, settings, reward_key) if scorer else None
     plan = {"stage": "train", "settings": settings.plan(), **digests, "model": start.key, "reward_reference": reward_key}
+    plan |= {"kept_scale": kept} if kept is not None else {}
     out = Path(settings.output_dir)
     if settings.dry_run:
         examples, drops = _examples(rows, start, settings)
@@ -105,7 +107,8 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
         if reference is not None:
             reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
         if scorer and settings.scale == "fitted":
-            settings = settings.model_copy(update={"implicit_scale": fitted_scale(rows, examples, scorer, settings)})
+            scale = fitted_scale(rows, examples, scorer, settings) if kept is None else kept
+            settings = settings.model_copy(update={"implicit_scale": scale})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
 
 
@@ -137,6 +140,21 @@ def _add(pairs: list[Pair], key: str, known: dict[str, tuple[float, float]]) -> 
     for pair in pairs:
         if pair.pair_id in known:
             pair.reference_logps[key] = known[pair.pair_id]
+
+
+def kept_scale(model: Path, settings: TrainSettings, reward_key: str | None) -> float | None:
+    """The scale that --scale fitted found when `model` was trained against the same reward reference, None where it did not.
+
+    Fitting anew in each iteration lowers it as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
+    """
+    plan, manifest = model / "plan.json", model / "manifest.json"
+    if settings.scale != "fitted" or not (plan.exists() and manifest.exists()):
+        return None
+    made = store.read_json(plan)
+    same = made.get("reward_reference") == reward_key and all(
+        made["settings"].get(name) == getattr(settings, name) for name in ("objective", "scale", "implicit_beta", "length_control")
+    )
+    return float(store.read_json(manifest)["summary"]["scir/scale"]) if same else None
 
 
 def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> float:
@@ -261,9 +279,8 @@ class Watch:
 
     def __call__(self) -> dict[str, float]:
         asked = [reward_models.ask(self.models, pair) for pair in self.pairs]
-        widths = [len(model.branches(self.pairs[0])) for model in self.models.values()]
-        logps = list(self.policy.score(asked, self.settings.max_tokens_per_pack))
-        answers = reward_models.answer(self.models, widths, torch.cat(logps), Context.of(self.pairs, self.reward_key))
+        logps = torch.stack(list(self.policy.score(asked, self.settings.max_tokens_per_pack)))
+        answers = reward_models.answer(self.models, logps, Context.of(self.pairs, self.reward_key))
         odds = np.stack([answer.log_odds.numpy().astype(float) for answer in answers.values()])
         figures: dict[str, float] = {}
         for name, values in zip(answers, odds, strict=True):
