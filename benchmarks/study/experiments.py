@@ -55,27 +55,31 @@ RIVALS = [
     Method("oracle", "external", scores="oracle"),
 ]
 
+BEST = {"scale": "fitted", "penalty_weight": 3.0}  # sizes matched at M_1 and kept; lambda from the sweep
+
 MAIN = [
     Method("scir", "scir"),
     Method("scir-fitted", "scir", {"scale": "fitted"}),
     Method("scir-s25", "scir", {"implicit_scale": 25.0}),  # the sizes at M_1, found on the tuning world (docs/log.md)
     Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0}),
+    Method("scir-fitted-l3", "scir", BEST),
     *RIVALS,
+    Method("srlm half step", "srlm", {"learning_rate": 5e-5}),
 ]
 
-#: SCIR's open settings, one at a time beside `scir-fitted`; the two baselines again, so that pairs are within the experiment.
+#: SCIR's open settings, one at a time beside `scir-fitted-l3`, and the baseline again, so that pairs are within the experiment.
 ABLATION = [
     Method("srlm", "srlm"),
-    Method("filter-only", "filter-only"),
+    Method("scir-fitted-l3", "scir", BEST),
     *[
-        Method(name, "scir", {"scale": "fitted", **settings})
+        Method(name, "scir", {**BEST, **settings})
         for name, settings in {
-            "scir-fitted": {},
             "running scale": {"scale": "running"},
             "balanced": {"balance": True},
             "orders averaged": {"orders": "averaged"},
             "one order": {"orders": "forward"},
             "agree on each": {"agree_on": "each"},
+            "no mask": {"agree_on": "judge"},
             "entropy of the mean": {"penalty": "entropy_of_mean"},
             "agreement likelihood": {"penalty": "agreement_likelihood"},
             "no entropy": {"entropy_weight": 0.0},
@@ -87,9 +91,12 @@ ABLATION = [
             "lambda falling": {"penalty_schedule": "falling"},
             "mean length": {"length_control": "mean"},
             "anchored": {"anchors": "{seed_pairs}"},
+            "with likelihood": {"reward_models": ["judge", "implicit", "likelihood"]},
+            "ipo": {"preference_loss": "ipo"},
+            "sppo": {"preference_loss": "sppo"},
         }.items()
     ],
-    Method("filter-only anchored", "filter-only", {"anchors": "{seed_pairs}"}),
+    Method("reference M_t-1", "scir-previous", BEST),
 ]
 
 SWEEP = [
@@ -99,7 +106,7 @@ SWEEP = [
     for weight in (0.1, 1.0, 5.0)
 ]
 
-FEW = [Method("scir", "scir"), Method("scir-fitted", "scir", {"scale": "fitted"}), RIVALS[0], RIVALS[1]]
+FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), Method("scir", "scir"), Method("scir-fitted-l3", "scir", BEST)]
 
 
 def with_size(**changes: Any) -> Setup:
@@ -110,8 +117,10 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "main": (Setup(), MAIN),
     "ablation": (Setup(), ABLATION),
     "sweep": (Setup(), SWEEP),
-    "seed-labels-150": (with_size(n_seed=150), FEW),
+    "seed-labels-150": (with_size(n_labels=150), FEW),
     "label-noise": (with_size(label_noise=0.2), FEW),
     "length-bias": (with_size(length_bias=0.5), FEW),
+    "position-bias": (with_size(position_bias=2.0), FEW),
+    "smaller": (with_size(hidden=64, layers=2), FEW),
     "larger": (with_size(hidden=192, layers=4), FEW),
 }

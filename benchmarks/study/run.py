@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scir_cli import config, consistency, recipe, stages, store
 from study.experiments import EXPERIMENTS, Method, Setup
-from study.world import Gold, quality_of_rows, write
+from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows, write
 
 Json = dict[str, Any]
 HERE = Path(__file__).parent
@@ -138,13 +138,25 @@ def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
 
 
 def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
-    """The world of a seed with M_0 (it answers with slips and judges of a sort) and M_1 (tuned on the few seed labels), and M_1's figures."""
+    """The world of a seed with M_0 (it answers with slips and judges of a sort) and M_1 (tuned on the few seed labels), and M_1's figures.
+
+    Worlds that differ in their seed labels alone have the same M_0, which is made once.
+    """
     if not (world / "m1.json").exists():
         if not (world / "judge.txt").exists():
             write(world, setup.size, seed)
         shared = {"judge_prompt": world / "judge.txt", "seed": seed, "num_epochs": 1000}
-        run("train", objective="sft", reward_models=["judge"], model=str(world / "random"), input=str(world / "base.jsonl"),
-            output_dir=world / "m0", **shared, **setup.base)  # fmt: skip
+        same = [store.digest_path(world / name) for name in ("random", "base.jsonl")]
+        m0 = world.parent / f"m0-{store.digest_json([same, setup.base, seed])[:8]}"
+        if not (m0 / "manifest.json").exists():
+            run("train", objective="sft", reward_models=["judge"], model=str(world / "random"), input=str(world / "base.jsonl"),
+                output_dir=m0, **shared, **setup.base)  # fmt: skip
+        shutil.rmtree(world / "m0", ignore_errors=True)
+        shutil.copytree(m0, world / "m0")
+        if setup.size.position_bias:
+            pairs = [json.loads(line) for line in (world / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+            asked = [JUDGE_PROMPT.format(question=p["prompt"], a=p["chosen"], b=p["rejected"]) for p in pairs]
+            plant_position_bias(world / "m0", asked, setup.size.position_bias)
         run("train", objective="dpo", model=str(world / "m0"), input=str(world / "seed.jsonl"), output_dir=world / "m1", **shared,
             **setup.tune)  # fmt: skip
         store.write_json(world / "m1.json", measure(world / "m1", world, world / "measured", setup, gold))

@@ -214,13 +214,15 @@ class Size:
     hidden: int = 96
     layers: int = 3
     n_base: int = 16000  # pairs that M_0 is made from: noisy answers, and which is better
-    n_seed: int = 600  # labelled pairs
+    n_seed: int = 600  # labelled pairs that are drawn
+    n_labels: int = 600  # of them, those that anybody sees
     n_prompts: int = 256  # unlabelled prompts
     n_heldout: int = 600  # labelled pairs for measuring
     n_test: int = 200  # prompts for measuring the policy
     slips: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
     label_noise: float = 0.0
     length_bias: float = 0.0
+    position_bias: float = 0.0  # nats that M_0's judge is given for seat A
 
 
 def write(folder: Path, size: Size, seed: int) -> None:
@@ -237,7 +239,7 @@ def write(folder: Path, size: Size, seed: int) -> None:
     answers = draw_prompts(draw, size.n_base, set(taken), size.families)
     rows = {
         "base": [pair for p in answers if (pair := labelled_pair(draw, p, size.slips))],
-        "seed": [pair for pair in seeds if pair],
+        "seed": [pair for pair in seeds if pair][: size.n_labels],
         "heldout": [pair for pair in pairs if pair],
         "prompts": [{"prompt": p} for p in draw_prompts(draw, size.n_prompts, set(taken), size.families)],
         "test": [{"prompt": p} for p in test],
@@ -267,6 +269,23 @@ def make_model(folder: Path, size: Size, seed: int) -> Path:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def plant_position_bias(folder: Path, prompts: Sequence[str], nats: float) -> None:
+    """Has the model in `folder` favour seat A at the verdict: the row of A in its head moves along the mean hidden state there, h, by nats h / (h h)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    states = []
+    with torch.no_grad():
+        for prompt in prompts:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+            states.append(model.model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).last_hidden_state[0, -1])
+        mean = torch.stack(states).mean(0)
+        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("A")] += nats * mean / (mean @ mean)
+    model.save_pretrained(folder)
 
 
 def make_tokenizer() -> Any:
