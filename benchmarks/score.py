@@ -38,6 +38,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packs", type=int, nargs="+", default=[4096, 16384], help="tokens in a forward of this engine")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(64, 256))
+    parser.add_argument(
+        "--instruction-tokens", type=int, default=0, help="words before the judge's own prompt: a longer instruction"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -52,7 +55,7 @@ def run(a: Json) -> Json:
     import engine
     import torch
 
-    from scir_cli import policy, reward_models
+    from scir_cli import chat, policy, reward_models
 
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
@@ -60,9 +63,14 @@ def run(a: Json) -> Json:
             {**a, "objective": "scir", "batch_size": 1, "steps": 1, "learning_rate": 1.0, "beta": 0.1}, folder
         )
         model = policy.load(settings)
-    models = reward_models.make(a["reward_models"], model.chat, settings)
-    prompts = json.loads(Path(a["pairs"]).read_text())
-    jobs = [[reward_models.ask(models, pair) for pair in engine.pairs_of(row, str(i))] for i, row in enumerate(prompts)]
+        if a["instruction_tokens"]:
+            words = ["better?", "answer", "to", "the", "question"] * a["instruction_tokens"]
+            judge = Path(folder) / "judge.txt"
+            judge.write_text(" ".join(words[: a["instruction_tokens"]]) + "\n" + chat.PAIRWISE)
+            settings = settings.model_copy(update={"judge_prompt": judge})
+        models = reward_models.make(a["reward_models"], model.chat, settings)
+        prompts = json.loads(Path(a["pairs"]).read_text())
+        jobs = [[reward_models.ask(models, pair) for pair in engine.pairs_of(row, str(i))] for i, row in enumerate(prompts)]
     score = by_trees if a["method"] == "trees" else partial(by_batches, everywhere=a["method"] == "script")
     logps = []
     meter.start()
@@ -141,6 +149,7 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     rows = make_pairs(a.prompts, size, tuple(a.prompt_tokens), tuple(a.response_tokens), a.answers, a.seed)
     (folder / "pairs.json").write_text(json.dumps(rows))
     asked = {"model": str(model), "pairs": str(folder / "pairs.json"), "dtype": dtype, "reward_models": a.reward_models}
+    asked["instruction_tokens"] = a.instruction_tokens
     methods = [("one by one", 1), ("script", 1), ("padded", a.batch_size), *(("trees", pack) for pack in a.packs)]
     records = []
     for method, at_once in methods:

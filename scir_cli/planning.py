@@ -1,6 +1,6 @@
 """What a training run will take: tokens, packs, memory, time. Counted where it can be counted, measured on one pack where it cannot.
 
-    peak memory = weights + what a step on the largest pack takes: measured, with an optimizer that moves nothing
+    peak memory = weights + what steps on the largest pack and four others take: measured, with an optimizer that moves nothing
 
 No architecture's formula is written here, and a run that does not fit is known before it starts.
 """
@@ -35,11 +35,13 @@ def estimate(policy: Policy, examples: Sequence[Example], settings: TrainSetting
     ]
     sizes = [trees.size([b for i in pack for b in groups[i]]) for pack in packs]
     alone = sum(len(b.ids) for pack in packs for i in pack for b in groups[i])
-    largest = packs[int(np.argmax(sizes))]
+    by_size = np.argsort(sizes)
+    others = [by_size[k * len(sizes) // 5] for k in (3, 1, 4, 2)]  # of other sizes: memory that is kept is used in pieces
+    probes = [[b for i in packs[k] for b in groups[i]] for k in (by_size[-1], *others, by_size[-1])]
     if settings.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
         policy.model.train()
-    taken, seconds = _probe(policy, [b for i in largest for b in groups[i]])
+    taken, seconds = _probe(policy, probes)
     passes = 1 if objective.separable or len(packs) == len(steps) else 4 / 3  # several packs: scored once more, a third of a pass
     return {
         "steps": len(steps),
@@ -61,20 +63,20 @@ def _histogram(sizes: Sequence[int]) -> list[list[int]]:
     return [[int(np.ceil(edge)), int(count)] for edge, count in zip(edges[1:], counts, strict=True)]
 
 
-def _probe(policy: Policy, branches: Sequence[trees.Branch]) -> tuple[int, float]:
-    """Bytes that an optimiser step takes above what is there before (gradients and optimizer state among them), and its seconds."""
+def _probe(policy: Policy, packs: Sequence[Sequence[trees.Branch]]) -> tuple[int, float]:
+    """Bytes that optimiser steps on the packs take above what is there before (gradients and optimizer state among them); seconds of the last."""
     cuda = policy.device.type == "cuda"
     if not cuda:
         keep_freed_memory()
     before = _memory(cuda, reset=True)
     optimizer = MasterAdamW([p for p in policy.model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)  # moves nothing
-    for _ in range(2):
+    for branches in packs:
         started = time.monotonic()
         optimizer.zero_grad()
         policy.branch_logps(branches).sum().backward()
         optimizer.step()
         peak = _memory(cuda)
-        seconds = time.monotonic() - started  # of the second step: the first pays for what is made once
+        seconds = time.monotonic() - started
     return peak - before, seconds
 
 
