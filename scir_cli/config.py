@@ -310,7 +310,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     orders: Literal["separate", "averaged", "forward"] = setting(
         "separate", "The judge's two orders as two reward models, as their average, or the first order only."
     )
-    agree_on: Literal["averaged", "each", "judge"] = setting(
+    voters: Literal["averaged", "each", "judge"] = setting(
         "averaged",
         "The dynamic mask asks the order-averaged judge and the implicit reward, each reward model of the penalty, or the judge alone.",
     )

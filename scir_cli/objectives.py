@@ -178,7 +178,7 @@ class Scir(_Base):
         masses = torch.stack([a.verdict_mass for a in said.values() if a.verdict_mass is not None])
         silent = (masses.detach() < s.min_verdict_mass).any(0)
         asked = {"each": models, "averaged": averaged, "judge": judge.log_odds[None]}
-        voters = asked[s.agree_on].detach().masked_fill(silent, float("nan"))
+        voters = asked[s.voters].detach().masked_fill(silent, float("nan"))
         own = logps[:, self.groups["implicit"]]
         ratios = self.log_ratios(own, examples)
         terms = losses.scir(

@@ -87,8 +87,8 @@ def test_a_label_that_is_less_than_sure_is_hedged(tiny_policy: Policy):
 
 def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagrees(tiny_policy: Policy):
     against = [*SURE, -3.0, 0.0]  # h = -2 and 2: the implicit reward prefers the second
-    for agree_on, mask in (("averaged", 0.0), ("judge", 1.0)):
-        _, metrics = objective(tiny_policy.chat, agree_on=agree_on).loss(logps(against), [example()])
+    for voters, mask in (("averaged", 0.0), ("judge", 1.0)):
+        _, metrics = objective(tiny_policy.chat, voters=voters).loss(logps(against), [example()])
         assert metrics["scir/mask_rate"] == mask
 
 
