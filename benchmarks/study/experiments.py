@@ -125,7 +125,7 @@ ON_REAL = [
     Method("filter-only", "filter-only"),
     Method("scir", "scir"),
     Method("scir-fitted", "scir", {"scale": "fitted"}),
-    Method("scir-l3", "scir", {"penalty_weight": 3.0}),
+    Method("scir-fitted-l3", "scir", {"scale": "fitted", "penalty_weight": 3.0}),
     Method("oracle", "external", scores="oracle"),
 ]
 
