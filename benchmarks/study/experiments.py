@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from study import real, world
 from study.world import Size
+
+#: Where a setup's world comes from: its data sets, models, gold scorer, and what is measured of answers.
+WORLDS: dict[str, Any] = {"tasks": world, "text": real}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Setup:
     Learning rate, steps and beta of the loop were chosen on the oracle alone, on a world that is not in any table (docs/log.md).
     """
 
-    size: Size = field(default_factory=Size)
+    size: Size | real.Size = field(default_factory=Size)
     base: dict[str, Any] = field(
         default_factory=lambda: {"learning_rate": 3e-3, "batch_size": 48, "max_steps": 1200, "schedule": "linear"}
     )
@@ -39,6 +43,9 @@ class Setup:
         }
     )  # fmt: skip
     max_new_tokens: int = 24
+    world: str = "tasks"  # of WORLDS
+    iterations: int = 2
+    dtype: str = "fp32"
 
 
 RIVALS = [
@@ -109,6 +116,27 @@ SWEEP = [
 FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), Method("scir", "scir"), Method("scir-fitted-l3", "scir", BEST)]
 
 
+#: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's.
+REAL = Setup(
+    world="text", size=real.Size(), dtype="bf16", iterations=1, max_new_tokens=48,
+    base={"learning_rate": 1e-4, "batch_size": 4, "max_steps": 36, "schedule": "linear", "sft_response_weight": 0},
+    tune={"learning_rate": 5e-5, "batch_size": 8, "max_steps": 14, "schedule": "linear"},
+    loop={
+        "learning_rate": 3e-5, "beta": 0.1, "batch_size": 4, "max_steps": 12, "num_epochs": 1000, "schedule": "linear",
+        "n": 2, "max_new_tokens": 128, "rows_per_part": 1000,
+    },
+)  # fmt: skip
+
+ON_REAL = [
+    Method("srlm", "srlm"),
+    Method("filter-only", "filter-only"),
+    Method("scir", "scir"),
+    Method("scir-fitted", "scir", {"scale": "fitted"}),
+    Method("scir-fitted-l3", "scir", {"scale": "fitted", "penalty_weight": 3.0}),
+    Method("oracle", "external", scores="oracle"),
+]
+
+
 def with_size(**changes: Any) -> Setup:
     return Setup(size=replace(Size(), **changes))
 
@@ -123,4 +151,5 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "position-bias": (with_size(position_bias=2.0), FEW),
     "smaller": (with_size(hidden=64, layers=2), FEW),
     "larger": (with_size(hidden=192, layers=4), FEW),
+    "real": (REAL, ON_REAL),
 }

@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,18 @@ FIGURES = {
     "flip_rate": ("flips", -1),
     "judge_calibration_error": ("judge's calibration error", -1),
     "sampled_tokens": ("tokens", 0),
+    "sampled_cut": ("cut off", 0),
+    "sampled_repetition": ("said twice", 0),
+    "unseen_judge_accuracy": ("judge right, unseen", 1),
+    "unseen_implicit_accuracy": ("implicit right, unseen", 1),
+    "unseen_agreed_accuracy": ("right where agreed, unseen", 1),
+    "unseen_agreement": ("agreement, unseen", 1),
+    "unseen_flip_rate": ("flips, unseen", -1),
 }
-CLAIMED = ("sampled_quality", "greedy_quality", "judge_accuracy", "implicit_accuracy", "agreement", "flip_rate")
+CLAIMED = (
+    "sampled_quality", "greedy_quality", "judge_accuracy", "implicit_accuracy", "agreement", "flip_rate",
+    "unseen_judge_accuracy", "unseen_implicit_accuracy", "unseen_agreement",
+)  # fmt: skip
 WHY = {
     "own_judge_accuracy": "judge right on own pairs",
     "own_implicit_accuracy": "implicit right on own pairs",
@@ -65,6 +75,11 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
         return mean, -math.inf, math.inf
     half = (T[n - 2] if n - 2 < len(T) else 2.0) * statistics.stdev(differences) / math.sqrt(n)
     return mean, mean - half, mean + half
+
+
+def present(records: Sequence[Json], figures: Iterable[str]) -> list[str]:
+    """Those of the figures that some record has: what is measured depends on the world."""
+    return [figure for figure in figures if any(r.get(figure) is not None for r in records)]
 
 
 def by_seed(records: Sequence[Json], method: str, iteration: int, figure: str) -> dict[int, float]:
@@ -97,7 +112,7 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 def means(records: Sequence[Json], methods: Sequence[str], iteration: int, figures: dict[str, str]) -> str:
     """A row a method, a column a figure: mean ± standard deviation over seeds."""
-    rows = []
+    rows, figures = [], {figure: figures[figure] for figure in present(records, figures)}
     for method in methods:
         columns = [list(by_seed(records, method, iteration, figure).values()) for figure in figures]
         n = max(map(len, columns), default=0)
@@ -109,27 +124,27 @@ def means(records: Sequence[Json], methods: Sequence[str], iteration: int, figur
 
 def differences(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> str:
     """A row a method: its mean difference to `other` with its interval; ** where the interval does not hold 0."""
-    rows = []
+    rows, claimed = [], present(records, CLAIMED)
     for method in methods:
-        if method == other or not paired(records, method, other, iteration, CLAIMED[0]):
+        if method == other or not claimed or not paired(records, method, other, iteration, claimed[0]):
             continue
         cells = []
-        for figure in CLAIMED:
+        for figure in claimed:
             mean, low, high = interval(paired(records, method, other, iteration, figure))
             mark = "**" if low > 0 or high < 0 else ""
             cells.append(f"{mark}{mean:+.3f}{mark} [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else f"{mean:+.3f}")
-        rows.append([method, str(len(paired(records, method, other, iteration, CLAIMED[0]))), *cells])
-    return table([f"less {other}", "seeds", *(FIGURES[f][0] for f in CLAIMED)], rows)
+        rows.append([method, str(len(paired(records, method, other, iteration, claimed[0]))), *cells])
+    return table([f"less {other}", "seeds", *(FIGURES[f][0] for f in claimed)], rows)
 
 
 def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> list[str]:
     """One sentence a method: what the intervals allow to be said against `other`, and no more."""
-    sentences = []
+    sentences, claimed = [], present(records, CLAIMED)
     for method in methods:
-        if method == other or len(paired(records, method, other, iteration, CLAIMED[0])) < FEWEST:
+        if method == other or not claimed or len(paired(records, method, other, iteration, claimed[0])) < FEWEST:
             continue
         better, worse = [], []
-        for figure in CLAIMED:
+        for figure in claimed:
             _, low, high = interval(paired(records, method, other, iteration, figure))
             heading, sign = FIGURES[figure]
             if low > 0 or high < 0:
@@ -183,11 +198,32 @@ are on 600 held-out labelled pairs. Tables give mean ± standard deviation over 
 bold means that the interval does not hold 0; fewer than three seeds have none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
 
 
+#: Experiment -> its heading and what has to be said of it first; the others have their name.
+ABOUT = {
+    "real": (
+        "A real model",
+        """SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that came with them, cut to a few sentences, each beside
+the same answer damaged. Three kinds of damage are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of like length
+(foreign), the sentences in another order (shuffled), an answer that stops in the middle (truncated). Two are only measured (unseen): a sentence denied, or said
+twice, in place of another one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's loss and {tune[max_steps]} of
+{tune[batch_size]} of DPO, on {size[n_seed_pairs]} labelled pairs; then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
+{size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a sampled answer of this model is. So no quality of the policy is
+measured; of its sampled answers the page says how long they are, which share was cut off at {max_new_tokens} tokens, and which share of three words in a row had been
+said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of damage.""",
+    ),
+}
+
+
 def section(name: str, result: Json) -> str:
     records, methods = result["records"], [m["name"] for m in result["methods"]]
     last = max((r["iteration"] for r in records), default=1)
     seeds = sorted({r["seed"] for r in records})
-    parts = [f"## {name}", f"`python benchmarks/study/run.py --experiment {name} --seeds {' '.join(map(str, seeds))}`"]
+    heading, about = ABOUT.get(name, (name, ""))
+    parts = [
+        f"## {heading}",
+        *([about] if about else []),
+        f"`python benchmarks/study/run.py --experiment {name} --seeds {' '.join(map(str, seeds))}`",
+    ]
     start = [{"method": "M_1", "iteration": 1, "seed": int(seed), **m} for seed, m in result["m1"].items() if int(seed) in seeds]
     columns = {figure: heading for figure, (heading, _) in FIGURES.items()}
     if name == "sweep":
@@ -199,6 +235,13 @@ def section(name: str, result: Json) -> str:
         parts += [f"Less `{other}`, after iteration {last}:", differences(records, methods, other, last)]
     mine = [m for m in methods if m.startswith("scir")] if name == "main" else methods
     lines = [line for other in ("srlm", "filter-only", "scir") for line in said(records, mine, other, last)]
+    subsets = {f: f for f in sorted({key for r in records for key in r if " on " in key})}
+    if subsets:
+        parts += [
+            f"Right on each kind, M_1 and after iteration {last}:",
+            means(start, ["M_1"], 1, subsets),
+            means(records, methods, last, subsets),
+        ]
     parts += ["What the intervals allow to be said:", "\n".join(lines) or "- Nothing yet: no three seeds are done."]
     for iteration in range(1, last + 1):
         parts += [f"Why, iteration {iteration} (own pairs: those it was trained on):", means(records, methods, iteration, WHY)]

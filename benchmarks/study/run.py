@@ -27,13 +27,13 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scir_cli import config, consistency, recipe, stages, store
-from study.experiments import EXPERIMENTS, Method, Setup
-from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows, write
+from study.experiments import EXPERIMENTS, WORLDS, Method, Setup
+from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows
 
 Json = dict[str, Any]
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "methods"
-MEASURED = {"dtype": "fp32", "device": "cpu"}
+MEASURED = {"dtype": "fp32", "device": "cpu"}  # where nothing else is said
 
 
 # ---------------------------------------------------------------------------------------------------------------------- stages in this process
@@ -65,26 +65,32 @@ def run_once(step: recipe.Step, made: dict[str, Path]) -> Json:
 
 
 def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Json:
-    """Figures of a model on what no method trains on: its reward models on held-out pairs, and the gold quality of its answers."""
-    run("eval rewards", model=str(model), reward_reference=str(world / "m0"), input=str(world / "heldout.jsonl"), judge_prompt=world / "judge.txt",
-        implicit_scale=1.0, output_dir=out / "heldout")  # fmt: skip
-    summary = store.read_json(out / "heldout" / "manifest.json")["summary"]
+    """Figures of a model on what no method trains on: its reward models on held-out pairs, and what its answers are like."""
+    figures = measure_heldout(model, world, "heldout", out, setup)
+    if (world / "unseen.jsonl").exists():
+        figures |= {f"unseen_{name}": value for name, value in measure_heldout(model, world, "unseen", out, setup).items()}
+    kind = WORLDS[setup.world]
+    for name, options in kind.ANSWERS.items():
+        run("generate", model=str(model), input=str(world / "test.jsonl"), max_new_tokens=setup.max_new_tokens, batch_size=256, dtype=setup.dtype,
+            output_dir=out / name, **options)  # fmt: skip
+        rows = store.read_dataset(out / name, "candidates").to_pylist()
+        figures |= {f"{name}_{figure}": value for figure, value in kind.of_answers(rows, gold).items()}
+    return figures
+
+
+def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup) -> Json:
+    """How right, how sure and how much of one mind a model's reward models are on the labelled pairs of NAME.jsonl."""
+    run("eval rewards", model=str(model), reward_reference=str(world / "m0"), input=str(world / f"{name}.jsonl"), judge_prompt=world / "judge.txt",
+        implicit_scale=1.0, dtype=setup.dtype, output_dir=out / name)  # fmt: skip
+    summary = store.read_json(out / name / "manifest.json")["summary"]
     judge, implicit = summary["models"]["judge"], summary["models"]["implicit"]
-    figures = {
+    return {
         "judge_accuracy": judge["accuracy"], "implicit_accuracy": implicit["accuracy"], "agreed_accuracy": summary["agreed"]["accuracy"],
         "agreement": summary["between"][0]["agreement"], "flip_rate": judge["flip_rate"], "judge_abs": judge["mean_abs_log_odds"],
         "implicit_abs": implicit["mean_abs_log_odds"], "judge_calibration_error": judge["calibration_error"],
         "judge_length_correlation": judge["length_correlation"], "implicit_length_correlation": implicit["length_correlation"],
+        **{f"{model} on {kind}": of["models"][model]["accuracy"] for kind, of in summary["by_subset"].items() for model in ("judge", "implicit")},
     }  # fmt: skip
-    for name, options in (("sampled", {"n": 4, "temperature": 1.0, "top_p": 1.0}), ("greedy", {"n": 1, "temperature": 0.0})):
-        run("generate", model=str(model), input=str(world / "test.jsonl"), max_new_tokens=setup.max_new_tokens, batch_size=256,
-            output_dir=out / name, **options)  # fmt: skip
-        rows = store.read_dataset(out / name, "candidates").to_pylist()
-        with gold.purpose("evaluation"):
-            scores = quality_of_rows(gold, rows)
-        figures[f"{name}_quality"] = statistics.fmean(scores)
-        figures[f"{name}_tokens"] = statistics.fmean(len(row["token_ids"]) for row in rows)
-    return figures
 
 
 def measure_pairs(judged: Path, gold: Gold) -> Json:
@@ -134,30 +140,35 @@ def trained(folder: Path) -> Json:
 
 def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
     """Where the world of a seed is kept: one for all experiments that make it alike."""
-    return worlds / f"world-{store.digest_json([dataclasses.asdict(setup.size), setup.base, setup.tune])[:8]}-{seed}"
+    made_by = [dataclasses.asdict(setup.size), setup.base, setup.tune]
+    if setup.dtype != MEASURED["dtype"]:
+        made_by.append(setup.dtype)
+    return worlds / f"world-{store.digest_json(made_by)[:8]}-{seed}"
 
 
 def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
-    """The world of a seed with M_0 (it answers with slips and judges of a sort) and M_1 (tuned on the few seed labels), and M_1's figures.
+    """The world of a seed with M_0, M_0 taught to judge (one model where M_0 is made) and M_1 (tuned on the few seed labels), and M_1's figures.
 
-    Worlds that differ in their seed labels alone have the same M_0, which is made once.
+    Worlds that differ in their seed labels alone share the model that is taught to judge.
     """
+    kind = WORLDS[setup.world]
     if not (world / "m1.json").exists():
         if not (world / "judge.txt").exists():
-            write(world, setup.size, seed)
-        shared = {"judge_prompt": world / "judge.txt", "seed": seed, "num_epochs": 1000}
-        same = [store.digest_path(world / name) for name in ("random", "base.jsonl")]
-        m0 = world.parent / f"m0-{store.digest_json([same, setup.base, seed])[:8]}"
-        if not (m0 / "manifest.json").exists():
-            run("train", objective="sft", reward_models=["judge"], model=str(world / "random"), input=str(world / "base.jsonl"),
-                output_dir=m0, **shared, **setup.base)  # fmt: skip
-        shutil.rmtree(world / "m0", ignore_errors=True)
-        shutil.copytree(m0, world / "m0")
-        if setup.size.position_bias:
+            kind.write(world, setup.size, seed)
+        first, taught, lesson = kind.CHAIN
+        shared = {"judge_prompt": world / "judge.txt", "seed": seed, "num_epochs": 1000, "dtype": setup.dtype}
+        same = [store.digest_path(world / first), store.digest_path(world / f"{lesson}.jsonl"), setup.base, setup.dtype, seed]
+        made = world.parent / f"{taught}-{store.digest_json(same)[:8]}"
+        if not (made / "manifest.json").exists():
+            run("train", objective="sft", reward_models=["judge"], model=str(world / first), input=str(world / f"{lesson}.jsonl"),
+                output_dir=made, **shared, **setup.base)  # fmt: skip
+        shutil.rmtree(world / taught, ignore_errors=True)
+        shutil.copytree(made, world / taught)
+        if bias := getattr(setup.size, "position_bias", 0.0):
             pairs = [json.loads(line) for line in (world / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
             asked = [JUDGE_PROMPT.format(question=p["prompt"], a=p["chosen"], b=p["rejected"]) for p in pairs]
-            plant_position_bias(world / "m0", asked, setup.size.position_bias)
-        run("train", objective="dpo", model=str(world / "m0"), input=str(world / "seed.jsonl"), output_dir=world / "m1", **shared,
+            plant_position_bias(world / taught, asked, bias)
+        run("train", objective="dpo", model=str(world / taught), input=str(world / "seed.jsonl"), output_dir=world / "m1", **shared,
             **setup.tune)  # fmt: skip
         store.write_json(world / "m1.json", measure(world / "m1", world, world / "measured", setup, gold))
     return world
@@ -169,7 +180,8 @@ def run_cell(folder: Path, world: Path, method: Method, setup: Setup, seed: int,
     if not (out / "m1").exists():
         shutil.copytree(world / "m1", out / "m1")
     names = {"base": str(world / "m0"), "prompts": str(world / "prompts.jsonl"), "seed_pairs": str(world / "seed.jsonl")}
-    overrides = names | {"seed": seed, "judge_prompt": str(world / "judge.txt"), **setup.loop, **method.settings}
+    shared = {"seed": seed, "judge_prompt": str(world / "judge.txt"), "dtype": setup.dtype}
+    overrides = names | shared | setup.loop | method.settings
     overrides = {k: v.format(**names) if isinstance(v, str) else v for k, v in overrides.items()}
     steps = [
         s
@@ -180,6 +192,8 @@ def run_cell(folder: Path, world: Path, method: Method, setup: Setup, seed: int,
     figures: Json = {}
     for step in steps:
         started, place = time.monotonic(), Path(step.settings["output_dir"])
+        if step.stage == "generate":
+            step.settings["backend"] = WORLDS[setup.world].BACKEND
         manifest = run_once(step, made)
         figures["seconds"] = figures.get("seconds", 0) + time.monotonic() - started
         if step.stage == "generate" and method.scores:
@@ -192,6 +206,8 @@ def run_cell(folder: Path, world: Path, method: Method, setup: Setup, seed: int,
             record = {"method": method.name, "seed": seed, "iteration": len(records) + 1, **figures, **trained(place)}
             records.append(record | measure(place, world, out / f"{place.name}-measured", setup, gold))
             figures = {}
+            if len(records) == setup.iterations:
+                break
     return records
 
 
@@ -274,7 +290,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     setup, methods = EXPERIMENTS[given.experiment]
     methods = [m for m in methods if not given.methods or m.name in given.methods]
-    gold = Gold(("evaluation", "oracle", "external"))
+    gold = Gold(("evaluation", "oracle", "external"), WORLDS[setup.world].scorer(setup.size))
     run_experiment(given.experiment, given.out / given.experiment, given.seeds, methods, setup, gold, given.results)
 
 

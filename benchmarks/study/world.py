@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 JUDGE_PROMPT = "{question}\nA {a}\nB {b}\n?"
+#: Names of the models in a world's folder: the first, the same taught to answer and to judge, and the file that teaches it.
+CHAIN = ("random", "m0", "base")
+#: Who answers the unlabelled prompts.
+BACKEND = "transformers"
+#: How answers are sampled where a policy is measured.
+ANSWERS = {"sampled": {"n": 4, "temperature": 1.0, "top_p": 1.0}, "greedy": {"n": 1, "temperature": 0.0}}
 PHRASES = ("", "ok ", "well then ")  # in front of an answer; they change its length and not its quality
 CONSONANTS, VOWELS = "bdgkmp", "aeiou"
 
@@ -127,6 +134,7 @@ class Gold:
     """The gold scorer. It answers only inside `purpose(...)` of one it was told to allow: nobody gets a label by accident."""
 
     allowed: tuple[str, ...]
+    scorer: Callable[[str, str], float] = quality
     now: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -142,12 +150,23 @@ class Gold:
             raise PermissionError(
                 f"a gold label was asked for {self.now[-1] if self.now else 'nothing'}; allowed: {', '.join(self.allowed)}"
             )
-        return quality(prompt, response)
+        return self.scorer(prompt, response)
 
 
 def quality_of_rows(gold: Gold, candidates: Sequence[Json]) -> list[float]:
     """The gold quality of each row of a candidates dataset."""
     return [gold(row["messages"][-1]["content"], row["response"]) for row in candidates]
+
+
+def scorer(size: Size) -> Callable[[str, str], float]:
+    return quality
+
+
+def of_answers(candidates: Sequence[Json], gold: Gold) -> Json:
+    """Of answers that were sampled: their mean quality, and tokens."""
+    with gold.purpose("evaluation"):
+        scores = quality_of_rows(gold, candidates)
+    return {"quality": statistics.fmean(scores), "tokens": statistics.fmean(len(row["token_ids"]) for row in candidates)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- responses
