@@ -298,7 +298,8 @@ class TrainSettings(RewardSettings, ReportSettings):
     penalty: Literal["symmetric_kl", "entropy_of_mean", "agreement_likelihood"] = setting(
         "symmetric_kl", "Form of the inconsistency penalty."
     )
-    penalty_weight: float = setting(1.0, "lambda: weight of the inconsistency penalty.", ge=0)
+    # scale and penalty_weight: docs/study.md, experiments main and sweep; 1.0 at an implicit scale of 5 let the policy feed on its own mistakes
+    penalty_weight: float = setting(3.0, "lambda: weight of the inconsistency penalty.", ge=0)
     penalty_schedule: Literal["constant", "rising", "falling"] = setting(
         "constant", "lambda over the steps: as it is, from 0 up to it, or from it down to 0."
     )
@@ -316,8 +317,8 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     stop_gradient: Literal["none", RewardModelName] = setting("none", "Reward model that the penalty does not train.")
     scale: Literal["fixed", "fitted", "running"] = setting(
-        "fixed",
-        "s: --implicit-scale, or such that the implicit log-odds have the judge's median size: on the first iteration's judged data, or in every step.",
+        "fitted",
+        "s such that the implicit log-odds have the judge's median size, on the first iteration's data or in every step; or --implicit-scale, where that is given.",
     )
     balance: bool = setting(False, "Divide the penalty's gradient through the implicit reward by its scale s.")
     anchors: str | None = setting(
@@ -339,6 +340,12 @@ class TrainSettings(RewardSettings, ReportSettings):
     save_every: Positive = setting(100, "Optimiser steps between checkpoints.", free=True)
     branch_gradients: bool = setting(True, "Log the gradient norm of each branch at each validation.", free=True)
     report_to: list[str] = setting([], "Trackers known to accelerate: tensorboard, wandb, trackio, mlflow …", free=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_scale(cls, values: Any) -> Any:
+        """A number that is given is meant."""
+        return {"scale": "fixed", **values} if "implicit_scale" in values else values
 
     @model_validator(mode="after")
     def _quantised(self) -> TrainSettings:

@@ -24,7 +24,7 @@ LN4 = math.log(4)
 
 
 def settings(**values: Any) -> config.TrainSettings:
-    base = {"model": "m", "input": "i", "output_dir": "o", "reward_reference": "r", "implicit_scale": 5.0}
+    base = {"model": "m", "input": "i", "output_dir": "o", "reward_reference": "r", "implicit_scale": 5.0, "penalty_weight": 1.0}
     return config.build(config.TrainSettings, base, values, where="test")
 
 
@@ -259,8 +259,14 @@ def test_a_fitted_scale_is_found_on_the_judged_data_and_used(chain: Path, tmp_pa
         for name in ("judge", "implicit")
     }
     assert json.loads(first)["scir/scale"] == pytest.approx(float(5 * sizes["judge"] / sizes["implicit"]), rel=0.02)
-    with pytest.raises(ConfigError, match="needs the judge's verdicts"):
-        train(chain, tmp_path / "none", scale="fitted", input=str(chain / "gold.jsonl"), max_steps=1)
+    asked = train(chain, tmp_path / "asked", input=str(chain / "gold.jsonl"), max_steps=1)  # no verdicts there: the judge is asked
+    assert asked["summary"]["scir/scale"] not in (0, 1, 5)
+
+
+def test_a_scale_that_is_given_is_used_as_it_is(chain: Path, tmp_path: Path):
+    assert train(chain, tmp_path / "m", implicit_scale=7.0, max_steps=1)["summary"]["scir/scale"] == 7
+    assert settings().scale == "fixed"
+    assert config.build(config.TrainSettings, {"model": "m", "input": "i", "output_dir": "o"}, where="test").scale == "fitted"
 
 
 def test_a_fitted_scale_is_kept_by_the_next_iteration_while_the_reward_reference_is_the_same(chain: Path, tmp_path: Path):

@@ -163,11 +163,11 @@ def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path:
     setup = dataclasses.replace(
         REAL, size=size, dtype="fp32", max_new_tokens=6, base=REAL.base | short, tune=REAL.tune | short, loop=REAL.loop | short
     )
-    methods = [m for m in ON_REAL if m.name in ("srlm", "scir-fitted")]
+    methods = [m for m in ON_REAL if m.name in ("srlm", "scir")]
     gold = world.Gold(("evaluation",), real.scorer(size))
     study.run_experiment("real", tmp_path / "out", [0], methods, setup, gold, tmp_path)
     result = json.loads((tmp_path / "real.json").read_text())
-    assert [(r["method"], r["iteration"], r["steps"]) for r in result["records"]] == [("srlm", 1, 2), ("scir-fitted", 1, 2)]
+    assert [(r["method"], r["iteration"], r["steps"]) for r in result["records"]] == [("srlm", 1, 2), ("scir", 1, 2)]
     names = (
         "judge_accuracy",
         "unseen_judge_accuracy",

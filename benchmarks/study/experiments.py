@@ -51,7 +51,7 @@ class Setup:
 RIVALS = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
-    Method("penalty-only", "penalty-only"),
+    Method("penalty-only", "penalty-only", {"implicit_scale": 5.0, "penalty_weight": 1.0}),
     Method("dice", "dice"),
     Method("cream", "cream"),
     Method("random-filter", "random-filter"),
@@ -62,24 +62,25 @@ RIVALS = [
     Method("oracle", "external", scores="oracle"),
 ]
 
-BEST = {"scale": "fitted", "penalty_weight": 3.0}  # sizes matched at M_1 and kept; lambda from the sweep
+SCIR = Method("scir", "scir")  # the defaults: sizes matched at M_1 and kept, lambda 3
+BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # the defaults until this study
 
 MAIN = [
-    Method("scir", "scir"),
-    Method("scir-fitted", "scir", {"scale": "fitted"}),
-    Method("scir-s25", "scir", {"implicit_scale": 25.0}),  # the sizes at M_1, found on the tuning world (docs/log.md)
+    SCIR,
+    BEFORE,
+    Method("scir-l1", "scir", {"penalty_weight": 1.0}),
+    Method("scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0}),  # the sizes at M_1, found on the tuning world (docs/log.md)
     Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0}),
-    Method("scir-fitted-l3", "scir", BEST),
     *RIVALS,
     Method("srlm half step", "srlm", {"learning_rate": 5e-5}),
 ]
 
-#: SCIR's open settings, one at a time beside `scir-fitted-l3`, and the baseline again, so that pairs are within the experiment.
+#: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the experiment.
 ABLATION = [
     Method("srlm", "srlm"),
-    Method("scir-fitted-l3", "scir", BEST),
+    SCIR,
     *[
-        Method(name, "scir", {**BEST, **settings})
+        Method(name, "scir", settings)
         for name, settings in {
             "running scale": {"scale": "running"},
             "balanced": {"balance": True},
@@ -103,7 +104,7 @@ ABLATION = [
             "sppo": {"preference_loss": "sppo"},
         }.items()
     ],
-    Method("reference M_t-1", "scir-previous", BEST),
+    Method("reference M_t-1", "scir-previous"),
 ]
 
 SWEEP = [
@@ -113,7 +114,7 @@ SWEEP = [
     for weight in (0.1, 1.0, 5.0)
 ]
 
-FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), Method("scir", "scir"), Method("scir-fitted-l3", "scir", BEST)]
+FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), BEFORE, SCIR]
 
 
 #: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's.
@@ -130,9 +131,9 @@ REAL = Setup(
 ON_REAL = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
-    Method("scir", "scir"),
-    Method("scir-fitted", "scir", {"scale": "fitted"}),
-    Method("scir-fitted-l3", "scir", {"scale": "fitted", "penalty_weight": 3.0}),
+    BEFORE,
+    Method("scir-l1", "scir", {"penalty_weight": 1.0}),
+    SCIR,
     Method("oracle", "external", scores="oracle"),
 ]
 

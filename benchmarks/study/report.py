@@ -171,8 +171,57 @@ def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figur
 # ---------------------------------------------------------------------------------------------------------------------- the page
 
 
+OURS, RIVAL = "scir", "srlm"  # of the page's first table
+
+
+def gaps(results: dict[str, Json]) -> str:
+    """How the gap between OURS and RIVAL moves: a row an experiment and iteration, where M_1 stands and the paired differences."""
+    rows = []
+    for name, result in results.items():
+        if name in ("ablation", "sweep"):  # main's own world
+            continue
+        records = result["records"]
+        claimed = present(records, CLAIMED[:6])
+        for iteration in range(1, max((r["iteration"] for r in records), default=0) + 1):
+            pairs = {figure: paired(records, OURS, RIVAL, iteration, figure) for figure in claimed}
+            if not claimed or not (n := len(pairs[claimed[0]])):
+                continue
+            m1 = [m for seed, m in result["m1"].items() if int(seed) in by_seed(records, OURS, iteration, claimed[0])]
+            cells = [
+                spread([m[figure] for m in m1]) for figure in ("judge_accuracy", "implicit_accuracy", "agreement", "flip_rate")
+            ]
+            for figure in CLAIMED[:6]:
+                mean, low, high = interval(pairs[figure]) if pairs.get(figure) else (math.nan, 0, 0)
+                mark = "**" if low > 0 or high < 0 else ""
+                cells.append("–" if math.isnan(mean) else f"{mark}{mean:+.3f}{mark}")
+            rows.append([ABOUT.get(name, (name, ""))[0], str(iteration), str(n), *cells])
+    start = ["judge right", "implicit right", "agreement", "flips"]
+    return table(["experiment", "iteration", "seeds", *(f"M_1: {s}" for s in start), *(FIGURES[f][0] for f in CLAIMED[:6])], rows)
+
+
+def in_short(results: dict[str, Json]) -> str:
+    main = results["main"]
+    last = max((r["iteration"] for r in main["records"]), default=1)
+    own = [m["name"] for m in main["methods"] if m["name"].startswith("scir")]
+    lines = [line for other in ("srlm", "filter-only", "ipo", "sppo") for line in said(main["records"], own, other, last)]
+    return "\n\n".join(
+        [
+            "## In short",
+            f"In the main world, after iteration {last}, all that 95 % intervals allow to be said of SCIR's settings:",
+            "\n".join(lines),
+            f"`{OURS}` less `{RIVAL}` in every world (bold: the interval does not hold 0), and where M_1 stood:",
+            gaps(results),
+        ]
+    )
+
+
 def page(results: dict[str, Json]) -> str:
-    parts = [INTRODUCTION, *(section(name, results[name]) for name in EXPERIMENTS if name in results)]
+    ordered = {name: results[name] for name in EXPERIMENTS if name in results}
+    parts = [
+        INTRODUCTION,
+        *([in_short(ordered)] if "main" in ordered else []),
+        *(section(name, results[name]) for name in EXPERIMENTS if name in results),
+    ]
     missing = [name for name in EXPERIMENTS if name not in results]
     if missing:
         parts.append(
@@ -200,6 +249,27 @@ bold means that the interval does not hold 0; fewer than three seeds have none. 
 
 #: Experiment -> its heading and what has to be said of it first; the others have their name.
 ABOUT = {
+    "main": ("main", ""),
+    "ablation": (
+        "Ablations",
+        """SCIR as it is by default (sizes of its reward models matched at M_1, lambda 3), and one setting changed at a time.""",
+    ),
+    "sweep": (
+        "Scale and lambda",
+        """Two seeds, so no intervals. What counts is nearly their product: it is the strength with which the penalty holds the policy.""",
+    ),
+    "seed-labels-150": ("A quarter of the labels", "150 labelled pairs in place of 600 for M_1. M_0 is main's."),
+    "label-noise": ("Wrong labels", "A fifth of the labels are wrong. M_0 is main's."),
+    "length-bias": (
+        "Labels that favour length",
+        "Half of the labels go to the longer answer, whatever its quality. M_0 is main's.",
+    ),
+    "position-bias": (
+        "A judge with a favourite seat",
+        """M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state at the verdict. Otherwise main's world.""",
+    ),
+    "smaller": ("A smaller model", "Width 64 and two layers, in place of 96 and three."),
+    "larger": ("A larger model", "Width 192 and four layers."),
     "real": (
         "A real model",
         """SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that came with them, cut to a few sentences, each beside
@@ -217,6 +287,8 @@ said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of
 def section(name: str, result: Json) -> str:
     records, methods = result["records"], [m["name"] for m in result["methods"]]
     last = max((r["iteration"] for r in records), default=1)
+    shown = range(1, last + 1) if name in ("main", "real") else [last]
+    others = [m for m in (["scir"] if name == "ablation" else ["srlm", "filter-only", "scir-s5-l1"]) if m in methods]
     seeds = sorted({r["seed"] for r in records})
     heading, about = ABOUT.get(name, (name, ""))
     parts = [
@@ -227,14 +299,14 @@ def section(name: str, result: Json) -> str:
     start = [{"method": "M_1", "iteration": 1, "seed": int(seed), **m} for seed, m in result["m1"].items() if int(seed) in seeds]
     columns = {figure: heading for figure, (heading, _) in FIGURES.items()}
     if name == "sweep":
-        return "\n\n".join([*parts, *(heat(records, result["methods"], last, f) for f in CLAIMED)])
+        return "\n\n".join([*parts, *(heat(records, result["methods"], last, f) for f in present(records, CLAIMED))])
     parts += ["Where everybody starts:", means(start, ["M_1"], 1, columns)]
-    for iteration in range(1, last + 1):
+    for iteration in shown:
         parts += [f"After iteration {iteration} (M_{iteration + 1}):", means(records, methods, iteration, columns)]
-    for other in (m for m in ("srlm", "filter-only", "scir") if m in methods):
+    for other in others if name in ("main", "ablation", "real") else others[:1]:
         parts += [f"Less `{other}`, after iteration {last}:", differences(records, methods, other, last)]
     mine = [m for m in methods if m.startswith("scir")] if name == "main" else methods
-    lines = [line for other in ("srlm", "filter-only", "scir") for line in said(records, mine, other, last)]
+    lines = [line for other in others for line in said(records, mine, other, last)]
     subsets = {f: f for f in sorted({key for r in records for key in r if " on " in key})}
     if subsets:
         parts += [
@@ -243,7 +315,7 @@ def section(name: str, result: Json) -> str:
             means(records, methods, last, subsets),
         ]
     parts += ["What the intervals allow to be said:", "\n".join(lines) or "- Nothing yet: no three seeds are done."]
-    for iteration in range(1, last + 1):
+    for iteration in shown:
         parts += [f"Why, iteration {iteration} (own pairs: those it was trained on):", means(records, methods, iteration, WHY)]
     return "\n\n".join([*parts, f"Cost of iteration {last}:", means(records, methods, last, COST)])
 

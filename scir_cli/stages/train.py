@@ -158,14 +158,14 @@ def kept_scale(model: Path, settings: TrainSettings, reward_key: str | None) -> 
 
 
 def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> float:
-    """--scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts in the data."""
+    """--scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts, those in the data or, where there are none, its own."""
+    pairs = [e.pair for e in examples]
     said = [[r["log_odds"] for r in row["rewards"] if r["reward_model"] == "judge"] for row in rows]
     judge = torch.tensor([float("nan") if a is None else a for one in said for a in one])
     if not len(judge):
-        raise ConfigError(
-            f"--scale fitted needs the judge's verdicts, and {settings.input} has none: give judged pairs, or a number"
-        )
-    pairs = [e.pair for e in examples]
+        asked = [scorer.models["judge"].branches(pair) for pair in pairs[:REFERENCE_ROWS]]
+        logps = torch.stack(list(scorer.model.policy.score(asked, settings.max_tokens_per_pack)))
+        judge = scorer.models["judge"].odds(logps.T, Context.of(pairs[:REFERENCE_ROWS], None)).log_odds
     own = torch.tensor([p.reference_logps[scorer.model.key] for p in pairs]).T  # (2, pairs)
     implicit = scorer.models["implicit"].odds(own, Context.of(pairs, scorer.reference_key)).log_odds
     return settings.implicit_scale * losses.matching_scale(judge, implicit)
