@@ -16,8 +16,8 @@ from typing import Any
 import common
 
 
-def make_judged(folder: Path, rows: int) -> Path:
-    """Pairs of 5 answers a prompt (10 a prompt), answers of 40 tokens; made column by column, part by part."""
+def make_candidates(folder: Path, pairs: int) -> Path:
+    """5 answers a prompt, so 10 pairs, with a column `score` beside them: what somebody else's reward model said."""
     import numpy as np
     import pyarrow as pa
 
@@ -26,45 +26,64 @@ def make_judged(folder: Path, rows: int) -> Path:
     draw = np.random.default_rng(0)
 
     def make(low: int, high: int) -> Any:
-        n = high - low
         index = np.arange(low, high)
-        prompts = [f"{i // 10:016x}" for i in index]
-        columns: dict[str, Any] = {
-            "pair_id": [f"{i:016x}" for i in index], "prompt_id": prompts, "subset": [None] * n, "gold": [None] * n,
-            "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in prompts],
+        answers = draw.integers(0, 8, high - low)
+        columns = prompt_columns(index // 5) | {
+            "candidate_id": [f"{i:016x}" for i in index], "response": [answer(i // 5, a) for i, a in zip(index, answers, strict=True)],
+            "token_ids": [[int(a)] * 40 for a in answers], "finish_reason": ["stop"] * len(index), "duplicate_of": [None] * len(index),
+            "model": ["m"] * len(index), "seed": index,
+        }  # fmt: skip
+        table = as_table(columns, schemas.schema("candidates")).append_column("score", pa.array(draw.normal(size=len(index))))
+        return store.Part(table, len(index))
+
+    store.write_dataset(folder, "candidates", {"stage": "generate", "rows": pairs}, store.part_bounds(pairs // 2, 25_000), make)
+    return folder
+
+
+def make_judged(folder: Path, rows: int) -> Path:
+    """Pairs with two reward models, 10 a prompt, answers of 40 tokens; some of a prompt's answers are alike."""
+    import numpy as np
+
+    from scir_cli import schemas, store
+
+    draw = np.random.default_rng(0)
+
+    def make(low: int, high: int) -> Any:
+        n, index = high - low, np.arange(low, high)
+        columns = prompt_columns(index // 10) | {
+            "pair_id": [f"{i:016x}" for i in index], "gold": [None] * n, "reference_logps": [[]] * n
         }  # fmt: skip
         for side in ("first", "second"):
             answers = draw.integers(0, 8, n)
             columns[side] = [
-                {
-                    "candidate_id": f"{p}-{a}",
-                    "text": f"Answer {a} of {p}. " + "word " * 40,
-                    "token_ids": [int(a)] * 40,
-                    "finish_reason": "stop",
-                }
-                for p, a in zip(prompts, answers, strict=True)
+                {"candidate_id": f"{i:016x}-{a}", "text": answer(i, a), "token_ids": [int(a)] * 40, "finish_reason": "stop"}
+                for i, a in zip(index // 10, answers, strict=True)
             ]
-        odds = draw.normal(size=(2, n))
+        odds = draw.normal(size=(n, 2))
         columns["rewards"] = [
-            [
-                {
-                    "reward_model": name,
-                    "log_odds": float(a),
-                    "forward_log_odds": None,
-                    "swapped_log_odds": None,
-                    "verdict_mass": None,
-                }
-                for name, a in (("judge", x), ("implicit", y))
-            ]
-            for x, y in odds.T
+            [{"reward_model": name, "log_odds": float(a)} for name, a in zip(("judge", "implicit"), both, strict=True)] for both in odds
         ]
-        columns["reference_logps"] = [[]] * n
-        schema = schemas.schema("judged")
-        table = pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-        return store.Part(table, n)
+        return store.Part(as_table(columns, schemas.schema("judged")), n)
 
     store.write_dataset(folder, "judged", {"stage": "judge", "rows": rows}, store.part_bounds(rows, 50_000), make)
     return folder
+
+
+def prompt_columns(prompts: Any) -> dict[str, Any]:
+    names = [f"{i:016x}" for i in prompts]
+    return {
+        "prompt_id": names, "subset": [None] * len(names), "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in names]
+    }  # fmt: skip
+
+
+def answer(prompt: int, number: int) -> str:
+    return f"Answer {number} of {prompt:016x}. " + "word " * 40
+
+
+def as_table(columns: dict[str, Any], schema: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def child(arguments: dict[str, Any]) -> None:

@@ -401,6 +401,7 @@ class Dataset:
     paths: list[Path]
     ends: list[int]  # rows up to the end of each part
     limit: int | None = None  # rows that are read
+    columns: list[str] | None = None  # columns that are read
 
     @property
     def num_rows(self) -> int:
@@ -412,7 +413,7 @@ class Dataset:
 
     def seen_as(self, kind: str) -> Dataset:
         """The columns of another kind, which this one has as well."""
-        return replace(self, kind=kind)
+        return replace(self, kind=kind, columns=schemas.schema(kind).names)
 
     def read(self) -> pa.Table:
         return self.slice(0, self.num_rows)
@@ -424,7 +425,7 @@ class Dataset:
         for index in range(bisect.bisect_right(self.ends, low), bisect.bisect_left(self.ends, high) + 1 if low < high else 0):
             start = self.ends[index - 1] if index else 0
             part = _read_part(self.paths[index]).slice(max(low - start, 0), high - max(low, start))
-            tables.append(part.select(self.schema.names).replace_schema_metadata(self.schema.metadata))
+            tables.append((part.select(self.columns) if self.columns else part).replace_schema_metadata(self.schema.metadata))
         return pa.concat_tables(tables[1:] or tables)
 
     def tables(self) -> Iterator[pa.Table]:
