@@ -88,7 +88,11 @@ def from_table(table: pa.Table) -> Verdicts:
 
 def from_tables(tables: Iterable[pa.Table]) -> Verdicts:
     """The verdicts of several tables one after the other; of their rows only numbers, subsets and ids are kept."""
-    parts = [from_table(table) for table in tables]
+    return join([from_table(table) for table in tables])
+
+
+def join(parts: Sequence[Verdicts]) -> Verdicts:
+    """The pairs of all parts, one part after the other."""
     names = list(dict.fromkeys(name for part in parts for name in part.names))
 
     def joined(field: str) -> Array:

@@ -411,8 +411,11 @@ class Dataset:
     def head(self, limit: int | None) -> Dataset:
         return replace(self, limit=limit)
 
+    def select(self, columns: list[str]) -> Dataset:
+        return replace(self, columns=columns)
+
     def seen_as(self, kind: str) -> Dataset:
-        """The columns of another kind, which this one has as well."""
+        """A dataset of another kind, whose columns this one has as well."""
         return replace(self, kind=kind, columns=schemas.schema(kind).names)
 
     def read(self) -> pa.Table:

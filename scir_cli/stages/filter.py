@@ -62,7 +62,7 @@ def _rate(number: str) -> float:
 def run(settings: FilterSettings) -> Json:
     """Writes a preferences dataset and returns its manifest."""
     path = Path(settings.input)
-    pairs = store.open_dataset(path, "judged", "consistency").head(settings.limit)
+    pairs = store.open_dataset(path, "judged", "consistency").head(settings.limit).select(schemas.schema("judged").names)
     if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
     rule = Rule.of(settings, consistency.model_names(pairs.tables()))
@@ -104,7 +104,7 @@ class Labelling:
             self.dropped[self._beyond(settings.max_pairs_per_prompt)] = REASONS.index("over_prompt_cap")
 
     def __call__(self, low: int, high: int) -> Part:
-        table = self.pairs.slice(low, high - low).select(schemas.schema("judged").names)
+        table = self.pairs.slice(low, high - low)
         reasons, sign, margin = self.decide(table, low)
         kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
         drops = {REASONS[one["values"]]: one["counts"] for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()}
