@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,10 +130,10 @@ def make_pairs(
 class Meter:
     """CPU and wall seconds of each step, and the peak memory above what was there at the start."""
 
-    def __init__(self) -> None:
-        import torch
-
-        self.cuda = torch.cuda if torch.cuda.is_available() else None
+    def __init__(self, gpu: bool = True) -> None:
+        """gpu: look for one, which imports torch."""
+        cuda = importlib.import_module("torch").cuda if gpu else None
+        self.cuda = cuda if cuda and cuda.is_available() else None
         self.seconds: list[tuple[float, float]] = []  # (CPU, wall) of each step
 
     def start(self) -> None:
@@ -165,6 +167,29 @@ class Meter:
             "seconds": list(wall if self.cuda else cpu),  # what tables report
             "resident_mb": round(self.resident, 1), "peak_mb": round(peak - self.resident, 1),
         }  # fmt: skip
+
+
+class AnonymousPeak:
+    """The peak of memory that is not a file's pages, above what it was at the start, looked at every 5 ms: a file's pages are given back when others need them."""
+
+    def __enter__(self) -> AnonymousPeak:
+        self.before = self.highest = status_mb("RssAnon")
+        self.over = threading.Event()
+        self.watcher = threading.Thread(target=self._watch)
+        self.watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.005):
+            self.highest = max(self.highest, status_mb("RssAnon"))
+
+    def __exit__(self, *_: Any) -> None:
+        self.over.set()
+        self.watcher.join()
+
+    @property
+    def mb(self) -> float:
+        return round(self.highest - self.before, 1)
 
 
 def status_mb(field: str) -> float:

@@ -1,13 +1,15 @@
-"""Time and memory of the stages that only count, by rows: `filter` on judged pairs.
+"""Time and memory of the stages that only count, by rows of pairs: `judge` with scores from outside, `check-consistency`, `filter`.
 
-    python benchmarks/data_stages.py --rows 10000 100000 1000000
+    python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages judge check-consistency filter --peer-python .venv-data/bin/python
 
-Memory is the peak above what was resident before the stage began (imports and settings), Arrow's memory-mapped pages included.
+Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
+no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (data_peers.py), and has to keep the same pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -15,9 +17,11 @@ from typing import Any
 
 import common
 
+PEERS = ("pandas", "polars")
 
-def make_judged(folder: Path, rows: int) -> Path:
-    """Pairs of 5 answers a prompt (10 a prompt), answers of 40 tokens; made column by column, part by part."""
+
+def make_candidates(folder: Path, pairs: int) -> Path:
+    """5 answers a prompt, so 10 pairs, with a column `score` beside them: what somebody else's reward model said."""
     import numpy as np
     import pyarrow as pa
 
@@ -26,62 +30,120 @@ def make_judged(folder: Path, rows: int) -> Path:
     draw = np.random.default_rng(0)
 
     def make(low: int, high: int) -> Any:
-        n = high - low
         index = np.arange(low, high)
-        prompts = [f"{i // 10:016x}" for i in index]
-        columns: dict[str, Any] = {
-            "pair_id": [f"{i:016x}" for i in index], "prompt_id": prompts, "subset": [None] * n, "gold": [None] * n,
-            "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in prompts],
+        answers = draw.integers(0, 8, high - low)
+        columns = prompt_columns(index // 5) | {
+            "candidate_id": [f"{i:016x}" for i in index], "response": [answer(i // 5, a) for i, a in zip(index, answers, strict=True)],
+            "token_ids": [[int(a)] * 40 for a in answers], "finish_reason": ["stop"] * len(index), "duplicate_of": [None] * len(index),
+            "model": ["m"] * len(index), "seed": index,
+        }  # fmt: skip
+        table = as_table(columns, schemas.schema("candidates")).append_column("score", pa.array(draw.normal(size=len(index))))
+        return store.Part(table, len(index))
+
+    store.write_dataset(folder, "candidates", {"stage": "generate", "rows": pairs}, store.part_bounds(pairs // 2, 25_000), make)
+    return folder
+
+
+def make_judged(folder: Path, rows: int) -> Path:
+    """Pairs with two reward models, 10 a prompt, answers of 40 tokens; some of a prompt's answers are alike."""
+    import numpy as np
+
+    from scir_cli import schemas, store
+
+    draw = np.random.default_rng(0)
+
+    def make(low: int, high: int) -> Any:
+        n, index = high - low, np.arange(low, high)
+        columns = prompt_columns(index // 10) | {
+            "pair_id": [f"{i:016x}" for i in index], "gold": [None] * n, "reference_logps": [[]] * n
         }  # fmt: skip
         for side in ("first", "second"):
             answers = draw.integers(0, 8, n)
             columns[side] = [
-                {
-                    "candidate_id": f"{p}-{a}",
-                    "text": f"Answer {a} of {p}. " + "word " * 40,
-                    "token_ids": [int(a)] * 40,
-                    "finish_reason": "stop",
-                }
-                for p, a in zip(prompts, answers, strict=True)
+                {"candidate_id": f"{i:016x}-{a}", "text": answer(i, a), "token_ids": [int(a)] * 40, "finish_reason": "stop"}
+                for i, a in zip(index // 10, answers, strict=True)
             ]
-        odds = draw.normal(size=(2, n))
+        odds = draw.normal(size=(n, 2))
         columns["rewards"] = [
-            [
-                {
-                    "reward_model": name,
-                    "log_odds": float(a),
-                    "forward_log_odds": None,
-                    "swapped_log_odds": None,
-                    "verdict_mass": None,
-                }
-                for name, a in (("judge", x), ("implicit", y))
-            ]
-            for x, y in odds.T
+            [{"reward_model": name, "log_odds": float(a)} for name, a in zip(("judge", "implicit"), both, strict=True)]
+            for both in odds
         ]
-        columns["reference_logps"] = [[]] * n
-        schema = schemas.schema("judged")
-        table = pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
-        return store.Part(table, n)
+        return store.Part(as_table(columns, schemas.schema("judged")), n)
 
     store.write_dataset(folder, "judged", {"stage": "judge", "rows": rows}, store.part_bounds(rows, 50_000), make)
     return folder
 
 
-def child(arguments: dict[str, Any]) -> None:
-    from scir_cli import config, stages
+def prompt_columns(prompts: Any) -> dict[str, Any]:
+    names = [f"{i:016x}" for i in prompts]
+    return {
+        "prompt_id": names, "subset": [None] * len(names), "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in names]
+    }  # fmt: skip
 
-    run = stages.load("filter")
-    settings = config.build(config.FilterSettings, {"input": arguments["input"], "output_dir": arguments["out"]}, where="benchmark")
-    meter = common.Meter()
+
+def answer(prompt: int, number: int) -> str:
+    return f"Answer {number} of {prompt:016x}. " + "word " * 40
+
+
+def as_table(columns: dict[str, Any], schema: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def child(given: dict[str, Any]) -> None:
+    import pyarrow as pa
+
+    from scir_cli import config, stages, store
+
+    run = stages.load(given["stage"])
+    values = {"input": given["input"], "output_dir": given["out"], **given["settings"]}
+    settings = config.build(config.STAGES[given["stage"]], values, where="benchmark")
+    meter = common.Meter(gpu=False)
     meter.start()
-    manifest = run(settings)
+    with common.AnonymousPeak() as anonymous:
+        manifest = run(settings)
     meter.tick()
-    print(json.dumps({**meter.result(), "rows_out": manifest["rows_out"], "drops": manifest["drops"]}))
+    kept = digest(pa.concat_tables(part.select(["pair_id"]) for part in store.open_dataset(Path(given["out"])).tables())["pair_id"])
+    print(json.dumps({**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": manifest["rows_out"], "kept": kept}))
+
+
+def digest(ids: Any) -> str:
+    """Of the ids that are kept, in their order."""
+    return hashlib.blake2b("\n".join(ids.to_pylist()).encode(), digest_size=16).hexdigest()
+
+
+def measure(stage: str, rows: int, root: Path, model: Path | None) -> dict[str, Any]:
+    make = make_candidates if stage == "judge" else make_judged
+    source = root / f"{make.__name__}-{rows}"
+    if not source.exists():
+        make(source, rows)
+    given = {"stage": stage, "input": str(source), "out": str(root / f"{stage}-{rows}"), "settings": {}}
+    if stage == "judge":
+        given["settings"] = {"model": str(model), "reward_models": ["external"], "external": "score", "rows_per_part": 2000}
+    return line(rows, f"scir {stage}", source, common.child("data_stages.py", given))
+
+
+def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any]:
+    source = root / f"make_judged-{rows}"
+    found = common.child("data_peers.py", {"peer": peer, "input": str(source), "out": str(root / f"{peer}.arrow")}, python)
+    return line(rows, f"{peer} {found['version']}", source, found)
+
+
+def line(rows: int, work: str, source: Path, found: dict[str, Any]) -> dict[str, Any]:
+    size = sum(path.stat().st_size for path in source.glob("*.arrow")) / 2**20
+    return {
+        "rows": rows, "work": work, "MB in": round(size), "rows out": found["rows_out"], "CPU s": round(found["cpu_seconds"][0], 2),
+        "wall s": round(found["wall_seconds"][0], 2), "peak MB": found["peak_mb"], "anonymous MB": found["anonymous_mb"],
+        "kept": found["kept"],
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--stages", nargs="+", choices=["judge", "check-consistency", "filter"], default=["filter"])
+    parser.add_argument("--peer-python", help="the python of an environment with pandas, polars and pyarrow (make bench-env)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child")
     given = parser.parse_args()
@@ -89,20 +151,24 @@ def main() -> None:
         child(json.loads(given.child))
         return
     results = []
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        model = common.make_model(root / "model", "tiny") if "judge" in given.stages else None
         for rows in given.rows:
-            source = make_judged(Path(root) / f"judged-{rows}", rows)
-            result = common.child("data_stages.py", {"input": str(source), "out": f"{root}/out-{rows}"})
-            size = sum(path.stat().st_size for path in source.glob("*.arrow")) / 2**20
-            results.append(
-                {
-                    "rows": rows, "MB in": round(size), "rows out": result["rows_out"], "CPU s": round(result["cpu_seconds"][0], 2),
-                    "wall s": round(result["wall_seconds"][0], 2), "peak MB": result["peak_mb"],
-                }
-            )  # fmt: skip
+            results += [measure(stage, rows, root, model) for stage in given.stages]
+            if given.peer_python:
+                results += [measure_peer(peer, rows, root, given.peer_python) for peer in PEERS]
+                ours, *theirs = [
+                    one["kept"]
+                    for one in results
+                    if one["rows"] == rows and one["work"].split()[-1] not in ("judge", "check-consistency")
+                ]
+                if any(kept != ours for kept in theirs):
+                    raise SystemExit(f"at {rows} rows the peers keep other pairs than filter")
+    kept = [result.pop("kept") for result in results]
     print(common.table(results))
     if given.json:
-        given.json.write_text(json.dumps({"versions": common.versions("pyarrow"), "table": results}, indent=2))
+        given.json.write_text(json.dumps({"versions": common.versions("pyarrow"), "table": results, "kept": kept}, indent=2))
 
 
 if __name__ == "__main__":

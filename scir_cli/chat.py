@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Chat:
 
     tokenizer: Any
     end_ids: frozenset[int]
+    _last: dict[Any, list[int]] = field(default_factory=dict, compare=False, repr=False)  # the last prompt and its ids
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> list[int]:
         conversation = [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -70,8 +71,13 @@ class Chat:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the assistant's answer begins."""
-        return self.render(messages, generation=True)
+        """Token ids up to where the assistant's answer begins. Pairs of a prompt are neighbours, so the last prompt is not encoded again."""
+        key = (self.tokenizer.chat_template, *((m["role"], m["content"]) for m in messages))
+        if key not in self._last:
+            ids = self.render(messages, generation=True)
+            self._last.clear()
+            self._last[key] = ids
+        return list(self._last[key])
 
     def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
         """Token ids of a finished answer, its end-of-turn token included; raises DataError where the prompt is not a token prefix."""

@@ -11,7 +11,7 @@ A missing verdict is left out of a statistic and lowers its count: it is never a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -72,6 +72,64 @@ def from_table(table: pa.Table) -> Verdicts:
 
     Raises DataError for a missing column, a nameless or repeated reward model in one pair, and log-odds that are infinite.
     """
+    names, matrix = _rewards(table)
+    return Verdicts(
+        names,
+        matrix("log_odds"),
+        matrix("forward_log_odds"),
+        matrix("swapped_log_odds"),
+        matrix("verdict_mass"),
+        gold_signs(table["gold"]),
+        length_difference(table),
+        _shared(table["subset"]),
+        table["pair_id"].to_pylist(),
+    )
+
+
+def from_tables(tables: Iterable[pa.Table]) -> Verdicts:
+    """The verdicts of several tables one after the other; of their rows only numbers, subsets and ids are kept."""
+    return join([from_table(table) for table in tables])
+
+
+def join(parts: Sequence[Verdicts]) -> Verdicts:
+    """The pairs of all parts, one part after the other."""
+    names = list(dict.fromkeys(name for part in parts for name in part.names))
+
+    def joined(field: str) -> Array:
+        return np.concatenate([_rows_of(getattr(part, field), part.names, names) for part in parts], axis=1)
+
+    return Verdicts(
+        names,
+        joined("log_odds"),
+        joined("forward"),
+        joined("swapped"),
+        joined("verdict_mass"),
+        np.concatenate([part.gold for part in parts]),
+        np.concatenate([part.length_difference for part in parts]),
+        [subset for part in parts for subset in part.subset],
+        [pair_id for part in parts for pair_id in part.pair_ids],
+    )
+
+
+def model_names(tables: Iterable[pa.Table]) -> list[str]:
+    """The reward models of several tables in order of first appearance; raises as `from_table` does."""
+    return list(dict.fromkeys(name for table in tables for name in _rewards(table)[0]))
+
+
+def log_odds(table: pa.Table, models: list[str]) -> Array:
+    """What `models` say, NaN where the table has nothing of one.  -> (models, pairs)"""
+    names, matrix = _rewards(table)
+    return _rows_of(matrix("log_odds"), names, models)
+
+
+def _rows_of(matrix: Array, known: list[str], names: list[str]) -> Array:
+    """The rows of `names`, NaN for one that is not among `known`."""
+    nothing = np.full((1, matrix.shape[1]), np.nan)
+    return np.concatenate([matrix, nothing])[[known.index(name) if name in known else -1 for name in names]]
+
+
+def _rewards(table: pa.Table) -> tuple[list[str], Callable[[str], Array]]:
+    """The reward models in order of first appearance, and what makes a field of their verdicts a matrix, (models, pairs)."""
     check_nulls(table, "judged")
     rewards = table["rewards"].combine_chunks()
     pair = pc.list_parent_indices(rewards).to_numpy()  # (verdicts,) row each verdict belongs to
@@ -86,33 +144,37 @@ def from_table(table: pa.Table) -> Verdicts:
         values[model, pair] = _floats(pc.struct_field(verdicts, field))
         return values
 
-    log_odds, pair_ids = matrix("log_odds"), table["pair_id"].to_pylist()
-    counts = np.bincount(model * np.int64(len(table)) + pair, minlength=log_odds.size).reshape(log_odds.shape)
-    for wrong, what in ((counts > 1, "more than one verdict"), (np.isinf(log_odds), "infinite log-odds")):
+    odds = matrix("log_odds")
+    counts = np.bincount(model * np.int64(len(table)) + pair, minlength=odds.size).reshape(odds.shape)
+    for wrong, what in ((counts > 1, "more than one verdict"), (np.isinf(odds), "infinite log-odds")):
         if wrong.any():
             k, i = np.argwhere(wrong)[0]
-            raise DataError(f"pair {pair_ids[i]} holds {what} of '{names[k]}'; expected one finite number, or null for no verdict")
-    return Verdicts(
-        names,
-        log_odds,
-        matrix("forward_log_odds"),
-        matrix("swapped_log_odds"),
-        matrix("verdict_mass"),
-        2 * _floats(pc.index_in(table["gold"], value_set=pa.array(["second", "first"]))) - 1,
-        _length_difference(table["first"], table["second"]),
-        table["subset"].to_pylist(),
-        pair_ids,
-    )
+            raise DataError(
+                f"pair {table['pair_id'][i]} holds {what} of '{names[k]}'; expected one finite number, or null for no verdict"
+            )
+    return names, matrix
+
+
+def gold_signs(gold: pa.ChunkedArray) -> Array:
+    """+1 for "first", -1 for "second", NaN for null.  -> (pairs,)"""
+    return 2 * _floats(pc.index_in(gold, value_set=pa.array(["second", "first"]))) - 1
+
+
+def _shared(texts: pa.ChunkedArray) -> list[str | None]:
+    """The texts, equal ones as one object: a subset's name takes no more memory for a million rows than for one."""
+    known: dict[str | None, str | None] = {}
+    return [known.setdefault(text, text) for text in texts.to_pylist()]
 
 
 def _floats(values: pa.Array | pa.ChunkedArray) -> Array:
     return np.asarray(values.to_numpy(zero_copy_only=False), dtype=np.float64)  # null -> NaN
 
 
-def _length_difference(first: pa.ChunkedArray, second: pa.ChunkedArray) -> Array:
+def length_difference(table: pa.Table) -> Array:
     """Length of first minus length of second, (pairs,): in tokens, or in characters where one of the two has no token ids."""
-    tokens = [_floats(pc.list_value_length(pc.struct_field(side, "token_ids"))) for side in (first, second)]
-    characters = [_floats(pc.utf8_length(pc.struct_field(side, "text"))) for side in (first, second)]
+    sides = (table["first"], table["second"])
+    tokens = [_floats(pc.list_value_length(pc.struct_field(side, "token_ids"))) for side in sides]
+    characters = [_floats(pc.utf8_length(pc.struct_field(side, "text"))) for side in sides]
     return np.where(np.minimum(*tokens) > 0, np.subtract(*tokens), np.subtract(*characters))
 
 

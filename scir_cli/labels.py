@@ -29,18 +29,19 @@ def length_neutral(log_odds: Array, length_difference: Array) -> tuple[Array, fl
     return log_odds - alpha * length_difference, alpha
 
 
-def rank_consistency(now: Array, before: Array, prompts: Sequence[str], average: bool = True) -> Array:
+def rank_consistency(now: Array, before: Array, prompts: Sequence[str] | NDArray[np.uint64], average: bool = True) -> Array:
     """How alike two models rank the answers of a prompt: CREAM's consistency rate of each pair (arXiv 2410.12735), NaN where neither can say.
 
     tau = mean over a prompt's pairs of sign(a_t) sign(a_{t-1}): Kendall's, when all pairs of its answers are there.  C = (tau + 1) / 2, for each prompt or
-    averaged over prompts.  now, before: (pairs,); prompts: the prompt of each pair -> (pairs,)
+    averaged over prompts.  now, before: (pairs,); prompts: the prompt of each pair, a name or a number -> (pairs,)
     """
     same = np.sign(now) * np.sign(before)
-    names = np.array(prompts)
-    rates = {
-        name: (np.nanmean(same[names == name]) + 1) / 2
-        for name in dict.fromkeys(prompts)
-        if not np.isnan(same[names == name]).all()
-    }
-    overall = float(np.mean(list(rates.values()))) if rates else np.nan
-    return np.array([overall if average else rates.get(name, np.nan) for name in prompts])
+    _, first, code = np.unique(prompts, return_index=True, return_inverse=True)
+    known = np.bincount(code, ~np.isnan(same))
+    tau = np.divide(np.bincount(code, np.nan_to_num(same)), known, out=np.full(len(known), np.nan), where=known > 0)
+    rates = (tau + 1) / 2  # (prompts,)
+    if not average:
+        return rates[code]
+    in_order = rates[np.argsort(first)]
+    in_order = in_order[~np.isnan(in_order)]
+    return np.full(len(same), in_order.mean() if len(in_order) else np.nan)

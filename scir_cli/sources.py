@@ -39,16 +39,35 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 HUB_SPEC = re.compile(r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?::([^:]+))??(?::([^:]+))?")
 
 
+def open_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table | store.Dataset, Counter[str]]:
+    """As `load_prompts`; a dataset of ours stays on disk, to be read a slice at a time."""
+    source = _locate(spec)
+    if isinstance(source.where, Path) and store.is_dataset(source.where):
+        return store.open_dataset(source.where, "prompts").head(limit), Counter()
+    rows, drops = _collect(source, _read(source, limit), lambda row: [_prompt_row(row)], "prompt")
+    return schemas.to_table("prompts", rows), drops
+
+
 def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter[str]]:
     """The prompts of `spec` as a table of kind "prompts", and the rows dropped by reason.
 
     limit: read only this many input rows. Drops: empty_prompt, duplicate_prompt. Raises DataError naming file and row or column.
     """
+    rows, drops = open_prompts(spec, limit)
+    return (rows if isinstance(rows, pa.Table) else rows.read()), drops
+
+
+def open_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table | store.Dataset, Counter[str]]:
+    """As `load_pairs`; a dataset of ours stays on disk, to be read a slice at a time."""
     source = _locate(spec)
     if isinstance(source.where, Path) and store.is_dataset(source.where):
-        return store.read_dataset(source.where, "prompts").slice(0, limit), Counter()
-    rows, drops = _collect(source, _read(source, limit), lambda row: [_prompt_row(row)], "prompt")
-    return schemas.to_table("prompts", rows), drops
+        if external is not None:
+            raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
+        return store.open_dataset(source.where, "judged", "consistency", "preferences").seen_as("judged").head(limit), Counter()
+    rows = _read(source, limit)
+    scores = _score_columns(source, rows, external)
+    pairs, drops = _collect(source, rows, lambda row: _pair_rows(row, scores), "pair")
+    return schemas.to_table("judged", pairs), drops
 
 
 def load_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
@@ -59,17 +78,8 @@ def load_pairs(spec: str, limit: int | None = None, external: str | None = None)
     log-odds); it becomes the reward model "external", and null or NaN is no verdict.
     Drops: empty_prompt, empty_response, identical_responses, different_prompts (of two transcripts as text), duplicate_pair. Raises DataError naming file and row or column.
     """
-    source = _locate(spec)
-    if isinstance(source.where, Path) and store.is_dataset(source.where):
-        if external is not None:
-            raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
-        table = store.read_dataset(source.where, "judged", "consistency", "preferences")
-        judged = schemas.schema("judged")
-        return table.select(judged.names).replace_schema_metadata(judged.metadata).slice(0, limit), Counter()
-    rows = _read(source, limit)
-    scores = _score_columns(source, rows, external)
-    pairs, drops = _collect(source, rows, lambda row: _pair_rows(row, scores), "pair")
-    return schemas.to_table("judged", pairs), drops
+    rows, drops = open_pairs(spec, limit, external)
+    return (rows if isinstance(rows, pa.Table) else rows.read()), drops
 
 
 def digest(spec: str) -> str:

@@ -10,10 +10,12 @@ The same plan resumes; another plan in the same folder is refused. Arrow's *stre
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -21,17 +23,22 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from scir_cli import __version__, schemas
 from scir_cli.errors import DataError, PlanMismatch, ScirError, StoreError
 
 ACCOUNT_KEY = b"scir.account"
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: SplitMix64's step
+HASH_BLOCK = 1 << 18  # bytes of text hashed at a time, so that what is computed on the way stays in a cache
 Json = dict[str, Any]
 
 
@@ -80,6 +87,41 @@ def digest_path(path: Path) -> str:
         return str(read_json(manifest)["digest"])
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     return digest_json([[p.relative_to(path).as_posix(), digest_file(p)] for p in files])
+
+
+def hash_texts(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
+    """A 64-bit hash of each text, column-wise: no defence against who means to collide.  -> (rows,)
+
+    The sum over a text's words of 8 bytes, w_j, the last filled with zeros, of mix(w_j + (j + 1) GOLDEN), and its length, mixed again.
+    """
+    out = [np.empty(0, np.uint64)]
+    for chunk in texts.chunks:
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].astype(np.int64)
+        blocks = np.unique([*np.searchsorted(ends, np.arange(ends[0], ends[-1], HASH_BLOCK)), len(chunk)])
+        for low, high in itertools.pairwise([0, *blocks[blocks > 0]]):
+            text = np.frombuffer(data or b"", np.uint8)[ends[low] : ends[high]]
+            out.append(_hash_block(np.append(text, np.zeros(8, np.uint8)), ends[low : high + 1] - ends[low]))
+    return np.concatenate(out)
+
+
+def _hash_block(padded: NDArray[np.uint8], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+    length = np.diff(ends)
+    n_words = length // 8 + 1
+    first = np.cumsum(n_words) - n_words  # (rows,) each text's first word among all
+    number = np.arange(n_words.sum()) - np.repeat(first, n_words)  # (words,) j
+    anywhere = np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))  # the word that begins at each byte
+    words = anywhere[np.repeat(ends[:-1], n_words) + 8 * number]
+    words[first + n_words - 1] &= (np.uint64(1) << (8 * (length % 8)).astype(np.uint64)) - np.uint64(1)
+    sums = np.add.reduceat(mix(words + (number + 1).astype(np.uint64) * GOLDEN), first)
+    return mix(sums + length.astype(np.uint64) * GOLDEN)
+
+
+def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def read_json(path: Path) -> Json:
@@ -231,7 +273,7 @@ def write_dataset(
     *,
     overwrite: bool = False,
     dropped_before: Counter[str] | None = None,
-    summarise: Callable[[pa.Table], Json] = lambda table: {},
+    summarise: Callable[[Dataset], Json] = lambda made: {},
     advance: Callable[[int], None] = lambda rows: None,
     share: Callable[[str, list[Todo], Callable[[int], None]], None] | None = None,
 ) -> Json:
@@ -274,24 +316,29 @@ def write_part(path: Path, kind: str, part: Part) -> None:
         writer.write_table(table)
 
 
-def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[pa.Table], Json], started: float) -> Json:
+def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[Dataset], Json], started: float) -> Json:
     paths = sorted(out.glob("data-*.arrow"))
-    tables = [_read_part(path) for path in paths]
-    accounts = [json.loads(table.schema.metadata[ACCOUNT_KEY]) for table in tables]
-    table = pa.concat_tables([t.replace_schema_metadata(tables[0].schema.metadata) for t in tables])
-    parts = [{"file": p.name, "rows": t.num_rows, "digest": digest_file(p)} for p, t in zip(paths, tables, strict=True)]
+    parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
+    for path in paths:
+        table = _read_part(path)
+        account = json.loads(table.schema.metadata[ACCOUNT_KEY])
+        drops, rows_in = drops + Counter(account["drops"]), rows_in + account["rows_in"]
+        nulls += count_nulls(table)
+        parts.append({"file": path.name, "rows": table.num_rows, "digest": digest_file(path)})
+    made = Dataset(kind, paths, list(itertools.accumulate(part["rows"] for part in parts)))
+    columns = schemas.schema(kind).names
     manifest = {
         "kind": kind,
         "version": schemas.VERSION,
         "digest": digest_json([part["digest"] for part in parts]),
-        "rows_in": sum(a["rows_in"] for a in accounts) + before.total(),
-        "rows_out": table.num_rows,
-        "drops": dict(sum((Counter(a["drops"]) for a in accounts), before)),
-        "nulls": count_nulls(table),
+        "rows_in": rows_in,
+        "rows_out": made.num_rows,
+        "drops": dict(drops),
+        "nulls": dict(sorted(nulls.items(), key=lambda item: columns.index(item[0]) if item[0] in columns else len(columns))),
         "parts": parts,
         "seconds": round(time.monotonic() - started, 3),
         "versions": versions(),
-        "summary": summarise(table),
+        "summary": summarise(made),
     }
     state = {"_data_files": [{"filename": p.name} for p in paths], "_fingerprint": manifest["digest"], "_format_columns": None}
     state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
@@ -301,13 +348,13 @@ def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[pa.
     return manifest
 
 
-def count_nulls(table: pa.Table) -> dict[str, int]:
+def count_nulls(table: pa.Table) -> Counter[str]:
     """Nulls per column that has any, and missing verdicts per reward model as `rewards.NAME`."""
-    nulls = {name: table.column(name).null_count for name in table.column_names if table.column(name).null_count}
-    if "rewards" in table.column_names and table.num_rows:
-        rewards = pa.chunked_array([chunk.flatten() for chunk in table.column("rewards").chunks]).combine_chunks()
-        names, verdicts = rewards.field("reward_model").to_pylist(), rewards.field("log_odds").is_null().to_pylist()
-        nulls |= {f"rewards.{name}": n for name, n in Counter(n for n, null in zip(names, verdicts, strict=True) if null).items()}
+    nulls = Counter({name: table.column(name).null_count for name in table.column_names if table.column(name).null_count})
+    for chunk in table.column("rewards").chunks if "rewards" in table.column_names else ():
+        rewards = chunk.flatten()
+        silent = pc.value_counts(rewards.field("reward_model").filter(rewards.field("log_odds").is_null()))
+        nulls += {f"rewards.{one['values']}": one["counts"] for one in silent.to_pylist()}
     return nulls
 
 
@@ -346,8 +393,64 @@ def is_dataset(path: Path) -> bool:
     return (path / "plan.json").is_file()
 
 
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset folder. A part is mapped while somebody reads it and no longer, so memory is that of the parts in use."""
+
+    kind: str
+    paths: list[Path]
+    ends: list[int]  # rows up to the end of each part
+    limit: int | None = None  # rows that are read
+    columns: list[str] | None = None  # columns that are read
+
+    @property
+    def num_rows(self) -> int:
+        rows = self.ends[-1] if self.ends else 0
+        return rows if self.limit is None else min(rows, self.limit)
+
+    def head(self, limit: int | None) -> Dataset:
+        return replace(self, limit=limit)
+
+    def select(self, columns: list[str]) -> Dataset:
+        return replace(self, columns=columns)
+
+    def seen_as(self, kind: str) -> Dataset:
+        """A dataset of another kind, whose columns this one has as well."""
+        return replace(self, kind=kind, columns=schemas.schema(kind).names)
+
+    def read(self) -> pa.Table:
+        return self.slice(0, self.num_rows)
+
+    def slice(self, low: int, length: int) -> pa.Table:
+        """Rows low to low + length, as a table has it, of the parts that hold them."""
+        high = min(low + length, self.num_rows)
+        tables = [self.schema.empty_table()]
+        for index in range(bisect.bisect_right(self.ends, low), bisect.bisect_left(self.ends, high) + 1 if low < high else 0):
+            start = self.ends[index - 1] if index else 0
+            part = _read_part(self.paths[index]).slice(max(low - start, 0), high - max(low, start))
+            tables.append((part.select(self.columns) if self.columns else part).replace_schema_metadata(self.schema.metadata))
+        return pa.concat_tables(tables[1:] or tables)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The rows, one part at a time; an empty table where there are none."""
+        if not self.num_rows:
+            yield self.schema.empty_table()
+        for start, end in itertools.pairwise([0, *self.ends]):
+            if start < self.num_rows:
+                yield self.slice(start, end - start)
+
+    @property
+    def schema(self) -> pa.Schema:
+        return schemas.schema(self.kind)
+
+
 def read_dataset(path: Path, *kinds: str) -> pa.Table:
-    """A finished dataset folder as a memory-mapped table; raises DataError if it is unfinished, damaged, or of none of `kinds`."""
+    """A finished dataset folder as one memory-mapped table; raises as `open_dataset` does."""
+    return open_dataset(path, *kinds).read()
+
+
+def open_dataset(path: Path, *kinds: str) -> Dataset:
+    """A finished dataset folder; raises DataError if it is unfinished, damaged, or of none of `kinds`."""
     needed = " or ".join(repr(k) for k in kinds)
     if not path.exists():
         raise DataError(f"{path} does not exist; this command needs the folder of a {needed} dataset")
@@ -362,17 +465,15 @@ def read_dataset(path: Path, *kinds: str) -> pa.Table:
     if kinds and kind not in kinds:
         holds = "a model" if kind == "model" else f"a '{kind}' dataset"
         raise DataError(f"{path} holds {holds}; this command needs a {needed} dataset")
-    tables = []
     for part in manifest["parts"]:
         table = _read_part(path / part["file"])
         if table.num_rows != part["rows"]:
             raise DataError(
                 f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete it and run the stage that made it again"
             )
-        tables.append(table.replace_schema_metadata(schemas.schema(kind).metadata))
-    table = pa.concat_tables(tables)
-    schemas.check_nulls(table, kind)
-    return table
+        schemas.check_nulls(table, kind)
+    paths = [path / part["file"] for part in manifest["parts"]]
+    return Dataset(kind, paths, list(itertools.accumulate(part["rows"] for part in manifest["parts"])))
 
 
 def part_bounds(n_rows: int, rows_per_part: int) -> list[tuple[int, int]]:
@@ -380,11 +481,17 @@ def part_bounds(n_rows: int, rows_per_part: int) -> list[tuple[int, int]]:
     return [(low, min(low + rows_per_part, n_rows)) for low in range(0, n_rows, rows_per_part)]
 
 
-def group_bounds(keys: Sequence[str], rows_per_part: int) -> list[tuple[int, int]]:
-    """The same, never cutting a run of equal neighbouring keys in two."""
+def group_bounds(data: Dataset, key: str, rows_per_part: int) -> list[tuple[int, int]]:
+    """The same for the rows of a dataset, never cutting a run of neighbours with equal `key` in two."""
+    starts, before, row = [], pa.scalar(None, pa.string()), 0
+    for table in data.tables():
+        keys = pa.concat_arrays([pa.array([before]), *table[key].chunks])
+        starts.append(row + np.flatnonzero(pc.not_equal(keys[1:], keys[:-1]).fill_null(True)))
+        before, row = keys[-1], row + table.num_rows
+    ends = np.append(np.concatenate(starts)[1:], row) if row else np.empty(0, int)
     bounds, low = [], 0
-    for row in range(1, len(keys) + 1):
-        if row == len(keys) or (row - low >= rows_per_part and keys[row] != keys[row - 1]):
-            bounds.append((low, row))
-            low = row
+    while low < row:
+        high = int(ends[np.searchsorted(ends, min(low + rows_per_part, row))])
+        bounds.append((low, high))
+        low = high
     return bounds

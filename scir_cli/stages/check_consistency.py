@@ -6,41 +6,43 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scir_cli import across, biases, consistency, pages, schemas, store
 from scir_cli.config import CheckConsistencySettings
 from scir_cli.errors import CheckFailed, DataError
 from scir_cli.stages.progress import progress
-from scir_cli.store import Json, Part
+from scir_cli.store import Dataset, Json, Part
 
 
 def run(settings: CheckConsistencySettings) -> Json:
     """Writes a consistency dataset, returns its manifest with the figures under "summary"; raises CheckFailed under --fail-under."""
     path = Path(settings.input)
-    table = _judged(path).slice(0, settings.limit).select(schemas.schema("judged").names)
-    if not table.num_rows:
+    pairs = _judged(path).head(settings.limit).select(schemas.schema("judged").names)
+    if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
     plan = {"stage": "check-consistency", "settings": settings.plan(), "input": store.digest_path(path)}
     if settings.dry_run:
-        return {"dry_run": True, "plan": plan, "rows_in": table.num_rows}
+        return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
 
-    stays = _across(table, settings) if settings.against else None  # first: it may refuse
+    stays = _across(pairs.read(), settings) if settings.against else None  # first: it may refuse
 
-    def summarise(whole: object) -> Json:
-        v = consistency.from_table(table)
-        leanings = biases.biases(v, biases.properties(v, table, settings.own or judge_of(path)))
+    def summarise(made: Dataset) -> Json:
+        v, sides = _verdicts(pairs, settings)
+        leanings = biases.biases(v, sides)
         notes = {"biases": leanings, "notes": _notes(v, leanings, settings.own)}
         return consistency.summary(v, settings.agree_on, settings.min_confidence) | notes
 
-    with progress("check-consistency", table.num_rows) as advance:
+    with progress("check-consistency", pairs.num_rows) as advance:
 
         def make(low: int, high: int) -> Part:
-            part = table.slice(low, high - low)
+            part = pairs.slice(low, high - low)
             columns = consistency.row_columns(consistency.from_table(part), settings.agree_on, settings.min_confidence)
             for name, values in columns.items():
                 part = part.append_column(name, values)
             return Part(part, high - low, Counter())
 
-        bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
+        bounds = store.part_bounds(pairs.num_rows, settings.rows_per_part)
         manifest = store.write_dataset(
             Path(settings.output_dir),
             "consistency",
@@ -54,7 +56,7 @@ def run(settings: CheckConsistencySettings) -> Json:
     if stays:
         manifest["across"] = stays
     if settings.by_subset:
-        manifest["by_subset"] = _by_subset(table, settings)
+        manifest["by_subset"] = _by_subset(pairs, settings)
     if settings.report:
         pages.write(settings.report, pages.checked(Path(settings.output_dir), across=stays))
     if settings.fail_under is not None:
@@ -75,8 +77,17 @@ def _check(rate: float | None, least: float, path: Path) -> None:
         raise CheckFailed(f"the agreement rate of {path} is {shown}, below --fail-under {least}; the dataset is written")
 
 
-def _judged(path: Path) -> Any:
-    return store.read_dataset(path, "judged", "consistency", "preferences")
+def _judged(path: Path) -> Dataset:
+    return store.open_dataset(path, "judged", "consistency", "preferences")
+
+
+def _verdicts(pairs: Dataset, settings: CheckConsistencySettings) -> tuple[consistency.Verdicts, dict[str, consistency.Array]]:
+    """The verdicts, and what they should not depend on; of the texts no more than one part is in memory."""
+    own, parts, sides = settings.own or judge_of(Path(settings.input)), [], []
+    for table in pairs.tables():
+        parts.append(consistency.from_table(table))
+        sides.append(biases.properties(parts[-1], table, own))
+    return consistency.join(parts), {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
 
 
 def judge_of(path: Path) -> str | None:
@@ -85,9 +96,8 @@ def judge_of(path: Path) -> str | None:
     return model if isinstance(model, str) else None
 
 
-def _by_subset(table: Any, settings: CheckConsistencySettings) -> Json:
-    v = consistency.from_table(table)
-    sides = biases.properties(v, table, settings.own or judge_of(Path(settings.input)))
+def _by_subset(pairs: Dataset, settings: CheckConsistencySettings) -> Json:
+    v, sides = _verdicts(pairs, settings)
     figures: Json = dict(consistency.by_subset(v, settings.agree_on, settings.min_confidence))
     for name, rows in consistency.subset_rows(v.subset).items():
         figures[name]["biases"] = biases.biases(v.take(rows), {side: values[rows] for side, values in sides.items()})
@@ -101,7 +111,7 @@ def _across(table: Any, settings: CheckConsistencySettings) -> Json:
     runs: list[consistency.Verdicts] = []
     shared = set(v.pair_ids)
     for spec in settings.against:
-        other = consistency.from_table(_judged(Path(spec)))
+        other = consistency.from_tables(_judged(Path(spec)).tables())
         here, there, left = across.in_common(v.pair_ids, other.pair_ids)
         if not len(here):
             raise DataError(

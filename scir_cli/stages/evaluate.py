@@ -41,7 +41,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
     def make(low: int, high: int) -> Part:
         drops: Json = {}
         if scorer:
-            table, dropped = sources.load_pairs(settings.input, settings.limit, settings.external)
+            table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
             inner = settings.model_copy(update={"output_dir": out / "judged", "overwrite": False})
             bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
             drops = judge_table("eval rewards", inner, scorer, Work(table, bounds, given_pairs, dropped, digest))["drops"]
@@ -52,7 +52,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
             raise DataError(f"{settings.input} leaves no labelled pair with a verdict ({labelled}; dropped: {drops or 'none'})")
         return Part(rows, len(rows))
 
-    def summarise(table: Any) -> Json:
+    def summarise(made: store.Dataset) -> Json:
         pairs = store.read_dataset(path if judged else out / "judged", *JUDGED)
         v = consistency.from_table(pairs)
         by_subset = consistency.by_subset(v)

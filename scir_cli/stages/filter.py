@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +14,14 @@ import pyarrow.compute as pc
 
 from scir_cli import consistency, labels, schemas, store
 from scir_cli.config import FilterSettings
-from scir_cli.consistency import Verdicts
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.stages.progress import progress
-from scir_cli.store import Json, Part
+from scir_cli.store import Dataset, Json, Part
 
-#: Reasons for which a pair has no label; --keep-unlabelled keeps it without one. The others are about the pair itself.
-UNLABELLED = ("no_verdict", "tie", "disagree", "below_confidence", "below_margin", "not_sampled")
+#: Why a pair is dropped, known by its place; "": it is not. For the first of them it has no label, and --keep-unlabelled keeps it without one.
+REASONS = ("", "no_verdict", "tie", "disagree", "below_confidence", "below_margin", "not_sampled", "too_short", "too_long",
+           "duplicate", "over_prompt_cap")  # fmt: skip
+LAST_UNLABELLED = REASONS.index("not_sampled")
 
 
 @dataclass
@@ -47,9 +48,6 @@ class Rule:
                 )
         return cls(models, "majority" if name == "majority" else "agree", _rate(number) if name == "random" else 1.0)
 
-    def votes(self, v: Verdicts) -> np.ndarray:
-        return np.stack([v.log_odds[v.names.index(name)] for name in self.models])  # (models, pairs)
-
 
 def _rate(number: str) -> float:
     try:
@@ -64,112 +62,135 @@ def _rate(number: str) -> float:
 def run(settings: FilterSettings) -> Json:
     """Writes a preferences dataset and returns its manifest."""
     path = Path(settings.input)
-    table = store.read_dataset(path, "judged", "consistency").slice(0, settings.limit).select(schemas.schema("judged").names)
-    if not table.num_rows:
+    pairs = store.open_dataset(path, "judged", "consistency").head(settings.limit).select(schemas.schema("judged").names)
+    if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
-    verdicts = consistency.from_table(table)
-    rule = Rule.of(settings, verdicts.names)
+    rule = Rule.of(settings, consistency.model_names(pairs.tables()))
     digests = {"input": store.digest_path(path), "previous": settings.previous and store.digest_path(Path(settings.previous))}
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
-        return {"dry_run": True, "plan": plan, "rows_in": table.num_rows}
-    votes = rule.votes(verdicts)  # (models that label, pairs)
-    if settings.length_neutral:
-        votes = np.stack([labels.length_neutral(a, verdicts.length_difference)[0] for a in votes])
-    reasons, sign, margin = decide(votes, verdicts.pair_ids, table, rule, settings)
-    certainty = _certainty(votes, verdicts.pair_ids, table, rule, settings)
+        return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
     out = Path(settings.output_dir)
-    with progress("filter", table.num_rows) as advance:
-
-        def make(low: int, high: int) -> Part:
-            rows = slice(low, high)
-            kept = np.array([not r or (settings.keep_unlabelled and r in UNLABELLED) for r in reasons[rows]])
-            drops = Counter(r for r, keep in zip(reasons[rows], kept, strict=True) if not keep)
-            labelled = np.where([not r for r in reasons[rows]], sign[rows], 0.0)
-            made = _preferences(table.slice(low, high - low), kept, labelled, margin[rows], certainty[rows])
-            return Part(made, high - low, drops)
-
-        bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
+    with progress("filter", pairs.num_rows) as advance:
         manifest = store.write_dataset(
-            out, "preferences", plan, bounds, make, overwrite=settings.overwrite, advance=advance, summarise=_summary
+            out,
+            "preferences",
+            plan,
+            store.part_bounds(pairs.num_rows, settings.rows_per_part),
+            Labelling(settings, pairs, rule),
+            overwrite=settings.overwrite,
+            advance=advance,
+            summarise=_summary,
         )
     if settings.format == "trl" and not (out / "trl.jsonl").exists():
-        write_trl(store.read_dataset(out, "preferences"), out / "trl.jsonl")
+        write_trl(store.open_dataset(out, "preferences"), out / "trl.jsonl")
     return manifest
 
 
-def decide(
-    votes: np.ndarray, pair_ids: list[str], table: pa.Table, rule: Rule, settings: FilterSettings
-) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Why each pair is dropped ("" where it is kept), the sign of its label, and its margin in nats, (pairs,) each.  votes: (models, pairs)"""
-    agreed = consistency.agreement(votes)
-    sign = np.sign(np.sign(votes).sum(0)) if rule.how == "majority" else np.sign(votes[0])
-    margin = np.abs(votes).min(0)
-    confidence = 1 / (1 + np.exp(-margin))
-    lengths = np.stack([pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy() for side in ("first", "second")])
-    drawn = (
-        np.array([int(store.digest_json([settings.seed, i])[:15], 16) / 16**15 < rule.rate for i in pair_ids])
-        if rule.rate < 1
-        else True
-    )
-    tests = [
-        ("no_verdict", np.isnan(votes).any(0)),
-        ("tie", sign == 0),
-        ("disagree", (agreed.agree != 1.0) & (rule.how == "agree")),
-        ("below_confidence", confidence < settings.min_confidence),
-        ("below_margin", margin < settings.min_margin),
-        ("not_sampled", ~np.broadcast_to(drawn, margin.shape)),
-        ("too_short", lengths.min(0) < settings.min_response_tokens),
-        ("too_long", lengths.max(0) > (settings.max_response_tokens or np.inf)),
-    ]
-    reasons = [""] * len(pair_ids)
-    for name, hit in reversed(tests):  # the first reason of the list wins
-        for row in np.flatnonzero(hit):
-            reasons[row] = name
-    _drop_repeated(reasons, table, settings)
-    _cap_prompts(reasons, table, margin, settings)
-    return reasons, sign, margin
+class Labelling:
+    """Makes parts of preferences. What a rule has to see of all rows is read first, part by part, and kept as numbers: no texts."""
+
+    def __init__(self, settings: FilterSettings, pairs: Dataset, rule: Rule) -> None:
+        self.settings, self.pairs, self.rule = settings, pairs, rule
+        self.per_token: np.ndarray | None = None  # (models that label, 1) nats
+        if settings.length_neutral:
+            *votes, lengths = self._of_all(lambda table: np.vstack([self.votes(table), consistency.length_difference(table)]))
+            self.per_token = np.array([[labels.length_neutral(a, lengths)[1]] for a in votes])
+        self.certainty = self._certainty(Path(settings.previous)) if settings.previous else None
+        self.dropped = np.zeros(pairs.num_rows, np.int8)  # for what other rows hold, by place in REASONS
+        if settings.dedup:
+            self.dropped[_repeated(self._of_all(_known_by))] = REASONS.index("duplicate")
+        if settings.max_pairs_per_prompt is not None:
+            self.dropped[self._beyond(settings.max_pairs_per_prompt)] = REASONS.index("over_prompt_cap")
+
+    def __call__(self, low: int, high: int) -> Part:
+        table = self.pairs.slice(low, high - low)
+        reasons, sign, margin = self.decide(table, low)
+        kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
+        drops = {REASONS[one["values"]]: one["counts"] for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()}
+        certainty = np.full(len(kept), np.nan) if self.certainty is None else self.certainty[low:high]
+        return Part(_preferences(table, kept, np.where(reasons, 0.0, sign), margin, certainty), high - low, Counter(drops))
+
+    def _of_all(self, numbers: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
+        return np.concatenate([numbers(table) for table in self.pairs.tables()], axis=-1)  # (…, pairs)
+
+    def votes(self, table: pa.Table) -> np.ndarray:
+        votes = consistency.log_odds(table, self.rule.models)  # (models that label, pairs)
+        return votes if self.per_token is None else votes - self.per_token * consistency.length_difference(table)
+
+    def decide(self, table: pa.Table, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Why each of the rows from `low` is dropped, by place in REASONS, the sign of its label, and its margin in nats, (pairs,) each."""
+        settings, votes = self.settings, self.votes(table)
+        sign = np.sign(np.sign(votes).sum(0)) if self.rule.how == "majority" else np.sign(votes[0])
+        margin = np.abs(votes).min(0)
+        sides = [pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy() for side in ("first", "second")]
+        dropped = self.dropped[low : low + len(margin)]
+        tests = [  # the first that is true wins
+            (dropped > 0, dropped),
+            (np.isnan(votes).any(0), "no_verdict"),
+            (sign == 0, "tie"),
+            ((consistency.agreement(votes).agree != 1.0) & (self.rule.how == "agree"), "disagree"),
+            (1 / (1 + np.exp(-margin)) < settings.min_confidence, "below_confidence"),
+            (margin < settings.min_margin, "below_margin"),
+            (~self._drawn(table), "not_sampled"),
+            (np.minimum(*sides) < settings.min_response_tokens, "too_short"),
+            (np.maximum(*sides) > (settings.max_response_tokens or np.inf), "too_long"),
+        ]
+        hits, why = zip(*tests, strict=True)
+        return np.select(hits, [REASONS.index(w) if isinstance(w, str) else w for w in why]).astype(np.int8), sign, margin
+
+    def _drawn(self, table: pa.Table) -> np.ndarray:
+        if self.rule.rate == 1:
+            return np.ones(table.num_rows, bool)
+        numbers = (int(store.digest_json([self.settings.seed, i])[:15], 16) for i in table["pair_id"].to_pylist())
+        return np.array([number / 16**15 < self.rule.rate for number in numbers])
+
+    def _certainty(self, previous: Path) -> np.ndarray:
+        """How sure each label is, (pairs,): from how alike --previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
+        before, settings = store.open_dataset(previous, "judged", "consistency"), self.settings
+        names, name = consistency.model_names(before.tables()), settings.previous_model or self.rule.models[0]
+        if name not in names:
+            raise ConfigError(f"--previous {previous} has no verdicts of '{name}'.{suggest(name, names)}")
+        there = np.concatenate([consistency.log_odds(table, [name])[0] for table in before.tables()])
+        place = pc.index_in(_ids(self.pairs), value_set=_ids(before)[::-1]).fill_null(len(there)).to_numpy()
+        past = np.append(there[::-1], np.nan)[place]
+        if np.isnan(past).all():
+            raise DataError(f"--previous {previous} judged none of these pairs; judge the same candidates with the previous model")
+        now = self._of_all(lambda table: self.votes(table)[0])
+        return labels.rank_consistency(now, past, self._of_all(_prompts), settings.certainty == "average")
+
+    def _beyond(self, most: int) -> np.ndarray:
+        """The rows of each prompt beyond the `most` with the largest margins, of those that nothing else drops."""
+        margins: list[np.ndarray] = []
+        for table in self.pairs.tables():
+            reasons, _, margin = self.decide(table, sum(map(len, margins)))
+            margins.append(np.where(reasons, np.nan, margin))
+        margin, prompts = np.concatenate(margins), self._of_all(_prompts)
+        rows = np.flatnonzero(~np.isnan(margin))
+        rows = rows[np.lexsort((-margin[rows], prompts[rows]))]
+        rank = np.arange(len(rows)) - np.searchsorted(prompts[rows], prompts[rows])
+        return rows[rank >= most]
 
 
-def _certainty(votes: np.ndarray, pair_ids: list[str], table: pa.Table, rule: Rule, settings: FilterSettings) -> np.ndarray:
-    """How sure each label is, (pairs,): from how alike --previous ranks the same answers (CREAM); NaN, for sure, without it."""
-    if settings.previous is None:
-        return np.full(len(pair_ids), np.nan)
-    before = consistency.from_table(store.read_dataset(Path(settings.previous), "judged", "consistency"))
-    name = settings.previous_model or rule.models[0]
-    if name not in before.names:
-        raise ConfigError(f"--previous {settings.previous} has no verdicts of '{name}'.{suggest(name, before.names)}")
-    known = dict(zip(before.pair_ids, before.log_odds[before.names.index(name)], strict=True))
-    past = np.array([known.get(i, np.nan) for i in pair_ids])
-    if np.isnan(past).all():
-        raise DataError(
-            f"--previous {settings.previous} judged none of these pairs; judge the same candidates with the previous model"
-        )
-    return labels.rank_consistency(votes[0], past, table["prompt_id"].to_pylist(), settings.certainty == "average")
+def _ids(pairs: Dataset) -> pa.Array:
+    return pa.concat_arrays([chunk for table in pairs.tables() for chunk in table["pair_id"].chunks])
 
 
-def _drop_repeated(reasons: list[str], table: pa.Table, settings: FilterSettings) -> None:
-    if not settings.dedup:
-        return
-    texts = [pc.struct_field(table[side], "text").to_pylist() for side in ("first", "second")]
-    seen: set[tuple[str, str, str]] = set()
-    for row, (prompt, a, b) in enumerate(zip(table["prompt_id"].to_pylist(), *texts, strict=True)):
-        key = (prompt, *sorted((a, b)))
-        if key in seen:
-            reasons[row] = "duplicate"
-        seen.add(key)
+def _prompts(table: pa.Table) -> np.ndarray:
+    return store.hash_texts(table["prompt_id"])
 
 
-def _cap_prompts(reasons: list[str], table: pa.Table, margin: np.ndarray, settings: FilterSettings) -> None:
-    if settings.max_pairs_per_prompt is None:
-        return
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(table["prompt_id"].to_pylist()):
-        if not reasons[row]:
-            groups[prompt].append(row)
-    for rows in groups.values():
-        for row in sorted(rows, key=lambda r: -margin[r])[settings.max_pairs_per_prompt :]:
-            reasons[row] = "over_prompt_cap"
+def _known_by(table: pa.Table) -> np.ndarray:
+    """Two numbers that are the same for pairs of the same two texts, either way round, under the same prompt.  -> (2, pairs)"""
+    first, second = (store.mix(store.hash_texts(pc.struct_field(table[side], "text"))) for side in ("first", "second"))
+    return np.stack([_prompts(table), first + second])
+
+
+def _repeated(known_by: np.ndarray) -> np.ndarray:
+    """The rows of which an earlier one has the same numbers.  known_by: (numbers, pairs)"""
+    order = np.lexsort(known_by)  # stable: the earliest of equals comes first
+    same = np.all([numbers[order][1:] == numbers[order][:-1] for numbers in known_by], axis=0)
+    return order[1:][same]
 
 
 def _preferences(part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, certainty: np.ndarray) -> pa.Table:
@@ -191,25 +212,28 @@ def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     """One assistant message a row, null where the pair has no label."""
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
-    turns = pa.StructArray.from_arrays([pa.array(["assistant"] * len(texts), pa.string()), texts], names=["role", "content"])
+    turns = pa.StructArray.from_arrays([pa.repeat("assistant", len(texts)), texts], names=["role", "content"])
     return pa.ListArray.from_arrays(
         pa.array(np.arange(len(texts) + 1), pa.int32()), turns, type=schemas.MESSAGES, mask=pa.array(~known)
     )
 
 
-def _summary(table: Any) -> Json:
-    v = consistency.from_table(table)
-    labels = [{"first": 1.0, "second": -1.0}.get(label, np.nan) for label in table["label"].to_pylist()]
-    right = np.array(labels) * v.gold
-    known = right[~np.isnan(right)]
-    figures: Json = {"labelled": int(np.sum(~np.isnan(labels))), "unlabelled": int(np.sum(np.isnan(labels)))}
-    return figures | {"label_accuracy": float(np.mean(known > 0)) if len(known) else None, "with_gold": len(known)}
+def _summary(made: Dataset) -> Json:
+    counts = np.zeros(4, int)
+    for table in made.tables():
+        label, gold = (consistency.gold_signs(table[name]) for name in ("label", "gold"))
+        both = label * gold
+        counts += [(~np.isnan(label)).sum(), np.isnan(label).sum(), (~np.isnan(both)).sum(), (both > 0).sum()]
+    labelled, unlabelled, with_gold, right = counts.tolist()
+    accuracy = right / with_gold if with_gold else None
+    return {"labelled": labelled, "unlabelled": unlabelled, "label_accuracy": accuracy, "with_gold": with_gold}
 
 
-def write_trl(table: pa.Table, path: Path) -> None:
+def write_trl(pairs: Dataset, path: Path) -> None:
     """A JSON-lines file of the labelled pairs with prompt, chosen and rejected as messages, as TRL's DPOTrainer takes them."""
     with store.writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for batch in table.select(["prompt", "chosen", "rejected"]).to_batches(max_chunksize=1000):
-            for row in batch.to_pylist():
-                if row["chosen"] is not None:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for table in pairs.tables():
+            for batch in table.select(["prompt", "chosen", "rejected"]).to_batches(max_chunksize=1000):
+                for row in batch.to_pylist():
+                    if row["chosen"] is not None:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")

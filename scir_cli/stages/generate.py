@@ -19,7 +19,7 @@ from scir_cli.store import Json, Part
 def run(settings: GenerateSettings) -> Json:
     """Writes a candidates dataset and returns its manifest; counts are in candidates (prompts times n)."""
     settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
-    prompts, dropped = sources.load_prompts(settings.input, settings.limit)
+    prompts, dropped = sources.open_prompts(settings.input, settings.limit)
     if not prompts.num_rows:
         raise DataError(f"{settings.input} holds no usable prompt ({dict(dropped) or 'it has no rows'})")
     model = LazyPolicy(settings, settings.model)
@@ -42,7 +42,7 @@ def run(settings: GenerateSettings) -> Json:
 
 def opened(settings: GenerateSettings) -> Sampler:
     """What a worker makes parts with."""
-    return Sampler(settings, sources.load_prompts(settings.input, settings.limit)[0], LazyPolicy(settings, settings.model))
+    return Sampler(settings, sources.open_prompts(settings.input, settings.limit)[0], LazyPolicy(settings, settings.model))
 
 
 class Sampler:

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from scir_cli import backends, consistency, reward_models, sources, store, workers
@@ -49,12 +50,12 @@ def work_of(settings: JudgeSettings) -> Work:
     choose = _pair_rule(settings.pairs)
     path = Path(settings.input)
     if store.is_dataset(path) and store.read_json(path / "plan.json").get("stage") == "generate":
-        table = store.read_dataset(path, "candidates").slice(0, settings.limit)
-        bounds = store.group_bounds(table["prompt_id"].to_pylist(), settings.rows_per_part)
+        table = store.open_dataset(path, "candidates").head(settings.limit)
+        bounds = store.group_bounds(table, "prompt_id", settings.rows_per_part)
         make_rows = crossed_pairs if choose[0] == "cross" else candidate_pairs
         dropped: Counter[str] = Counter()
     else:
-        table, dropped = sources.load_pairs(settings.input, settings.limit, settings.external)
+        table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
         bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
         make_rows = given_pairs
     return Work(table, bounds, make_rows, dropped, sources.digest(settings.input), choose)
@@ -73,7 +74,7 @@ def _pair_rule(text: str) -> tuple[str, int]:
 class Work:
     """What there is to judge: rows of a table, cut into parts, and how a part's rows become pairs."""
 
-    table: Any
+    table: pa.Table | store.Dataset
     bounds: list[tuple[int, int]]
     make_rows: Callable[[list[Row], AnySettings], tuple[list[Row], Counter[str]]]
     dropped: Counter[str]  # before there were rows
@@ -123,8 +124,8 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
         )
 
 
-def summarise(table: Any) -> Json:
-    return consistency.summary(consistency.from_table(table))
+def summarise(made: store.Dataset) -> Json:
+    return consistency.summary(consistency.from_tables(made.tables()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------- making pairs

@@ -64,8 +64,8 @@ def run(settings: EvalMtBenchSettings) -> Json:
         rows = grade(questions, answers, judge, settings.max_tokens_per_pack)
         return Part(rows, n, +Counter(not_answered=n - len(rows)))
 
-    def summarise(table: Any) -> Json:
-        return summary(table.to_pylist())
+    def summarise(made: store.Dataset) -> Json:
+        return summary([row for table in made.tables() for row in table.to_pylist()])
 
     manifest = store.write_dataset(
         out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, dropped_before=dropped, summarise=summarise

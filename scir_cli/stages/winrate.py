@@ -71,8 +71,10 @@ def run(settings: EvalWinrateSettings) -> Json:
             store.write_json(out / "annotations.json", [row for match in found for row in _annotation_rows(match)])
         return Part(scored, len(scored))
 
-    def summarise(table: Any) -> Json:
-        values = iter(table["value"].to_pylist())  # also where the rows were there already
+    def summarise(made: store.Dataset) -> Json:
+        values = iter(
+            [value for table in made.tables() for value in table["value"].to_pylist()]
+        )  # also where the rows were there already
         done = [
             replace(m, preference=np.array([math.nan if v is None else v for v in itertools.islice(values, len(m.rows))]))
             for m in matches

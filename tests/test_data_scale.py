@@ -1,0 +1,140 @@
+"""The stages that only count, on many rows: the same rows as when they went row by row, in memory that does not grow with them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scir_cli import config, stages, store
+
+MODELS = ("judge", "implicit", "rubric")
+
+
+def run(stage: str, **values: Any) -> dict[str, Any]:
+    return stages.load(stage)(config.build(config.STAGES[stage], values, where="test"))
+
+
+def odd_pairs(seed: int, rows: int) -> list[dict[str, Any]]:
+    """Judged pairs with whatever may be odd: ties, no verdict, a model that is missing or comes late, texts seen before (also the other way round, under
+    another prompt, far apart), empty texts, no token ids, ids twice, scripts, and rewards in any order."""
+    draw = random.Random(seed)
+    words = ["", "a", "b", "ab", "Zürich", "日本語のテキスト", "\n", "one two three four five", "x" * 300, "a\0b"]
+
+    def verdict(name: str) -> dict[str, Any]:
+        value = draw.choice([None, 0.0, 0.25, 0.25, -0.25, draw.gauss(), draw.gauss(0, 3)])
+        return {"reward_model": name, "log_odds": value, "forward_log_odds": value, "swapped_log_odds": None, "verdict_mass": 0.5}
+
+    def response(text: str, name: str) -> dict[str, Any]:
+        ids = [] if draw.random() < 0.1 else [3] * draw.randrange(1, 9)
+        author = draw.choice([None, "m1", "m2"])
+        return {"candidate_id": name, "text": text, "token_ids": ids, "finish_reason": "stop", "author": author}
+
+    out = []
+    for row in range(rows):
+        prompt = f"p{draw.randrange(rows // 6)}" if draw.random() < 0.3 else f"p{row // 6}"
+        known = [name for name in MODELS if draw.random() < 0.95 and (name != "implicit" or row > 5)]
+        draw.shuffle(known)
+        texts = [draw.choice(words) + (str(draw.randrange(3)) if draw.random() < 0.5 else "") for _ in range(2)]
+        if out and draw.random() < 0.15:
+            earlier = draw.choice(out)
+            prompt, texts = earlier["prompt_id"], [earlier[side]["text"] for side in ("first", "second")]
+            draw.shuffle(texts)
+        out.append(
+            {
+                "pair_id": f"{draw.randrange(rows * 2):016x}",
+                "prompt_id": prompt,
+                "messages": [{"role": "user", "content": f"Question {prompt}"}],
+                "subset": draw.choice([None, "s", "t"]),
+                "first": response(texts[0], f"c{row}a"),
+                "second": response(texts[1], f"c{row}b"),
+                "gold": draw.choice([None, "first", "second"]),
+                "rewards": [verdict(name) for name in known],
+                "reference_logps": [{"weights": "w", "first": -1.5, "second": -2.0}] if row % 3 else [],
+            }
+        )
+    return out
+
+
+def judged(folder: Path, rows: list[dict[str, Any]], rows_per_part: int) -> Path:
+    bounds = store.part_bounds(len(rows), rows_per_part)
+    plan = {"stage": "judge", "rows": len(rows), "model": "m1"}
+    store.write_dataset(folder, "judged", plan, bounds, lambda low, high: store.Part(rows[low:high], high - low))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("odd")
+    rows = odd_pairs(7, 2000)
+    judged(root / "judged", rows, 190)
+    before = [{**row, "rewards": again["rewards"]} for row, again in zip(rows, odd_pairs(8, 2000), strict=True)]
+    judged(root / "before", before[::-1][:1900] + before[:40], 700)
+    return root
+
+
+def content(manifest: dict[str, Any], out: Path) -> str:
+    """A digest of rows and manifest that no version of a library is part of."""
+    rows = store.read_dataset(out).to_pylist()
+    for row in rows:
+        if row.get("certainty") is not None:
+            row["certainty"] = round(row["certainty"], 12)
+    counts = {name: manifest[name] for name in ("rows_in", "rows_out", "drops", "nulls", "summary")}
+    return store.digest_json([rows, counts, [part["rows"] for part in manifest["parts"]]])
+
+
+PARTS: dict[str, Any] = {"rows_per_part": 300}
+ALL = PARTS | {"keep_unlabelled": True}
+FILTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "agree": (PARTS, "de24e6babd24d3fb1c80d79b61ca697c"),
+    "unlabelled": (ALL, "a2a776398f47ccd484c344bdeea49264"),
+    "two": (PARTS | {"agree_on": ["judge", "implicit"]}, "60c3c0b26010d0a6b85d4d2abec72537"),
+    "majority": (ALL | {"rule": "majority", "min_margin": 0.1}, "64ae5dc538019ef050283a079ed5f920"),
+    "one": (PARTS | {"rule": "implicit", "dedup": False, "min_confidence": 0.6}, "9b6251b8750e0f1d58d0ab9e802d84ba"),
+    "random": (ALL | {"rule": "random:0.4", "random_label": "rubric", "seed": 3}, "6339ae0e36ffcfbf187c1b91866a6147"),
+    "lengths": (
+        PARTS | {"rule": "judge", "min_response_tokens": 2, "max_response_tokens": 7, "limit": 1777},
+        "5d8093283c236ce20f793998e28ee2c3",
+    ),
+    "neutral": (ALL | {"agree_on": ["judge", "rubric"], "length_neutral": True}, "a1a31ee84ed11cb4abb07ebc6110844b"),
+    "capped": (ALL | {"rule": "judge", "max_pairs_per_prompt": 2}, "5df8d20f5a6cc21fe1cb6a03baccb049"),
+    "cream": (ALL | {"rule": "judge", "previous": "before"}, "c6e9ddf323d14568956ae183fc2eac69"),
+    "cream by prompt": (
+        PARTS | {"rule": "rubric", "previous": "before", "previous_model": "judge", "certainty": "prompt"},
+        "b34e13629ed1a9daa74932da2d8c7c3b",
+    ),
+    "all at once": (
+        ALL
+        | {
+            "rule": "majority",
+            "length_neutral": True,
+            "max_pairs_per_prompt": 1,
+            "previous": "before",
+            "certainty": "prompt",
+            "format": "trl",
+            "min_margin": 0.05,
+        },
+        "10cb3845fc299bc6c3487097b8d35452",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filter_keeps_the_rows_that_it_kept_row_by_row(world: Path, tmp_path: Path, name: str):
+    """The digests are of what the code of 2026-11-24 wrote, before it went column by column."""
+    settings, digest = FILTERS[name]
+    settings = settings | {key: str(world / settings[key]) for key in ("previous",) if key in settings}
+    manifest = run("filter", input=str(world / "judged"), output_dir=tmp_path / "out", **settings)
+    assert content(manifest, tmp_path / "out") == digest
+    if settings.get("format") == "trl":
+        assert store.digest_file(tmp_path / "out" / "trl.jsonl") == "e87a69cd8b51cbbaa141277367a78e02"
+
+
+def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_path: Path):
+    more = {"by_subset": True, "against": [str(world / "before")]}
+    manifest = run("check-consistency", input=str(world / "judged"), output_dir=tmp_path / "out", **PARTS, **more)
+    assert content(manifest, tmp_path / "out") == "2f5d0eaa4b7f34155caa022400363c67"
+    stays = {name: figures for name, figures in manifest["across"]["against"][0].items() if name != "dataset"}
+    assert store.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
