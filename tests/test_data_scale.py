@@ -81,6 +81,7 @@ def content(manifest: dict[str, Any], out: Path) -> str:
     for row in rows:
         if row.get("certainty") is not None:
             row["certainty"] = round(row["certainty"], 12)
+        row["rewards"] = [{name: value for name, value in reward.items() if name != "written"} for reward in row["rewards"]]
     counts = {name: manifest[name] for name in ("rows_in", "rows_out", "drops", "nulls", "summary")}
     return store.digest_json([rows, counts, [part["rows"] for part in manifest["parts"]]])
 
