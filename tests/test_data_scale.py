@@ -9,6 +9,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import settings as bounded
+from hypothesis import strategies as st
 
 from scir_cli import config, schemas, stages, store
 
@@ -140,6 +143,36 @@ def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_p
     assert content(manifest, tmp_path / "out") == "2f5d0eaa4b7f34155caa022400363c67"
     stays = {name: figures for name, figures in manifest["across"]["against"][0].items() if name != "dataset"}
     assert store.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
+
+
+def test_a_part_without_rows_changes_nothing(tmp_path: Path):
+    rows = odd_pairs(3, 40)
+    judged(tmp_path / "whole", rows, 20)
+    bounds = [(0, 0), (0, 20), (20, 20), (20, 40), (40, 40)]
+    plan = {"stage": "judge", "rows": 40, "model": "m1"}
+    store.write_dataset(tmp_path / "gaps", "judged", plan, bounds, lambda low, high: store.Part(rows[low:high], high - low))
+    rules = ALL | {"rule": "judge", "length_neutral": True, "max_pairs_per_prompt": 2, "previous": str(tmp_path / "gaps")}
+    for stage, settings in (("filter", rules), ("check-consistency", PARTS)):
+        outs = [tmp_path / stage / name for name in ("whole", "gaps")]
+        one, other = (run(stage, input=str(tmp_path / out.name), output_dir=out, **settings) for out in outs)
+        assert content(one, outs[0]) == content(other, outs[1])
+    starts = store.group_bounds(store.open_dataset(tmp_path / "gaps"), "subset", 1)
+    assert starts == store.group_bounds(store.open_dataset(tmp_path / "whole"), "subset", 1)
+    subsets = [row["subset"] for row in rows]
+    assert all(low == 0 or subsets[low] is None or subsets[low] != subsets[low - 1] for low, _ in starts)
+    assert starts[-1][1] == 40
+
+
+@bounded(deadline=None, max_examples=30)
+@given(st.lists(st.text(max_size=20) | st.text("ab\0", max_size=20), max_size=12), st.integers(1, 40))
+def test_equal_texts_have_equal_hashes_wherever_they_lie(texts: list[str], block: int):
+    column = pa.chunked_array([pa.array(["before", *texts])[1:], pa.array(texts[::-1], pa.string())], pa.string())
+    plain = store.hash_texts(column)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "HASH_BLOCK", block)
+        assert store.hash_texts(column).tolist() == plain.tolist()
+    assert len(set(plain.tolist())) == len(set(texts))
+    assert plain.tolist() == store.hash_texts(pa.chunked_array([pa.array(column.to_pylist(), pa.string())])).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- memory
