@@ -252,5 +252,5 @@ def test_memory_does_not_grow_with_the_texts(stage: str, tiny_llama: Path, tmp_p
     run(name, input=str(few), output_dir=tmp_path / "warm", **settings)
     small, _ = peak(monkeypatch, name, input=str(few), output_dir=tmp_path / "out4", **settings)
     large, mapped = peak(monkeypatch, name, input=str(many), output_dir=tmp_path / "out24", **settings)
-    assert (large - small) / (20 * PART) < 800  # bytes a row
+    assert (large - small) / (20 * PART) < (100 if name == "filter" else 800)  # bytes a row
     assert mapped <= 3
