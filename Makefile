@@ -40,7 +40,12 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' 'setuptools>=77'
 	touch $@
 
-bench-env: .venv-trl/bin/trl .venv-alpaca/bin/alpaca_eval  ## environments for TRL and alpaca-eval, which benchmarks/ sets beside this package
+bench-env: .venv-trl/bin/trl .venv-alpaca/bin/alpaca_eval .venv-data/done  ## environments for what benchmarks/ sets beside this package
+
+.venv-data/done:
+	$(PYTHON) -m venv .venv-data
+	.venv-data/bin/python -m pip install --quiet pandas==3.1.1 polars==2.1.0 pyarrow==26.0.1
+	touch $@
 
 .venv-trl/bin/trl:
 	$(PYTHON) -m venv .venv-trl

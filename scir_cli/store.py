@@ -95,7 +95,7 @@ def hash_texts(texts: pa.ChunkedArray) -> NDArray[np.uint64]:
     The sum over a text's words of 8 bytes, w_j, the last filled with zeros, of mix(w_j + (j + 1) GOLDEN), and its length, mixed again.
     """
     out = [np.empty(0, np.uint64)]
-    for chunk in texts.chunks:
+    for chunk in filter(len, texts.chunks):
         _, offsets, data = chunk.buffers()
         ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1].astype(np.int64)
         blocks = np.unique([*np.searchsorted(ends, np.arange(ends[0], ends[-1], HASH_BLOCK)), len(chunk)])

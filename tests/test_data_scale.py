@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import settings as bounded
+from hypothesis import strategies as st
 
-from scir_cli import config, stages, store
+from scir_cli import config, schemas, stages, store
 
 MODELS = ("judge", "implicit", "rubric")
 
@@ -139,3 +144,114 @@ def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_p
     assert content(manifest, tmp_path / "out") == "2f5d0eaa4b7f34155caa022400363c67"
     stays = {name: figures for name, figures in manifest["across"]["against"][0].items() if name != "dataset"}
     assert store.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
+
+
+def test_a_part_without_rows_changes_nothing(tmp_path: Path):
+    rows = odd_pairs(3, 40)
+    judged(tmp_path / "whole", rows, 20)
+    bounds = [(0, 0), (0, 20), (20, 20), (20, 40), (40, 40)]
+    plan = {"stage": "judge", "rows": 40, "model": "m1"}
+    store.write_dataset(tmp_path / "gaps", "judged", plan, bounds, lambda low, high: store.Part(rows[low:high], high - low))
+    rules = ALL | {"rule": "judge", "length_neutral": True, "max_pairs_per_prompt": 2, "previous": str(tmp_path / "gaps")}
+    for stage, settings in (("filter", rules), ("check-consistency", PARTS)):
+        outs = [tmp_path / stage / name for name in ("whole", "gaps")]
+        one, other = (run(stage, input=str(tmp_path / out.name), output_dir=out, **settings) for out in outs)
+        assert content(one, outs[0]) == content(other, outs[1])
+    starts = store.group_bounds(store.open_dataset(tmp_path / "gaps"), "subset", 1)
+    assert starts == store.group_bounds(store.open_dataset(tmp_path / "whole"), "subset", 1)
+    subsets = [row["subset"] for row in rows]
+    assert all(low == 0 or subsets[low] is None or subsets[low] != subsets[low - 1] for low, _ in starts)
+    assert starts[-1][1] == 40
+
+
+@bounded(deadline=None, max_examples=30)
+@given(st.lists(st.text(max_size=20) | st.text("ab\0", max_size=20), max_size=12), st.integers(1, 40))
+def test_equal_texts_have_equal_hashes_wherever_they_lie(texts: list[str], block: int):
+    column = pa.chunked_array([pa.array(["before", *texts])[1:], pa.array(texts[::-1], pa.string())], pa.string())
+    plain = store.hash_texts(column)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "HASH_BLOCK", block)
+        assert store.hash_texts(column).tolist() == plain.tolist()
+    assert len(set(plain.tolist())) == len(set(texts))
+    assert plain.tolist() == store.hash_texts(pa.chunked_array([pa.array(column.to_pylist(), pa.string())])).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- memory
+
+PART, LETTERS = 250, 3000  # rows of a part, letters of a response
+
+
+def written(folder: Path, table: pa.Table, parts: int) -> Path:
+    """The same rows again and again, under other prompts."""
+
+    def make(low: int, high: int) -> store.Part:
+        prompts = pa.array([f"{low}/{name}" for name in table["prompt_id"].to_pylist()])
+        return store.Part(table.set_column(table.column_names.index("prompt_id"), "prompt_id", prompts), PART)
+
+    kind = str(schemas.kind_of(table.schema))
+    plan = {"stage": "generate" if kind == "candidates" else "judge", "parts": parts}
+    store.write_dataset(folder, kind, plan, [(i * PART, (i + 1) * PART) for i in range(parts)], make)
+    return folder
+
+
+def long_pairs() -> pa.Table:
+    rows = odd_pairs(1, PART)
+    for row in rows:
+        for side in ("first", "second"):
+            row[side]["text"] += "x" * LETTERS
+    return schemas.to_table("judged", rows)
+
+
+def long_candidates() -> pa.Table:
+    common = {"messages": [{"role": "user", "content": "Go."}], "finish_reason": "stop", "model": "m", "seed": 0}
+    rows = [
+        {"candidate_id": f"{i}", "prompt_id": f"{i // 2}", "response": f"{i}" + "x" * LETTERS, "token_ids": [5], **common}
+        for i in range(PART)
+    ]
+    return schemas.to_table("candidates", rows).append_column("score", pa.array([i % 7 / 7 for i in range(PART)]))
+
+
+def peak(monkeypatch: pytest.MonkeyPatch, stage: str, **values: Any) -> tuple[int, int]:
+    """The most bytes that Arrow, Python and numpy held at once, and the most parts that were mapped at once."""
+    mapped, read = [0], store._read_part
+
+    def counting(path: Path) -> pa.Table:
+        table = read(path)
+        mapped.append(sum("/data-0" in line for line in Path("/proc/self/maps").read_text().splitlines()))
+        return table
+
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    monkeypatch.setattr(store, "_read_part", counting)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        run(stage, **values)
+        return pool.max_memory() + tracemalloc.get_traced_memory()[1], max(mapped)
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("stage", ["filter", "filter with all its rules", "check-consistency", "judge"])
+def test_memory_does_not_grow_with_the_texts(stage: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Six times the parts: a row adds numbers (hashes, log-odds, an id), and of its texts, 6,000 letters, nothing."""
+    name, _, everything = stage.partition(" with ")
+    table = long_candidates() if name == "judge" else long_pairs()
+    settings: dict[str, Any] = {"rows_per_part": PART}
+    if name == "judge":
+        settings |= {"model": str(tiny_llama), "device": "cpu", "reward_models": ["external"], "external": "score"}
+    few, many = (written(tmp_path / f"in{parts}", table, parts) for parts in (4, 24))
+    if everything:
+        settings |= {
+            "rule": "judge",
+            "length_neutral": True,
+            "max_pairs_per_prompt": 3,
+            "previous": str(few),
+            "keep_unlabelled": True,
+        }
+    run(name, input=str(few), output_dir=tmp_path / "warm", **settings)
+    small, _ = peak(monkeypatch, name, input=str(few), output_dir=tmp_path / "out4", **settings)
+    large, mapped = peak(monkeypatch, name, input=str(many), output_dir=tmp_path / "out24", **settings)
+    assert (large - small) / (20 * PART) < (100 if name == "filter" else 800)  # bytes a row
+    assert mapped <= 3

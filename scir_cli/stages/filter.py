@@ -152,7 +152,8 @@ class Labelling:
         if name not in names:
             raise ConfigError(f"--previous {previous} has no verdicts of '{name}'.{suggest(name, names)}")
         there = np.concatenate([consistency.log_odds(table, [name])[0] for table in before.tables()])
-        place = pc.index_in(_ids(self.pairs), value_set=_ids(before)[::-1]).fill_null(len(there)).to_numpy()
+        here, known = (np.concatenate([store.hash_texts(t["pair_id"]) for t in pairs.tables()]) for pairs in (self.pairs, before))
+        place = pc.index_in(pa.array(here), value_set=pa.array(known[::-1])).fill_null(len(there)).to_numpy()
         past = np.append(there[::-1], np.nan)[place]
         if np.isnan(past).all():
             raise DataError(f"--previous {previous} judged none of these pairs; judge the same candidates with the previous model")
@@ -170,10 +171,6 @@ class Labelling:
         rows = rows[np.lexsort((-margin[rows], prompts[rows]))]
         rank = np.arange(len(rows)) - np.searchsorted(prompts[rows], prompts[rows])
         return rows[rank >= most]
-
-
-def _ids(pairs: Dataset) -> pa.Array:
-    return pa.concat_arrays([chunk for table in pairs.tables() for chunk in table["pair_id"].chunks])
 
 
 def _prompts(table: pa.Table) -> np.ndarray:
