@@ -172,7 +172,12 @@ class BackendSettings(ModelSettings):
         None, "vLLM: positions it makes room for; longer rows are dropped. The model's own by default."
     )
     data_parallel: Positive = setting(
-        1, "Processes that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own.", free=True
+        1, "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own.", free=True
+    )
+    executor: Literal["local", "ray"] = setting(
+        "local",
+        "Where those workers run: processes of this machine, or actors of a Ray cluster (a local one where none is there).",
+        free=True,
     )
     engine_arg: list[str] = setting([], "vLLM: more of its engine's arguments, as enforce_eager=true,max_num_seqs=64.")
 

@@ -62,6 +62,7 @@ def test_every_module_is_imported_with_the_core_dependencies_alone_and_says_noth
         "sklearn",
         "scipy",
         "vllm",
+        "ray",
         "trl",
         "hypothesis",
         "tensorboard",

@@ -123,7 +123,7 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
     assert devices(data_parallel=4) == ["2", "3", "5", "7"]
     assert devices(data_parallel=2, tensor_parallel_size=2) == ["2,3", "5,7"]
     assert devices(data_parallel=2, device="cpu") == [None, None]
-    with pytest.raises(ConfigError, match="needs 8 GPUs, and 4 are visible"):
+    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4"):
         devices(data_parallel=4, tensor_parallel_size=2)
 
 
