@@ -1,7 +1,7 @@
 """Dataset folders: plan first, parts one by one, manifest last. The only loop over parts, so that every stage resumes alike.
 
     OUT/plan.json          all that determines the rows (settings, seed, digests of inputs and weights); nothing that only changes speed
-    OUT/data-00000.arrow   an Arrow IPC stream, written to a temporary name, fsynced, renamed; its own counts ride in its metadata
+    OUT/data-00000.arrow   an Arrow IPC stream, written in a folder of drafts, fsynced, renamed; its own counts ride in its metadata
     OUT/state.json, dataset_info.json   so that `datasets.load_from_disk` opens the folder
     OUT/manifest.json      written last: it exists if and only if the dataset is complete
 
@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,9 +47,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Todo:
-    """A part that is not on disk yet: where it goes, and the rows of the input it is made of."""
+    """A part that is not on disk yet: where it goes, where it is drafted, and the rows of the input it is made of."""
 
     path: Path
+    drafts: Path
     low: int
     high: int
 
@@ -93,12 +95,13 @@ def read_json(path: Path) -> Json:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, drafts: Path | None = None) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on leaving, its content is on disk and has `path` as its name, or nothing changed.
 
+    drafts: a folder for it, where several processes may write the same `path`.
     Raises StoreError where the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = drafts / f"{path.name}.{uuid.uuid4().hex}" if drafts else path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
             yield temporary
@@ -245,32 +248,45 @@ def write_dataset(
     with claim(out, plan, overwrite) as done:
         if done is not None:
             return {**done, "reused": True}
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
-        parts = [Todo(out / f"data-{index:05d}.arrow", low, high) for index, (low, high) in enumerate(bounds)]
+        drafts = _new_drafts(out, plan)
+        parts = [Todo(out / f"data-{index:05d}.arrow", drafts, low, high) for index, (low, high) in enumerate(bounds)]
         todo = [part for part in parts if not part.path.exists()]
         advance(sum(part.high - part.low for part in parts) - sum(part.high - part.low for part in todo))
         if share is not None:
             share(kind, todo, advance)
         else:
             for part in todo:
-                write_part(part.path, kind, make(part.low, part.high))
+                write_part(part, kind, make(part.low, part.high))
                 advance(part.high - part.low)
         if not bounds:
-            write_part(out / "data-00000.arrow", kind, Part([], 0))
+            write_part(Todo(out / "data-00000.arrow", drafts, 0, 0), kind, Part([], 0))
+        shutil.rmtree(drafts)
         return _finish(out, kind, dropped_before or Counter(), summarise, started)
 
 
-def write_part(path: Path, kind: str, part: Part) -> None:
+def _new_drafts(out: Path, plan: Json) -> Path:
+    """An empty folder of this plan alone: a worker that outlived its run finds no place for what it made, and leaves nothing behind."""
+    drafts = out / f".drafts-{digest_json(plan)[:16]}"
+    with disk_errors(drafts):
+        shutil.rmtree(drafts, ignore_errors=True)
+        drafts.mkdir(exist_ok=True)
+    return drafts
+
+
+def write_part(todo: Todo, kind: str, part: Part) -> None:
     """Writes a part under its name, whole or not at all; its counts ride in its metadata."""
     table = part.rows if isinstance(part.rows, pa.Table) else schemas.to_table(kind, part.rows)
     schemas.check_nulls(table, kind)
     assert part.rows_in == table.num_rows + sum(part.drops.values()), (
-        f"{path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
+        f"{todo.path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
     )
     account = json.dumps({"rows_in": part.rows_in, "drops": dict(part.drops)}).encode()
     table = table.replace_schema_metadata({**schemas.schema(kind).metadata, **(table.schema.metadata or {}), ACCOUNT_KEY: account})
-    with writing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        writing(todo.path, todo.drafts) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
 
 

@@ -147,7 +147,7 @@ class Maker:
     def write(self, todo: Todo) -> ScirError | None:
         """None once the part is on disk, else what went wrong; after that the process should end, it may be unwell."""
         try:
-            store.write_part(todo.path, self.job.kind, self.make(todo.low, todo.high))
+            store.write_part(todo, self.job.kind, self.make(todo.low, todo.high))
         except ScirError as error:
             return error
         except Exception as error:  # out of memory, say: another try, by another process, may go well
