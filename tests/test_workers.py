@@ -142,7 +142,13 @@ def in_session(session: int, words: tuple[str, ...] = ("",)) -> list[int]:
 
 
 VICTIMS = {"worker": ("spawn_main",), "actor": ("ray::Actor",), "head": ("gcs_server", "raylet/raylet")}
-LOST = "the Ray cluster was lost"
+#: One thread each, or sums are rounded otherwise; and no minute's wait for a head that is gone.
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    "OMP_NUM_THREADS": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+}
 ALWAYS = [("generate", "worker"), ("generate", "driver")]
 CASES = [(stage, victim) for stage in ("generate", "judge") for victim in ("worker", "driver", "actor", "ray-driver", "head")]
 
@@ -165,8 +171,9 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
     else:
         generate(tiny_llama, prompts, tmp_path / "candidates", "fake", n=4)
         options += ["-i", str(tmp_path / "candidates"), "--reward-models", "judge"]
-        run("judge", model=str(tiny_llama), input=str(tmp_path / "candidates"), output_dir=tmp_path / "whole", reward_models=["judge"], rows_per_part=1, device="cpu", dtype="fp32")  # fmt: skip
     command = [sys.executable, "-m", "scir_cli", stage, "-m", str(tiny_llama), *options, "-o"]
+    if stage == "judge":
+        subprocess.run([*command, str(tmp_path / "whole")], check=True, env=ENV, capture_output=True)
     folders = killed(command, victim, tmp_path, delay=0.5 if stage == "generate" else 0.05)
     whole = store.read_dataset(tmp_path / "whole")
     for folder in folders:
@@ -177,16 +184,14 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
 
 def killed(command: list[str], victim: str, folder: Path, delay: float) -> list[Path]:
     """Folders that the command has finished, though KILLS victims were killed up to `delay` seconds after a part was written."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    env |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
     once_a_run = victim not in ("worker", "actor")
     draw, kills, folders = random.Random(0), 0, [folder / "killed-0"]
     while kills < KILLS or not (folders[-1] / "manifest.json").exists():
         if (folders[-1] / "manifest.json").exists():
             folders.append(folder / f"killed-{len(folders)}")
         out, shot = folders[-1], 0
-        driver = subprocess.Popen([*command, str(out)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, text=True)  # fmt: skip
-        for _ in range(min(KILLS - kills, 1 if once_a_run else 2)):  # a third could be of the same part, which stops the run
+        driver = subprocess.Popen([*command, str(out)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENV, text=True)  # fmt: skip
+        for _ in range(min(KILLS - kills, 1 if once_a_run else 4)):
             wait_for_a_part(out, driver)
             time.sleep(draw.uniform(0, delay))
             alive = [driver.pid] if victim.endswith("driver") else in_session(driver.pid, VICTIMS[victim])
@@ -196,10 +201,9 @@ def killed(command: list[str], victim: str, folder: Path, delay: float) -> list[
             os.kill(draw.choice(alive), signal.SIGKILL)
         kills += shot
         _, said = driver.communicate()
-        fatal = once_a_run and shot
-        assert driver.returncode in ((0, 1 if victim == "head" else -signal.SIGKILL) if fatal else (0,)), said
-        if driver.returncode == 1:
-            assert LOST in said and said.count("\n") == 1, said
+        if driver.returncode not in (0, -signal.SIGKILL if victim.endswith("driver") else 0):
+            why = "the Ray cluster was lost" if victim == "head" else "failed 3 times"  # three kills may meet one part
+            assert shot and driver.returncode == 1 and why in said and said.count("\n") == 1, said
         until = time.monotonic() + 60
         while in_session(driver.pid):
             assert time.monotonic() < until, "a worker outlived its driver"
