@@ -12,10 +12,9 @@ import os
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from scir_cli import workers
+from scir_cli import places, workers
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
 from scir_cli.store import Todo
@@ -26,7 +25,7 @@ def run(job: Job, todo: list[Todo], advance: Callable[[int], None]) -> None:
     """As workers.run does, on the cluster that is there, else on one of this machine."""
     if not todo:
         return
-    log = Path(job.settings.output_dir) / "ray.log"
+    log = places.log(job.settings.output_dir, "ray.log")
     ours, theirs = multiprocessing.Pipe()
     child = multiprocessing.get_context("spawn").Process(target=_drive, args=(theirs, os.getpid(), job, todo, str(log)))
     child.start()

@@ -63,6 +63,7 @@ def test_every_module_is_imported_with_the_core_dependencies_alone_and_says_noth
         "scipy",
         "vllm",
         "ray",
+        "upath",
         "trl",
         "hypothesis",
         "tensorboard",

@@ -9,13 +9,14 @@ from typing import Any
 from scir_cli import across, biases, consistency, pages, schemas, store
 from scir_cli.config import CheckConsistencySettings
 from scir_cli.errors import CheckFailed, DataError
+from scir_cli.places import place
 from scir_cli.stages.progress import progress
 from scir_cli.store import Json, Part
 
 
 def run(settings: CheckConsistencySettings) -> Json:
     """Writes a consistency dataset, returns its manifest with the figures under "summary"; raises CheckFailed under --fail-under."""
-    path = Path(settings.input)
+    path = place(settings.input)
     table = _judged(path).slice(0, settings.limit).select(schemas.schema("judged").names)
     if not table.num_rows:
         raise DataError(f"{path} holds no pairs")
@@ -42,7 +43,7 @@ def run(settings: CheckConsistencySettings) -> Json:
 
         bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
         manifest = store.write_dataset(
-            Path(settings.output_dir),
+            settings.output_dir,
             "consistency",
             plan,
             bounds,
@@ -56,7 +57,7 @@ def run(settings: CheckConsistencySettings) -> Json:
     if settings.by_subset:
         manifest["by_subset"] = _by_subset(table, settings)
     if settings.report:
-        pages.write(settings.report, pages.checked(Path(settings.output_dir), across=stays))
+        pages.write(settings.report, pages.checked(settings.output_dir, across=stays))
     if settings.fail_under is not None:
         _check(manifest["summary"]["agreed"]["rate"], settings.fail_under, path)
     return manifest
@@ -87,7 +88,7 @@ def judge_of(path: Path) -> str | None:
 
 def _by_subset(table: Any, settings: CheckConsistencySettings) -> Json:
     v = consistency.from_table(table)
-    sides = biases.properties(v, table, settings.own or judge_of(Path(settings.input)))
+    sides = biases.properties(v, table, settings.own or judge_of(place(settings.input)))
     figures: Json = dict(consistency.by_subset(v, settings.agree_on, settings.min_confidence))
     for name, rows in consistency.subset_rows(v.subset).items():
         figures[name]["biases"] = biases.biases(v.take(rows), {side: values[rows] for side, values in sides.items()})
@@ -101,7 +102,7 @@ def _across(table: Any, settings: CheckConsistencySettings) -> Json:
     runs: list[consistency.Verdicts] = []
     shared = set(v.pair_ids)
     for spec in settings.against:
-        other = consistency.from_table(_judged(Path(spec)))
+        other = consistency.from_table(_judged(place(spec)))
         here, there, left = across.in_common(v.pair_ids, other.pair_ids)
         if not len(here):
             raise DataError(

@@ -16,6 +16,7 @@ from scir_cli import consistency, labels, schemas, store
 from scir_cli.config import FilterSettings
 from scir_cli.consistency import Verdicts
 from scir_cli.errors import ConfigError, DataError, suggest
+from scir_cli.places import place
 from scir_cli.stages.progress import progress
 from scir_cli.store import Json, Part
 
@@ -63,13 +64,13 @@ def _rate(number: str) -> float:
 
 def run(settings: FilterSettings) -> Json:
     """Writes a preferences dataset and returns its manifest."""
-    path = Path(settings.input)
+    path = place(settings.input)
     table = store.read_dataset(path, "judged", "consistency").slice(0, settings.limit).select(schemas.schema("judged").names)
     if not table.num_rows:
         raise DataError(f"{path} holds no pairs")
     verdicts = consistency.from_table(table)
     rule = Rule.of(settings, verdicts.names)
-    digests = {"input": store.digest_path(path), "previous": settings.previous and store.digest_path(Path(settings.previous))}
+    digests = {"input": store.digest_path(path), "previous": settings.previous and store.digest_path(place(settings.previous))}
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": table.num_rows}
@@ -78,7 +79,7 @@ def run(settings: FilterSettings) -> Json:
         votes = np.stack([labels.length_neutral(a, verdicts.length_difference)[0] for a in votes])
     reasons, sign, margin = decide(votes, verdicts.pair_ids, table, rule, settings)
     certainty = _certainty(votes, verdicts.pair_ids, table, rule, settings)
-    out = Path(settings.output_dir)
+    out = settings.output_dir
     with progress("filter", table.num_rows) as advance:
 
         def make(low: int, high: int) -> Part:
@@ -135,7 +136,7 @@ def _certainty(votes: np.ndarray, pair_ids: list[str], table: pa.Table, rule: Ru
     """How sure each label is, (pairs,): from how alike --previous ranks the same answers (CREAM); NaN, for sure, without it."""
     if settings.previous is None:
         return np.full(len(pair_ids), np.nan)
-    before = consistency.from_table(store.read_dataset(Path(settings.previous), "judged", "consistency"))
+    before = consistency.from_table(store.read_dataset(place(settings.previous), "judged", "consistency"))
     name = settings.previous_model or rule.models[0]
     if name not in before.names:
         raise ConfigError(f"--previous {settings.previous} has no verdicts of '{name}'.{suggest(name, before.names)}")
