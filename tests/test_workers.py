@@ -148,6 +148,7 @@ ENV = {
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     "OMP_NUM_THREADS": "1",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_worker_niceness": "0",
 }
 ALWAYS = [("generate", "worker"), ("generate", "driver")]
 CASES = [(stage, victim) for stage in ("generate", "judge") for victim in ("worker", "driver", "actor", "ray-driver", "head")]
