@@ -10,6 +10,7 @@ import importlib
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -80,11 +81,8 @@ class Actors:
 
     def __init__(self, job: Job, n: int) -> None:
         self.ray: Any = importlib.import_module("ray")
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        try:
-            self.ray.init(address="auto", **quiet)
-        except ConnectionError:
-            self.ray.init(num_cpus=max(n, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        # no address="auto": that takes any cluster it finds, another command's own too
+        self.ray.init(log_to_driver=False, logging_level="ERROR")
         gpus = _gpus(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
         kind = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, scheduling_strategy="SPREAD")(Actor)
         self.actors = [kind.remote(job) for _ in range(n)]
@@ -110,6 +108,7 @@ class Actors:
         try:
             problem = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
+            print(error, file=sys.stderr, flush=True)  # to the log
             problem = EngineError(f"its actor ended ({type(error).__name__})")
         else:
             if problem is not None:  # it may be unwell
