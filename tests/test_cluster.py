@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         head.shutdown()
 
 
-def once(settings: Any, number: int) -> None:
-    """Kills a process, the first time it is asked to in a run."""
+def once(settings: Any, number: int) -> bool:
+    """Kills a process, the first time it is asked to in a run, and says whether it did."""
     flag = Path(settings.output_dir) / "died"
-    if not flag.exists():
-        flag.touch()
-        os.kill(number, signal.SIGKILL)
+    if flag.exists():
+        return False
+    flag.touch()
+    os.kill(number, signal.SIGKILL)
+    return True
 
 
 class DiesOnce(TransformersBackend):
@@ -59,7 +62,7 @@ class DiesOnce(TransformersBackend):
 
 
 class LosesRay(FakeBackend):
-    """Its actor's parent is the raylet."""
+    """Its actor's parent is the raylet; the actor ends a little later."""
 
     def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
         super().__init__(model, sampling)
@@ -67,8 +70,8 @@ class LosesRay(FakeBackend):
 
     def generate(self, requests: Any) -> Any:
         self.made += 1
-        if self.made > 3:
-            once(self.settings, os.getppid())
+        if self.made > 3 and once(self.settings, os.getppid()):
+            time.sleep(60)
         return super().generate(requests)
 
 
