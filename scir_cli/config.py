@@ -11,9 +11,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from scir_cli.errors import ConfigError, suggest
+from scir_cli.places import is_remote, place
 
 RewardModelName = Literal["judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external"]
 REWARD_MODELS = get_args(RewardModelName)
@@ -60,7 +61,9 @@ class Settings(BaseModel):
 
 
 class StageSettings(Settings):
-    output_dir: Path = setting(..., "Folder to write; the same settings resume it.", free=True)
+    output_dir: Annotated[Path, PlainValidator(place)] = setting(
+        ..., "Folder to write, or a URL (s3://…); the same settings resume it.", free=True
+    )
     seed: int = setting(0, "Seed of everything random.")
     limit: Positive | None = setting(None, "Use the first N input rows only.")
     overwrite: bool = setting(False, "Replace what the output folder holds.", free=True)
@@ -86,7 +89,7 @@ class StageSettings(Settings):
         ):
             given = getattr(self, name, None) or ""
             for spec in given if isinstance(given, list) else given.split("|"):
-                path = Path(spec.strip()).resolve()
+                path = place(spec.strip()).resolve()
                 if spec.strip() and path.exists() and (path == out or out in path.parents):
                     raise ValueError(f"output_dir {self.output_dir} is or holds {name} {spec.strip()}; choose another folder")
         return self
@@ -172,7 +175,12 @@ class BackendSettings(ModelSettings):
         None, "vLLM: positions it makes room for; longer rows are dropped. The model's own by default."
     )
     data_parallel: Positive = setting(
-        1, "Processes that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own.", free=True
+        1, "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own.", free=True
+    )
+    executor: Literal["local", "ray"] = setting(
+        "local",
+        "Where those workers run: processes of this machine, or actors of a Ray cluster (a local one where none is there).",
+        free=True,
     )
     engine_arg: list[str] = setting([], "vLLM: more of its engine's arguments, as enforce_eager=true,max_num_seqs=64.")
 
@@ -353,6 +361,12 @@ class TrainSettings(RewardSettings, ReportSettings):
             raise ValueError(
                 f"quantization {self.quantization} trains adapters only, each process with the whole model: set lora.rank and sharding ddp"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _here(self) -> TrainSettings:
+        if is_remote(self.output_dir):
+            raise ValueError(f"a model is written to a folder, and output_dir is {self.output_dir}; datasets may be URLs")
         return self
 
     @model_validator(mode="after")

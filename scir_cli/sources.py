@@ -30,6 +30,7 @@ import pyarrow.parquet
 
 from scir_cli import schemas, store
 from scir_cli.errors import DataError, suggest
+from scir_cli.places import place
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -42,7 +43,7 @@ HUB_SPEC = re.compile(r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?::([^:]+)
 def open_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table | store.Dataset, Counter[str]]:
     """As `load_prompts`; a dataset of ours stays on disk, to be read a slice at a time."""
     source = _locate(spec)
-    if isinstance(source.where, Path) and store.is_dataset(source.where):
+    if not isinstance(source.where, str) and store.is_dataset(source.where):
         return store.open_dataset(source.where, "prompts").head(limit), Counter()
     rows, drops = _collect(source, _read(source, limit), lambda row: [_prompt_row(row)], "prompt")
     return schemas.to_table("prompts", rows), drops
@@ -60,7 +61,7 @@ def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter
 def open_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table | store.Dataset, Counter[str]]:
     """As `load_pairs`; a dataset of ours stays on disk, to be read a slice at a time."""
     source = _locate(spec)
-    if isinstance(source.where, Path) and store.is_dataset(source.where):
+    if not isinstance(source.where, str) and store.is_dataset(source.where):
         if external is not None:
             raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
         return store.open_dataset(source.where, "judged", "consistency", "preferences").seen_as("judged").head(limit), Counter()
@@ -86,7 +87,7 @@ def digest(spec: str) -> str:
     """A digest of the content of a local path; for the hub `hub:ID@REVISION`, or `hub:ID` where the revision cannot be known."""
     where, config, split = _locate(spec)
     tail = "".join(f":{part}" for part in (config, split) if part)
-    if isinstance(where, Path):
+    if not isinstance(where, str):
         return store.digest_path(where) + tail
     import datasets
 
@@ -300,10 +301,10 @@ class _Source(NamedTuple):
 def _locate(spec: str) -> _Source:
     """Where a spec points: a local path that exists, else a hub id; raises DataError when it can be neither."""
     folder, _, split = spec.rpartition(":")
-    if spec and Path(spec).exists():
-        return _Source(Path(spec))
-    if folder and Path(folder).is_dir():
-        return _Source(Path(folder), None, split)
+    if spec and place(spec).exists():
+        return _Source(place(spec))
+    if folder and place(folder).is_dir():
+        return _Source(place(folder), None, split)
     match = HUB_SPEC.fullmatch(spec)
     if match is None or (Path(spec).suffix in READERS and not spec.startswith("hf://")):
         expected = f"a file ({', '.join(READERS)}), a dataset folder, or a hub id such as ORG/NAME:SPLIT"

@@ -1,11 +1,12 @@
 """Dataset folders: plan first, parts one by one, manifest last. The only loop over parts, so that every stage resumes alike.
 
     OUT/plan.json          all that determines the rows (settings, seed, digests of inputs and weights); nothing that only changes speed
-    OUT/data-00000.arrow   an Arrow IPC stream, written to a temporary name, fsynced, renamed; its own counts ride in its metadata
+    OUT/data-00000.arrow   an Arrow IPC stream, written in a folder of drafts, fsynced, renamed; its own counts ride in its metadata
     OUT/state.json, dataset_info.json   so that `datasets.load_from_disk` opens the folder
     OUT/manifest.json      written last: it exists if and only if the dataset is complete
 
-The same plan resumes; another plan in the same folder is refused. Arrow's *stream* format, because `Dataset.from_file` cannot read the file format.
+The same plan resumes; another plan in the same folder is refused. On another file system (a URL) parts are put whole, nothing is locked, and what is
+read is held in memory. Arrow's *stream* format, because `Dataset.from_file` cannot read the file format.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from scir_cli import __version__, schemas
+from scir_cli import __version__, places, schemas
 from scir_cli.errors import DataError, PlanMismatch, ScirError, StoreError
 
 ACCOUNT_KEY = b"scir.account"
@@ -53,9 +57,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Todo:
-    """A part that is not on disk yet: where it goes, and the rows of the input it is made of."""
+    """A part that is not on disk yet: where it goes, where it is drafted, and the rows of the input it is made of."""
 
     path: Path
+    drafts: Path | None
     low: int
     high: int
 
@@ -135,12 +140,19 @@ def read_json(path: Path) -> Json:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
+def writing(path: Path, drafts: Path | None = None) -> Iterator[Path]:
     """Gives a temporary path beside `path`; on leaving, its content is on disk and has `path` as its name, or nothing changed.
 
+    drafts: a folder for it, where several processes may write the same `path`. What goes to another file system is first written on this machine.
     Raises StoreError where the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    if places.is_remote(path):
+        with disk_errors(path), tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            places.put(temporary, path)
+        return
+    temporary = drafts / f"{path.name}.{uuid.uuid4().hex}" if drafts else path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
             yield temporary
@@ -205,10 +217,19 @@ def claim(out: Path, plan: Json, overwrite: bool = False) -> Iterator[Json | Non
 
     Raises PlanMismatch naming what differs, and StoreError when another process is writing here or the folder holds other files.
     """
-    if out.exists() and not out.is_dir():
+    if out.is_file():
         raise StoreError(f"{out} is a file; --output-dir takes a folder")
     if overwrite and out.exists() and any(out.iterdir()) and not (out / "plan.json").exists():
         raise StoreError(f"{out} was not made by scir (no plan.json), so --overwrite does not delete it; choose another folder")
+    with nullcontext() if places.is_remote(out) else _locked(out):
+        if overwrite and out.exists():
+            _clear(out)
+        yield _start(out, plan)
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Of this machine's file systems (and NFS 4) alone: an object store has no locks."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -219,15 +240,13 @@ def claim(out: Path, plan: Json, overwrite: bool = False) -> Iterator[Json | Non
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StoreError(f"another process is writing {out}; wait for it, or choose another --output-dir") from error
-        if overwrite:
-            _clear(out)
-        yield _start(out, plan)
+        yield
 
 
 def _clear(out: Path) -> None:
     for path in out.iterdir():
         if path.is_dir():
-            shutil.rmtree(path)
+            places.remove(path)
         elif path.name != ".lock":
             path.unlink()
 
@@ -235,7 +254,7 @@ def _clear(out: Path) -> None:
 def _start(out: Path, plan: Json) -> Json | None:
     path = out / "plan.json"
     if not path.exists():
-        others = [p.name for p in out.iterdir() if not p.name.startswith(".")]
+        others = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
         if others:
             raise StoreError(f"{out} already holds {others[0]!r} and no plan.json; choose an empty folder")
         write_json(path, plan)
@@ -287,32 +306,53 @@ def write_dataset(
     with claim(out, plan, overwrite) as done:
         if done is not None:
             return {**done, "reused": True}
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink()
-        parts = [Todo(out / f"data-{index:05d}.arrow", low, high) for index, (low, high) in enumerate(bounds)]
+        drafts = _new_drafts(out, plan)
+        parts = [Todo(out / f"data-{index:05d}.arrow", drafts, low, high) for index, (low, high) in enumerate(bounds)]
         todo = [part for part in parts if not part.path.exists()]
         advance(sum(part.high - part.low for part in parts) - sum(part.high - part.low for part in todo))
         if share is not None:
             share(kind, todo, advance)
         else:
             for part in todo:
-                write_part(part.path, kind, make(part.low, part.high))
+                write_part(part, kind, make(part.low, part.high))
                 advance(part.high - part.low)
         if not bounds:
-            write_part(out / "data-00000.arrow", kind, Part([], 0))
+            write_part(Todo(out / "data-00000.arrow", drafts, 0, 0), kind, Part([], 0))
+        if drafts:
+            places.remove(drafts)
         return _finish(out, kind, dropped_before or Counter(), summarise, started)
 
 
-def write_part(path: Path, kind: str, part: Part) -> None:
+def _new_drafts(out: Path, plan: Json) -> Path | None:
+    """An empty folder of this plan alone: a worker that outlived its run finds no place for what it made, and leaves nothing behind.
+
+    None where parts are put on another file system.
+    """
+    if places.is_remote(out):
+        for leftover in out.glob(".*.tmp"):
+            leftover.unlink()
+        return None
+    drafts = out / f".drafts-{digest_json(plan)[:16]}"
+    with disk_errors(drafts):
+        shutil.rmtree(drafts, ignore_errors=True)
+        drafts.mkdir(exist_ok=True)
+    return drafts
+
+
+def write_part(todo: Todo, kind: str, part: Part) -> None:
     """Writes a part under its name, whole or not at all; its counts ride in its metadata."""
     table = part.rows if isinstance(part.rows, pa.Table) else schemas.to_table(kind, part.rows)
     schemas.check_nulls(table, kind)
     assert part.rows_in == table.num_rows + sum(part.drops.values()), (
-        f"{path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
+        f"{todo.path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
     )
     account = json.dumps({"rows_in": part.rows_in, "drops": dict(part.drops)}).encode()
     table = table.replace_schema_metadata({**schemas.schema(kind).metadata, **(table.schema.metadata or {}), ACCOUNT_KEY: account})
-    with writing(path) as temporary, pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+    with (
+        writing(todo.path, todo.drafts) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
 
 
@@ -367,7 +407,8 @@ def versions() -> dict[str, str]:
 
 def _read_part(path: Path) -> pa.Table:
     try:
-        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        data = pa.BufferReader(path.read_bytes()) if places.is_remote(path) else pa.memory_map(str(path))
+        return pa.ipc.open_stream(data).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{path} is truncated or is not an Arrow stream ({error}); delete it and run the stage that made it again"
@@ -445,7 +486,7 @@ class Dataset:
 
 
 def read_dataset(path: Path, *kinds: str) -> pa.Table:
-    """A finished dataset folder as one memory-mapped table; raises as `open_dataset` does."""
+    """A finished dataset folder as one table, memory-mapped where it lies on this machine; raises as `open_dataset` does."""
     return open_dataset(path, *kinds).read()
 
 

@@ -1,11 +1,12 @@
-"""Several processes over the parts of one dataset: each has devices of its own, takes a part, writes it, and asks for the next.
+"""Several workers over the parts of one dataset: each has devices of its own, takes a part, writes it, and asks for the next.
 
 A part depends on the plan alone, so any worker may make it, and the one that died is made again by whoever is free. Nothing is shared but the
-folder: parts do not travel between processes. Out on purpose: other machines.
+folder: parts do not travel between workers. Here are the loop and the processes of one machine; a cluster's are in cluster.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import multiprocessing
@@ -15,8 +16,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from scir_cli import store
 from scir_cli.config import BackendSettings
@@ -26,27 +29,66 @@ from scir_cli.store import Todo
 FAILURES = 3  # of one part, after which it is the part's fault and not the worker's
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
-
-@dataclass
-class Worker:
-    process: Any
-    pipe: Connection
-    todo: Todo
-
-    def give(self, todo: Todo) -> None:
-        self.todo = todo
-        self.pipe.send(todo)
+Share = Callable[[str, list[Todo], Callable[[int], None]], None]
 
 
-def share(target: str, settings: BackendSettings) -> Callable[[str, list[Todo], Callable[[int], None]], None] | None:
-    """How `store.write_dataset` has its parts made by settings.data_parallel processes; None where one process does.
+class Job(NamedTuple):
+    """What a worker has to know. target: "module:function" that makes of the settings what makes a part."""
 
-    target: "module:function" that makes of the settings what makes a part, in the worker. Raises ConfigError where there are too few GPUs.
+    target: str
+    settings: BackendSettings
+    kind: str
+
+
+class Said(NamedTuple):
+    """What a worker says: that it has come (no part), that its part is on disk, or what went wrong; who has failed comes again."""
+
+    worker: int
+    todo: Todo | None = None
+    problem: ScirError | None = None
+
+
+class Crew(Protocol):
+    def wait(self) -> list[Said]:
+        """What workers say, of one at least."""
+
+    def give(self, worker: int, todo: Todo) -> None:
+        """A part for a worker that is free."""
+
+    def close(self) -> None:
+        """Ends them all."""
+
+
+def share(target: str, settings: BackendSettings) -> Share | None:
+    """How `store.write_dataset` has its parts made by settings.data_parallel workers; None where this process does.
+
+    target: as Job has it. Raises ConfigError where there are too few GPUs, or no Ray.
     """
+    if settings.executor == "ray":
+        if find_spec("ray") is None:
+            raise ConfigError("--executor ray needs the package ray: pip install 'scir[ray]'")
+        from scir_cli import cluster
+
+        return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, advance)
     if settings.data_parallel == 1:
         return None
     devices = _devices(settings)
-    return lambda kind, todo, advance: _run(target, settings, devices, kind, todo, advance)
+    return lambda kind, todo, advance: run(Processes(Job(target, settings, kind), devices[: len(todo)]), todo, advance)
+
+
+def on_gpus(settings: BackendSettings) -> bool:
+    """Whether workers want GPUs where there are any."""
+    if settings.device == "cpu" or settings.backend == "openai":
+        return False
+    if settings.device != "auto" and settings.device != "cuda":
+        raise ConfigError(f"--data-parallel gives each worker a GPU of its own; leave --device {settings.device} out")
+    return True
+
+
+def need_gpus(settings: BackendSettings, there: int) -> None:
+    n, each = settings.data_parallel, settings.tensor_parallel_size
+    if there < n * each:
+        raise ConfigError(f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {there}")
 
 
 def _devices(settings: BackendSettings) -> list[str | None]:
@@ -57,96 +99,148 @@ def _devices(settings: BackendSettings) -> list[str | None]:
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d] or [
         str(i) for i in range(torch.cuda.device_count())
     ]
-    if settings.device == "cpu" or settings.backend == "openai" or not visible:
+    if not visible or not on_gpus(settings):
         return [None] * n
-    if settings.device != "auto" and settings.device != "cuda":
-        raise ConfigError(f"--data-parallel gives each process a GPU of its own; leave --device {settings.device} out")
-    if len(visible) < n * each:
-        raise ConfigError(
-            f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and {len(visible)} are visible"
-        )
+    need_gpus(settings, len(visible))
     return [",".join(visible[i * each : (i + 1) * each]) for i in range(n)]
 
 
-def _run(
-    target: str, settings: Any, devices: Sequence[str | None], kind: str, todo: list[Todo], advance: Callable[[int], None]
-) -> None:
+def run(crew: Crew, todo: list[Todo], advance: Callable[[int], None]) -> None:
     """Raises EngineError once a part has failed three times, and at once what a worker says is the user's to repair."""
-    waiting, failures = deque(todo), Counter[str]()
-    workers: dict[int, Worker] = {}
-    try:
-        while waiting or workers:
-            for slot, visible in enumerate(devices):
-                if slot not in workers and waiting:
-                    workers[slot] = _start((target, settings, kind, visible, len(devices)), waiting.popleft())
-            for pipe in wait([worker.pipe for worker in workers.values()]):
-                slot, worker = next((slot, worker) for slot, worker in workers.items() if worker.pipe is pipe)
-                why = _outcome(worker)
-                if why is None:
-                    advance(worker.todo.high - worker.todo.low)
-                    if waiting:
-                        worker.give(waiting.popleft())
-                        continue
-                _end(workers.pop(slot))
-                if why is not None:
-                    failures[worker.todo.path.name] += 1
-                    waiting.insert(1, worker.todo)  # for one that is running: who replaces the dead starts with another part
-                    if failures[worker.todo.path.name] == FAILURES:
-                        raise EngineError(
-                            f"{worker.todo.path} failed {FAILURES} times, last because {why}; finished parts are kept, the same command goes on from there"
-                        )
-    finally:
-        for worker in workers.values():
-            worker.process.terminate()
-            _end(worker)
+    waiting, free, failures, left = deque(todo), set[int](), Counter[str](), len(todo)
+    with closing(crew):
+        while left:
+            for worker, part, problem in crew.wait():
+                if problem is None:
+                    free.add(worker)
+                    if part is not None:
+                        left -= 1
+                        advance(part.high - part.low)
+                    continue
+                free.discard(worker)
+                name = f"worker {worker}"
+                if part is not None:
+                    name = str(part.path)
+                    waiting.insert(1, part)  # for one that is running: who replaces the dead starts with another part
+                failures[name] += 1
+                if not isinstance(problem, EngineError):
+                    raise problem
+                if failures[name] == FAILURES:
+                    raise EngineError(
+                        f"{name} failed {FAILURES} times, last because {problem}; finished parts are kept, the same command goes on from there"
+                    )
+            while free and waiting:
+                crew.give(free.pop(), waiting.popleft())
 
 
-def _start(arguments: tuple[Any, ...], todo: Todo) -> Worker:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, os.getpid(), *arguments))
-    process.start()
-    theirs.close()  # so that its death ends our reading
-    worker = Worker(process, ours, todo)
-    worker.give(todo)
-    return worker
+class Maker:
+    """Writes parts, in a worker; what makes them is opened with the first."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    @cached_property
+    def make(self) -> Any:
+        module, _, function = self.job.target.partition(":")
+        return getattr(importlib.import_module(module), function)(self.job.settings)
+
+    def write(self, todo: Todo) -> ScirError | None:
+        """None once the part is on disk, else what went wrong; after that the process should end, it may be unwell."""
+        try:
+            store.write_part(todo, self.job.kind, self.make(todo.low, todo.high))
+        except ScirError as error:
+            return error
+        except Exception as error:  # out of memory, say: another try, by another process, may go well
+            return EngineError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return None
+
+    def close(self) -> None:
+        if "make" in vars(self):
+            self.make.close()
 
 
-def _outcome(worker: Worker) -> str | None:
-    """None where the part is on disk, else why it is not."""
-    try:
-        said = worker.pipe.recv()
-    except (EOFError, OSError):
-        worker.process.join()
-        return f"its process ended with status {worker.process.exitcode}"
-    if isinstance(said, ScirError) and not isinstance(said, EngineError):
-        raise said
-    return None if said is None else str(said)
+# ---------------------------------------------------------------------------------------------------------------- processes of this machine
 
 
-def _end(worker: Worker) -> None:
-    worker.pipe.close()
-    worker.process.join()
+@dataclass
+class Worker:
+    process: Any
+    pipe: Connection
+    todo: Todo | None = None
+    busy: bool = True  # on its way, too
+
+    def end(self) -> None:
+        """A free one ends by itself when nobody asks it any more."""
+        if self.busy:
+            self.process.terminate()
+        self.pipe.close()
 
 
-def _work(pipe: Connection, parent: int, target: str, settings: Any, kind: str, visible: str | None, n: int) -> None:
-    """A worker: says None for a part that is written, or what went wrong, and then ends: what failed may have left it unwell."""
+class Processes:
+    """devices: CUDA_VISIBLE_DEVICES of each."""
+
+    def __init__(self, job: Job, devices: Sequence[str | None]) -> None:
+        self.job, self.devices = job, devices
+        self.workers: dict[int, Worker] = {}
+
+    def wait(self) -> list[Said]:
+        for number in range(len(self.devices)):
+            if number not in self.workers:
+                self.workers[number] = self._start(self.devices[number])
+        ready = wait([worker.pipe for worker in self.workers.values()])
+        return [self._said(number, worker) for number, worker in list(self.workers.items()) if worker.pipe in ready]
+
+    def give(self, worker: int, todo: Todo) -> None:
+        one = self.workers[worker]
+        one.todo, one.busy = todo, True
+        with contextlib.suppress(OSError):  # it died while it was free: `wait` will say so
+            one.pipe.send(todo)
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.end()
+        for worker in self.workers.values():
+            worker.process.join()
+
+    def _start(self, visible: str | None) -> Worker:
+        ours, theirs = multiprocessing.Pipe()
+        arguments = (theirs, os.getpid(), self.job, visible, len(self.devices))
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=arguments)
+        process.start()
+        theirs.close()  # so that its death ends our reading
+        return Worker(process, ours)
+
+    def _said(self, number: int, worker: Worker) -> Said:
+        todo, worker.todo, worker.busy = worker.todo, None, False
+        try:
+            problem = worker.pipe.recv()
+        except (EOFError, OSError):
+            worker.process.join()
+            problem = EngineError(f"its process ended with status {worker.process.exitcode}")
+        if problem is not None:
+            worker.end()
+            worker.process.join()
+            del self.workers[number]
+        return Said(number, todo, problem)
+
+
+def stay_with(parent: int) -> None:
+    """In a child: it ends with its parent, however that dies, and leaves Ctrl-C to it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver too, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.getppid() != parent:  # it died before that call
-        return
+        os._exit(1)
+
+
+def _work(pipe: Connection, parent: int, job: Job, visible: str | None, n: int) -> None:
+    """A worker's process: says None when it has come and for each part that is written, or what went wrong, and then ends."""
+    stay_with(parent)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    module, _, function = target.partition(":")
-    try:
-        with closing(getattr(importlib.import_module(module), function)(settings)) as make:
-            while True:
-                todo = pipe.recv()
-                store.write_part(todo.path, kind, make(todo.low, todo.high))
-                pipe.send(None)
-    except EOFError:
-        return
-    except ScirError as error:
-        pipe.send(error)
-    except Exception as error:  # out of memory, say: another try, by another process, may go well
-        pipe.send(EngineError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"))
+    problem = None
+    with contextlib.suppress(EOFError, BrokenPipeError), closing(Maker(job)) as maker:
+        while problem is None:
+            pipe.send(None)
+            problem = maker.write(pipe.recv())
+        pipe.send(problem)

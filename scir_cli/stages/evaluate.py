@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from scir_cli import chat, consistency, pages, rewardbench, sources, store
 from scir_cli.config import EvalResponsesSettings, EvalRewardsSettings
 from scir_cli.errors import ConfigError, DataError
+from scir_cli.places import place
 from scir_cli.stages import generate
 from scir_cli.stages.judge import Scorer, Work, given_pairs, judge_table
 from scir_cli.store import Json, Part
@@ -28,7 +29,7 @@ JUDGED = ("judged", "consistency", "preferences")  # kinds that hold verdicts
 
 def rewards(settings: EvalRewardsSettings) -> Json:
     """Writes scores of each reward model on labelled pairs and returns the manifest; accuracies are under "summary"."""
-    path, out = Path(settings.input), Path(settings.output_dir)
+    path, out = place(settings.input), settings.output_dir
     judged = store.is_dataset(path) and not settings.model
     if not judged and not settings.model:
         raise ConfigError("--model is needed: the input has no verdicts yet (give a judged dataset, or a model to judge with)")
@@ -126,7 +127,7 @@ def _accuracy_rows(v: consistency.Verdicts) -> list[Row]:
 
 def responses(settings: EvalResponsesSettings) -> Json:
     """Answers a prompt set: a candidates dataset in OUT, and OUT/responses.json as AlpacaEval's tools take it."""
-    out = Path(settings.output_dir)
+    out = settings.output_dir
     manifest = generate.run(settings)
     if not settings.dry_run and not (out / "responses.json").exists():
         table = store.read_dataset(out, "candidates")

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from scir_cli import consistency, labels, schemas, store
 from scir_cli.config import FilterSettings
 from scir_cli.errors import ConfigError, DataError, suggest
+from scir_cli.places import place
 from scir_cli.stages.progress import progress
 from scir_cli.store import Dataset, Json, Part
 
@@ -61,16 +62,16 @@ def _rate(number: str) -> float:
 
 def run(settings: FilterSettings) -> Json:
     """Writes a preferences dataset and returns its manifest."""
-    path = Path(settings.input)
+    path = place(settings.input)
     pairs = store.open_dataset(path, "judged", "consistency").head(settings.limit).select(schemas.schema("judged").names)
     if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
     rule = Rule.of(settings, consistency.model_names(pairs.tables()))
-    digests = {"input": store.digest_path(path), "previous": settings.previous and store.digest_path(Path(settings.previous))}
+    digests = {"input": store.digest_path(path), "previous": settings.previous and store.digest_path(place(settings.previous))}
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
-    out = Path(settings.output_dir)
+    out = settings.output_dir
     with progress("filter", pairs.num_rows) as advance:
         manifest = store.write_dataset(
             out,
@@ -96,7 +97,7 @@ class Labelling:
         if settings.length_neutral:
             *votes, lengths = self._of_all(lambda table: np.vstack([self.votes(table), consistency.length_difference(table)]))
             self.per_token = np.array([[labels.length_neutral(a, lengths)[1]] for a in votes])
-        self.certainty = self._certainty(Path(settings.previous)) if settings.previous else None
+        self.certainty = self._certainty(place(settings.previous)) if settings.previous else None
         self.dropped = np.zeros(pairs.num_rows, np.int8)  # for what other rows hold, by place in REASONS
         if settings.dedup:
             self.dropped[_repeated(self._of_all(_known_by))] = REASONS.index("duplicate")

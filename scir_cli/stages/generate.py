@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import closing
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from scir_cli import backends, sources, store, workers
@@ -28,7 +27,7 @@ def run(settings: GenerateSettings) -> Json:
         return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * settings.n}
     with progress("generate", prompts.num_rows * settings.n) as advance, closing(Sampler(settings, prompts, model)) as make:
         return store.write_dataset(
-            Path(settings.output_dir),
+            settings.output_dir,
             "candidates",
             plan,
             store.part_bounds(prompts.num_rows, settings.rows_per_part),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +22,7 @@ from scir_cli.backends import Request, Sampling
 from scir_cli.config import BackendSettings, EvalRewardsSettings, EvalWinrateSettings, JudgeSettings, TrainSettings
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.odds import Odds
+from scir_cli.places import place
 from scir_cli.reward_models import Context, Pair
 from scir_cli.stages.common import LazyPolicy, progress, try_encode
 from scir_cli.stages.generate import sample_seed
@@ -48,7 +48,7 @@ def opened(settings: JudgeSettings) -> Judging:
 def work_of(settings: JudgeSettings) -> Work:
     """The pairs that are to be judged."""
     choose = _pair_rule(settings.pairs)
-    path = Path(settings.input)
+    path = place(settings.input)
     if store.is_dataset(path) and store.read_json(path / "plan.json").get("stage") == "generate":
         table = store.open_dataset(path, "candidates").head(settings.limit)
         bounds = store.group_bounds(table, "prompt_id", settings.rows_per_part)
@@ -111,7 +111,7 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
         return {"dry_run": True, "plan": plan, "rows_in": work.table.num_rows + work.dropped.total()}
     with progress(stage, work.table.num_rows) as advance, closing(Judging(settings, scorer, work)) as make:
         return store.write_dataset(
-            Path(settings.output_dir),
+            settings.output_dir,
             "judged",
             plan,
             work.bounds,

@@ -47,7 +47,7 @@ Grade the last answer only. Reply with the grade alone, a whole number from 1 (w
 
 def run(settings: EvalMtBenchSettings) -> Json:
     """Writes a grade for each question and turn and returns the manifest; means are under "summary"."""
-    out = Path(settings.output_dir)
+    out = settings.output_dir
     questions, dropped = load_questions(settings.input, settings.limit)
     judge = LazyPolicy(settings, settings.judge or settings.model)
     plan = {"stage": "eval mt-bench", "settings": settings.plan(), "input": sources.digest(settings.input), "judge": judge.key}
@@ -166,7 +166,7 @@ def dialogue(question: Row, answers: list[str], turn: int) -> list[Row]:
 
 def _sampled(conversations: list[list[Row]], name: str, temperature: float, settings: EvalMtBenchSettings) -> dict[str, str]:
     """One response to each conversation by its key, through `generate`: it resumes, and equal conversations are asked once."""
-    folder = Path(settings.output_dir)
+    folder = settings.output_dir
     prompts = folder / f"{name}.jsonl"
     with store.writing(prompts) as temporary:
         temporary.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations), encoding="utf-8")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from scir_cli import pages, parallel, report, store
 from scir_cli.errors import StageFailed
+from scir_cli.places import place
 from scir_cli.recipe import Step
 from scir_cli.store import Json
 
@@ -26,11 +27,11 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
         _child(step, quiet)
     figures = {}
     for step in steps:
-        summary = store.read_json(Path(step.settings["output_dir"]) / "manifest.json").get("summary") or {}
+        summary = store.read_json(place(step.settings["output_dir"]) / "manifest.json").get("summary") or {}
         if "models" in summary and step.stage != "judge":  # check-consistency has the same pairs
             figures[str(step.settings["output_dir"])] = summary
     if page:
-        folders = [(step.stage, Path(step.settings["output_dir"])) for step in steps]
+        folders = [(step.stage, place(step.settings["output_dir"])) for step in steps]
         pages.write(page, pages.story(folders))
     return {"steps": len(steps), "checked": figures}
 

@@ -35,6 +35,7 @@ from scir_cli.config import TrainSettings
 from scir_cli.errors import ConfigError, DataError, warn
 from scir_cli.objectives import Collapse, Example, Objective
 from scir_cli.parallel import Ranks
+from scir_cli.places import is_remote, place
 from scir_cli.policy import Policy
 from scir_cli.recipe import Step
 from scir_cli.reward_models import Context, Pair
@@ -118,8 +119,9 @@ def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | 
 
 def _remember(pairs: list[Pair], weights: LazyPolicy, settings: TrainSettings, ranks: Ranks) -> None:
     """Adds the log-probabilities under `weights` that are missing, each rank its part, and keeps them beside the data for the next run."""
-    place = Path(settings.input) if store.is_dataset(Path(settings.input)) else Path(settings.output_dir)
-    path = place / f"reference_logps-{weights.key}.arrow"
+    source = place(settings.input)
+    beside = source if store.is_dataset(source) and not is_remote(source) else Path(settings.output_dir)
+    path = beside / f"reference_logps-{weights.key}.arrow"
     _add(pairs, weights.key, store.read_columns(path) if path.exists() else {})
     missing = [pair for pair in pairs if weights.key not in pair.reference_logps]
     if not ranks.first(len(missing)):
@@ -131,7 +133,7 @@ def _remember(pairs: list[Pair], weights: LazyPolicy, settings: TrainSettings, r
             advance(len(own[low : low + REFERENCE_ROWS]))
     for part in ranks.gather({p.pair_id: p.reference_logps[weights.key] for p in own}):
         _add(missing, weights.key, part)
-    if ranks.main and os.access(place, os.W_OK):
+    if ranks.main and os.access(beside, os.W_OK):
         known = {p.pair_id: p.reference_logps[weights.key] for p in pairs}
         store.write_columns(path, known)
 
@@ -173,7 +175,7 @@ def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Sc
 
 def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], Json]:
     """The training rows, each with a `label`; which columns count as labels depends on the kind of dataset, never on the objective."""
-    path = Path(settings.input)
+    path = place(settings.input)
     if store.is_dataset(path):
         table, dropped = store.read_dataset(path, "preferences", "consistency", "judged").slice(0, settings.limit), Counter[str]()
     else:

@@ -23,6 +23,7 @@ from scir_cli import chat, pages, schemas, sources, store, winrates
 from scir_cli.config import EvalWinrateSettings
 from scir_cli.consistency import from_table, subset_rows
 from scir_cli.errors import DataError
+from scir_cli.places import place
 from scir_cli.stages.judge import Scorer, Work, given_pairs, judge_table
 from scir_cli.store import Json, Part
 from scir_cli.winrates import Array, Gamed
@@ -50,7 +51,7 @@ class Match:
 
 def run(settings: EvalWinrateSettings) -> Json:
     """Writes each verdict and returns the manifest with the win rates under "summary"."""
-    out = Path(settings.output_dir)
+    out = settings.output_dir
     inputs = [*settings.annotations, *settings.responses, *([settings.baseline] if settings.baseline else [])]
     digests = [sources.digest(spec) for spec in inputs]
     scorer = None if settings.annotations else Scorer(settings)
@@ -119,7 +120,7 @@ def from_responses(settings: EvalWinrateSettings) -> tuple[list[Match], Counter[
 
 def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -> dict[str, Row]:
     """Responses by instruction, from AlpacaEval's JSON list {instruction, output, generator} or a candidates dataset (first of each prompt)."""
-    path = Path(spec)
+    path = place(spec)
     found: dict[str, Row] = {}
     if store.is_dataset(path):
         for row in store.read_dataset(path, "candidates").to_pylist():
@@ -220,7 +221,7 @@ def _judged(matches: list[Match], settings: EvalWinrateSettings, scorer: Scorer,
     """The matches with the first reward model's verdicts."""
     pairs = {pair["pair_id"]: pair for match in matches for pair in map(_pair, match.rows)}
     table = schemas.to_table("judged", pairs.values())
-    inner = settings.model_copy(update={"output_dir": Path(settings.output_dir) / "judged", "overwrite": False})
+    inner = settings.model_copy(update={"output_dir": settings.output_dir / "judged", "overwrite": False})
     work = Work(table, store.part_bounds(table.num_rows, settings.rows_per_part), given_pairs, Counter(), digest)
     judge_table("eval winrate", inner, scorer, work)
     v = from_table(store.read_dataset(inner.output_dir, "judged"))
