@@ -66,6 +66,7 @@ def run(settings: TrainSettings) -> Json:
 
 def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     trackers.check(settings.report_to)
+    _check_zero(settings, ranks)
     rows, dropped, digests = _rows(settings)
     if settings.objective == "scir" and settings.entropy_weight > 0.5:
         warn(
@@ -77,7 +78,7 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     reward_key = reference.key if reference else None
     if settings.lora.rank:
         start.options["adapt"] = partial(_with_adapters, settings=settings)
-    if ranks.size > 1 and settings.sharding == "fsdp":
+    if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
         for weights in filter(None, (start, reference)):
             weights.options |= {"ranks": ranks, "cpu_offload": settings.cpu_offload}
     plan = {"stage": "train", "settings": settings.plan(), **digests, "model": start.key, "reward_reference": reward_key}
@@ -107,6 +108,13 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
         if scorer and settings.scale == "fitted":
             settings = settings.model_copy(update={"implicit_scale": fitted_scale(rows, examples, scorer, settings)})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
+
+
+def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
+    if ranks.zero and (settings.sharding == "fsdp" or settings.compile):
+        raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
+    if ranks.shards_weights and settings.quantization != "none":
+        raise ConfigError("--quantization under DeepSpeed needs the whole model in each process: ZeRO stage 1 or 2")
 
 
 def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
@@ -215,8 +223,8 @@ def _train(
     trainer = Trainer(policy, objective, examples, settings, Path(settings.output_dir), watch if validation else None, ranks)
     with watching(View(f"train {settings.objective}", trainer.n_steps)) if ranks.main else nullcontext(lambda *_: None) as see:
         final = trainer.train(see)
-    if ranks.sharded:
-        state = {name: parallel.whole(value, ranks.main) for name, value in policy.model.state_dict().items()}
+    if start.sharded:
+        state = {name: parallel.whole(value, ranks.main) for name, value in policy.model.state_dict(keep_vars=True).items()}
         if ranks.main:
             policy = policies.load(settings, str(start.path), "cpu", adapt=start.options.get("adapt"))
             policy.model.load_state_dict(state)
