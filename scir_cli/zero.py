@@ -37,9 +37,8 @@ def plugged(cuda: bool) -> dict[str, Any] | None:
 
     for handler in deepspeed.utils.logger.handlers:
         handler.setStream(sys.stderr)
-    warnings.filterwarnings(
-        "ignore", ".* is deprecated. Please use", FutureWarning, "torch.distributed"
-    )  # of DeepSpeed's calls, by torch 2.13
+    old = ".* is deprecated. Please use"  # what torch 2.13 says of DeepSpeed's calls
+    warnings.filterwarnings("ignore", old, FutureWarning, "torch.distributed")
     if not cuda:
         deepspeed.ops.__compatible_ops__ = {}  # gloo as it is, rather than a C++ extension that is built while one waits
     try:
@@ -73,6 +72,7 @@ def engine(config: dict[str, Any], size: int, module: nn.Module, optimizer: Any 
     """DeepSpeed's engine around a module, on its device; without an optimizer, for scoring alone."""
     import deepspeed
 
+    stage = config["zero_optimization"]["stage"]
     bf16 = any(p.dtype == torch.bfloat16 for p in module.parameters())
     fixed = {
         "train_batch_size": size,
@@ -84,7 +84,8 @@ def engine(config: dict[str, Any], size: int, module: nn.Module, optimizer: Any 
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"overlap_comm": False, **config["zero_optimization"]},
+        "zero_optimization": config["zero_optimization"]
+        | ({"overlap_comm": False} if stage == 1 else {}),  # stage 1 cannot, unmanaged
     }
     return deepspeed.initialize(model=module, optimizer=optimizer, config={**config, **fixed})[0]
 
@@ -102,17 +103,11 @@ class ZeroAdamW:
     """The trainer's optimizer where DeepSpeed steps: AdamW on each rank's part of fp32 copies. `score`: any forward pass with gradient."""
 
     def __init__(
-        self,
-        ranks: Any,
-        scorer: nn.Module,
-        params: Sequence[Tensor],
-        score: Callable[[], Tensor],
-        max_grad_norm: float,
-        **options: Any,
+        self, ranks: Any, scorer: nn.Module, params: Sequence[Any], score: Callable[[], Tensor], max_norm: float, **options: Any
     ) -> None:
         self.params, self.score = list(params), score
         module = released(scorer) if ranks.shards_weights else scorer
-        self.engine = engine(ranks.zero, ranks.size, module, torch.optim.AdamW(self.params, **options), max_grad_norm)
+        self.engine = engine(ranks.zero, ranks.size, module, torch.optim.AdamW(self.params, **options), max_norm)
         ranks.sharded = True
 
     @property
@@ -132,14 +127,14 @@ class ZeroAdamW:
         """All state as one process would have it; every rank has to ask."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        steps = [state["step"] for state in self.engine.optimizer.optimizer.state.values()]
+        step = next(iter(self.engine.optimizer.optimizer.state.values()))["step"]
         master, moments = [], []
         for p in self.params:
             values = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, name) for name in MOMENTS)]
             if keep:
-                values = [value.to("cpu", copy=True).view(shape(p)) for value in values]
+                values = [value.to("cpu", copy=True).view(p.ds_shape if hasattr(p, "ds_id") else p.shape) for value in values]
                 master.append(values[0])
-                moments.append({"step": steps[0].cpu(), **dict(zip(MOMENTS, values[1:], strict=True))})
+                moments.append({"step": step.to("cpu", copy=True), **dict(zip(MOMENTS, values[1:], strict=True))})
         return {"master": master, "moments": moments}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -161,10 +156,6 @@ class ZeroAdamW:
         done = max((float(moments["step"]) for moments in state["moments"] if moments), default=0.0)
         for held in self.engine.optimizer.optimizer.state.values():
             held["step"].fill_(done)
-
-
-def shape(parameter: Any) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def gathered(parameter: Any) -> Tensor:
