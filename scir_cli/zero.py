@@ -121,7 +121,7 @@ class ZeroAdamW:
         """Ends a step, which DeepSpeed clips; the norm before that. One that is not finite is not taken."""
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else float("nan")
+        return norm if self.engine.was_step_applied() and norm >= 0 else float("nan")
 
     def whole(self, keep: bool) -> dict[str, Any]:
         """All state as one process would have it; every rank has to ask."""

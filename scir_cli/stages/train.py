@@ -113,8 +113,8 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
 def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
     if ranks.zero and (settings.sharding == "fsdp" or settings.compile):
         raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
-    if ranks.shards_weights and settings.quantization != "none":
-        raise ConfigError("--quantization under DeepSpeed needs the whole model in each process: ZeRO stage 1 or 2")
+    if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
+        raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
 
 
 def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
