@@ -90,7 +90,7 @@ class Ranks:
         """FSDP2: every block of the model by itself, then the rest (embeddings, head) with the module that scores; or ZeRO-3. Gives back what scores.
 
         Only the first rank needs to hold the weights; a block's leave it when the block is sharded. While it
-        loads, no device holds more than its shards and one whole block (or the embeddings and head).
+        loads, no device holds more than its shards and one whole block (or the embeddings and head). DeepSpeed moves all of it there first.
         """
         mesh = init_device_mesh(self.device, (self.size,))
         offload = CPUOffloadPolicy(pin_memory=self.device == "cuda") if cpu_offload else OffloadPolicy()
