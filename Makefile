@@ -38,6 +38,7 @@ $(VENV)/quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' 'setuptools>=77'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade --target $(VENV)/deepspeed --no-deps deepspeed einops hjson py-cpuinfo ninja
 	touch $@
 
 bench-env: .venv-trl/bin/trl .venv-alpaca/bin/alpaca_eval .venv-data/done  ## environments for what benchmarks/ sets beside this package

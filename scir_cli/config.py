@@ -341,12 +341,18 @@ class TrainSettings(RewardSettings, ReportSettings):
     num_processes: Positive = setting(
         1, "Processes on this machine, one a GPU; 1 also where torchrun or accelerate launch has started them.", free=True
     )
-    sharding: Literal["ddp", "fsdp"] = setting("ddp", "Each process holds the whole model, or a shard of it (FSDP2).", free=True)
+    sharding: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "Each process holds the whole model, or a shard of it (FSDP2); accelerate's DeepSpeed plugin replaces both.",
+        free=True,
+    )
     cpu_offload: bool = setting(
         False, "Keep sharded weights and optimizer state in CPU memory (fsdp): slower, for models that do not fit.", free=True
     )
     save_every: Positive = setting(100, "Optimiser steps between checkpoints.", free=True)
-    branch_gradients: bool = setting(True, "Log the gradient norm of each branch at each validation.", free=True)
+    branch_gradients: bool = setting(
+        True, "Log the gradient norm of each branch at each validation (not under DeepSpeed).", free=True
+    )
     report_to: list[str] = setting([], "Trackers known to accelerate: tensorboard, wandb, trackio, mlflow …", free=True)
 
     @model_validator(mode="before")

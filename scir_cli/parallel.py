@@ -2,9 +2,10 @@
 
     ddp    every rank holds the whole model; gradients are summed once a step
     fsdp   parameters, gradients and optimizer state are sharded (FSDP2: torch's fully_shard, layer by layer), on the device or on the CPU
+    zero   DeepSpeed's ZeRO in place of either, where accelerate's plugin asks for it (zero.py)
 
 Ranks come from torchrun's variables, so torchrun, `accelerate launch` and `scir train --num-processes` (`launch` below) are all the same here.
-Left out: DeepSpeed, whose ZeRO stages and offload are what fsdp does on torch's own engine; and hiding ddp's one sum behind the backward pass.
+Left out: hiding ddp's one sum behind the backward pass.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from scir_cli import zero
 from scir_cli.errors import ConfigError, ModelError, StageFailed
 
 BUCKET_ELEMENTS = 2**25  # gradients summed in one go
@@ -40,12 +42,13 @@ class Ranks:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.sharded = False
-        for plugin in ("DeepSpeed", "FSDP", "Megatron_LM"):
+        self.zero = zero.plugged(cuda)  # DeepSpeed's config
+        for plugin in ("FSDP", "Megatron_LM"):
             if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "").lower() == "true":
                 raise ConfigError(
                     f"accelerate's {plugin} plugin is not used here: launch without it and give --sharding fsdp, with --cpu-offload if need be"
                 )
-        if self.size > 1:
+        if self.size > 1 or self.zero:
             if cuda:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             if not dist.is_initialized():
@@ -78,11 +81,16 @@ class Ranks:
                 share.append(index)
         return sorted(share)
 
-    def shard(self, scorer: nn.Module, blocks: Iterable[nn.Module], cpu_offload: bool = False) -> None:
-        """FSDP2: every block of the model by itself, then the rest (embeddings, head) with the module that scores.
+    @property
+    def shards_weights(self) -> bool:
+        """Whether DeepSpeed shares out the weights themselves."""
+        return self.zero is not None and self.zero["zero_optimization"]["stage"] == 3
+
+    def shard(self, scorer: nn.Module, blocks: Iterable[nn.Module], cpu_offload: bool = False) -> Any:
+        """FSDP2: every block of the model by itself, then the rest (embeddings, head) with the module that scores; or ZeRO-3. Gives back what scores.
 
         Only the first rank needs to hold the weights; a block's leave it when the block is sharded. While it
-        loads, no device holds more than its shards and one whole block (or the embeddings and head).
+        loads, no device holds more than its shards and one whole block (or the embeddings and head). DeepSpeed moves all of it there first.
         """
         mesh = init_device_mesh(self.device, (self.size,))
         offload = CPUOffloadPolicy(pin_memory=self.device == "cuda") if cpu_offload else OffloadPolicy()
@@ -93,6 +101,8 @@ class Ranks:
             )
         for buffer, value in zip(scorer.buffers(), self.first([b.cpu() for b in scorer.buffers()]), strict=True):
             buffer.copy_(value)
+        if self.zero:
+            return zero.engine(self.zero, self.size, scorer)
         for module in [*blocks, scorer]:
             for parameter in module.parameters():
                 if not isinstance(parameter, DTensor):
@@ -100,6 +110,7 @@ class Ranks:
                     dist.broadcast(parameter.data, 0)
             fully_shard(module, mesh=mesh, offload_policy=offload)
         self.sharded = True
+        return scorer
 
     def sum_gradients(self, params: Sequence[Tensor]) -> None:
         """Adds up every parameter's gradient over ranks; one that no rank has stays None. Sharded gradients are summed already."""
@@ -119,7 +130,7 @@ class Ranks:
                 gradient.copy_(part.view_as(gradient))
 
     def close(self) -> None:
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -139,6 +150,8 @@ def whole(value: Any, keep: bool = True) -> Any:
     """A tensor as one process would have it, on the CPU; every rank has to ask, and one that will not `keep` it gets None. Anything else as it is."""
     if isinstance(value, DTensor):
         value = value.full_tensor()
+    if hasattr(value, "ds_id"):
+        value = zero.gathered(value)
     if not keep:
         return None
     return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -109,7 +109,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         adapted = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
-        self.scorer = TreeScorer(self.model.get_base_model() if adapted else self.model)  # with or without adapters around it
+        self.scorer: Any = TreeScorer(self.model.get_base_model() if adapted else self.model)  # with or without adapters around it
 
     def _forest_logps(self, layout: Layout) -> Tensor:
         return self.scorer(layout.ids, layout.plan.positions[None], layout.plan, layout.forest)
@@ -136,8 +136,8 @@ class Policy:
 
     def reshard(self) -> None:
         """After passes without a backward: the outermost weights go back to their shards, which is what an optimizer must be given."""
-        if self.ranks:
-            self.scorer.reshard()  # type: ignore[operator]
+        if self.ranks and not self.ranks.zero:  # DeepSpeed does so after every pass
+            self.scorer.reshard()
 
     @contextmanager
     def own_attention(self) -> Iterator[None]:
@@ -172,7 +172,7 @@ def load(
     own_attention = model.config._attn_implementation
     policy = Policy(adapt(model) if adapt else model, chat, weights_key(path, settings, chat), path, own_attention, ranks=ranks)
     if ranks:
-        ranks.shard(policy.scorer, policy.scorer.blocks, cpu_offload)
+        policy.scorer = ranks.shard(policy.scorer, policy.scorer.blocks, cpu_offload)
     attention.register()
     policy.tree_attention = _tree_attention(policy)
     policy.reshard()
@@ -223,7 +223,7 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 @torch.no_grad()
 def _tree_attention(policy: Policy) -> str | None:
     """The first attention with which a small forest scores the same as branch by branch with the model's own; None where there is none."""
-    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+    vocabulary = policy.model.config.get_text_config().vocab_size
     ids = [int(i) % vocabulary for i in np.random.default_rng(0).integers(0, 2**31, 24)]
     branches = [
         trees.continuation(ids[:8], ids[8:14]),

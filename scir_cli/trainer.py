@@ -31,9 +31,10 @@ from scir_cli.config import TrainSettings
 from scir_cli.errors import TrainingError, warn
 from scir_cli.objectives import Example, Metrics, Objective
 from scir_cli.parallel import Ranks, like, whole
-from scir_cli.policy import Layout, Policy
+from scir_cli.policy import NOTHING, Layout, Policy
 from scir_cli.trackers import Trackers
 from scir_cli.trees import Branch
+from scir_cli.zero import ZeroAdamW
 
 
 def rate(step: int, n_steps: int, settings: TrainSettings) -> float:
@@ -78,6 +79,34 @@ class MasterAdamW(torch.optim.AdamW):
         for live in getattr(self, "live", ()):
             live.grad = None
 
+    def update(self, max_norm: float) -> float:
+        """Ends a step: clips the gradient and follows it; its norm before that. One that is not finite is not taken."""
+        gradients = [p.grad for p in self.live if p.grad is not None]
+        norm = total_norm(gradients)
+        if norm > max_norm:
+            torch._foreach_mul_(gradients, max_norm / norm)
+        if math.isfinite(norm):
+            self.step()
+        return norm
+
+    def whole(self, keep: bool) -> dict[str, Any]:
+        """All state as one process would have it; every rank has to ask, and one that will not `keep` it gets None for tensors."""
+        moments = [{k: whole(v, keep) for k, v in self.state[p].items()} for p in self.master]
+        return {"master": [whole(p, keep) for p in self.master], "moments": moments}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes on `whole` state, of any number of ranks."""
+        for master, live, values, moments in zip(self.master, self.live, state["master"], state["moments"], strict=True):
+            master.copy_(like(values, master))
+            if live is not master:
+                live.copy_(master)
+            self.state[master] = {k: v if k == "step" else like(v, master) for k, v in moments.items()}
+
+
+def total_norm(gradients: Sequence[Tensor]) -> float:
+    return float(whole(torch.nn.utils.get_total_norm(gradients)))
+
 
 T = TypeVar("T")
 Packs = list[list[int]]  # places in the batch, pack by pack
@@ -111,13 +140,29 @@ class Trainer:
             for block in policy.scorer.blocks:
                 block.compile(dynamic=True)
         self.params = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = MasterAdamW(self.params, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.optimizer = self._optimizer()
         self.max_tokens = settings.max_tokens_per_pack
         self.n_splits = 0  # times a pack was too large for the memory
         self.step = 0
         self.started = time.monotonic()
         self.trackers: Trackers | None = None
         self.see: Callable[[int, Metrics], None] = lambda step, figures: None
+
+    def _optimizer(self) -> MasterAdamW | ZeroAdamW:
+        options = {"lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay}
+        if not self.ranks.zero:
+            return MasterAdamW(self.params, **options)
+        if self.settings.branch_gradients and len(self.objective.groups) > 1 and self.ranks.main:
+            warn(
+                "gradient norms of the branches are not logged: DeepSpeed gives no gradient back once it has it (--no-branch-gradients)"
+            )
+
+        def score() -> Tensor:
+            return self.policy.branch_logps([NOTHING])
+
+        optimizer = ZeroAdamW(self.ranks, self.policy.scorer, self.params, score, self.settings.max_grad_norm, **options)
+        self.policy.scorer = optimizer.engine
+        return optimizer
 
     @property
     def n_steps(self) -> int:
@@ -132,7 +177,11 @@ class Trainer:
         see(self.step, {})
         self._start_trackers()
         if self.settings.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_enable()
+            unchecked = {
+                "use_reentrant": False,
+                "determinism_check": "none",
+            }  # ZeRO-3's weights come and go: their shapes say nothing
+            self.policy.model.gradient_checkpointing_enable(unchecked if self.ranks.shards_weights else None)
             self.policy.model.train()  # transformers recomputes in train mode only; there is no dropout left to switch on
         metrics: Metrics = {}
         for step in self._steps():
@@ -179,29 +228,16 @@ class Trainer:
         self.objective.progress = self.step / self.n_steps
         metrics = self._backward(step)
         self.ranks.sum_gradients(self.params)
-        norm = self._clip()
+        learning_rate = self.settings.learning_rate * rate(self.step, self.n_steps, self.settings)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        norm = self.optimizer.update(self.settings.max_grad_norm)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
             ids = ", ".join(e.pair.pair_id for e in step.batch[:4])
             raise TrainingError(
                 f"step {self.step}: the loss is {metrics['loss']} and the gradient norm {norm}; the first pairs of the batch are {ids}. "
                 f"Lower --learning-rate (now {self.settings.learning_rate}) or look at those pairs; earlier checkpoints are kept"
             )
-        learning_rate = self.settings.learning_rate * rate(self.step, self.n_steps, self.settings)
-        self.optimizer.param_groups[0]["lr"] = learning_rate
-        self.optimizer.step()
         return metrics | {"grad_norm": norm, "learning_rate": learning_rate, "memory_splits": self.n_splits}
-
-    def _clip(self) -> float:
-        """The norm of the whole gradient, before it is scaled down to `max_grad_norm`."""
-        gradients = [p.grad for p in self.params if p.grad is not None]
-        norm = self._norm(gradients)
-        if norm > self.settings.max_grad_norm:
-            torch._foreach_mul_(gradients, self.settings.max_grad_norm / norm)
-        return norm
-
-    @staticmethod
-    def _norm(gradients: list[Tensor]) -> float:
-        return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
     # -- one step
 
@@ -307,7 +343,7 @@ class Trainer:
 
     def _look(self, step: Step | None) -> Metrics:
         metrics = self.validate() if self.validate else {}
-        if step and self.settings.branch_gradients and len(self.objective.groups) > 1:
+        if step and self.settings.branch_gradients and not self.ranks.zero and len(self.objective.groups) > 1:
             for name, columns in self.objective.groups.items():
                 metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(step, columns)
         return metrics
@@ -316,7 +352,7 @@ class Trainer:
         """Norm of the gradient that reaches the weights through these branches of the step: which reward model is being trained, and how hard."""
         self._all_at_once(step, columns)
         self.ranks.sum_gradients(self.params)
-        norm = self._norm([p.grad for p in self.params if p.grad is not None])
+        norm = total_norm([p.grad for p in self.params if p.grad is not None])
         self.optimizer.zero_grad()
         return norm
 
@@ -338,13 +374,7 @@ class Trainer:
     # -- checkpoints: whole tensors, so that another number of ranks can go on
 
     def _save(self) -> None:
-        main = self.ranks.main
-        state = {
-            "step": self.step,
-            "master": [whole(p, main) for p in self.optimizer.master],
-            "moments": [{k: whole(v, main) for k, v in self.optimizer.state[p].items()} for p in self.optimizer.master],
-            "rng": torch.get_rng_state(),
-        }
+        state = {"step": self.step, **self.optimizer.whole(self.ranks.main), "rng": torch.get_rng_state()}
         if not self.ranks.main:
             return
         folder = self.out / "checkpoints"
@@ -368,15 +398,9 @@ class Trainer:
             with store.writing(log) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
 
-    @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        saved = zip(self.optimizer.master, self.optimizer.live, state["master"], state["moments"], strict=True)
-        for master, live, values, moments in saved:
-            master.copy_(like(values, master))
-            if live is not master:
-                live.copy_(master)
-            self.optimizer.state[master] = {k: v if k == "step" else like(v, master) for k, v in moments.items()}
+        self.optimizer.restore(state)
         torch.set_rng_state(state["rng"])
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from conftest import load_fp32
 from safetensors.torch import load_file
 from toy import make_model
 
-from scir_cli import config, planning, store, trees
+from scir_cli import config, planning, store, trees, zero
 from scir_cli.errors import ConfigError, TrainingError
 from scir_cli.objectives import Example
 from scir_cli.parallel import Ranks
@@ -244,3 +245,92 @@ def test_reference_log_probabilities_are_kept_beside_the_data_and_used_again(
     monkeypatch.setattr(train, "with_reference", lambda *_: pytest.fail("computed again"))
     train._remember(pairs, start, first, Ranks(cuda=False))
     assert {p.pair_id: p.reference_logps[start.key] for p in pairs} == known
+
+
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # a folder of its own, since whatever imports transformers would import it as well
+
+
+def values(root: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Settings of the run that `command` writes down."""
+    base = {
+        "model": str(root / "policy"),
+        "reward_reference": str(root / "base"),
+        "input": str(root / "gold.jsonl"),
+        "dtype": "fp32",
+    }
+    return {
+        **base,
+        "device": "cpu",
+        "batch_size": 5,
+        "learning_rate": 1e-3,
+        "branch_gradients": False,
+        "output_dir": str(out),
+        **more,
+    }
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], step: int) -> None:
+    """A run in this process that ends after the checkpoint of a step."""
+    save = Trainer._save
+
+    def save_and_stop(trainer: Trainer) -> None:
+        save(trainer)
+        if trainer.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config.build(config.TrainSettings, settings, where="test"))
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (DEEPSPEED.is_dir() or importlib.util.find_spec("deepspeed")), reason="needs DeepSpeed, which `make test` installs"
+)
+def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_other(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    packs: dict[str, Any] = {"max_tokens_per_pack": 300, "save_every": 1}  # several packs a rank
+    lora: dict[str, Any] = {"objective": "dpo", "lora": {"rank": 2}}
+    for name, more in {"one": {}, "lora": lora}.items():
+        train.run(config.build(config.TrainSettings, values(root, tmp_path / name, **more), where="test"))
+    stopped(monkeypatch, values(root, tmp_path / "one to 3", **packs), 2)
+    more = {"lora 2": lora, "lora 3": {**lora, "gradient_checkpointing": True}}
+    jobs = [  # (stage, the last step before the run is broken off or 0, where)
+        (1, 0, "1"), (3, 2, "3 to 2"), (2, 0, "3 to 2"), (2, 1, "2 to 3"), (3, 0, "2 to 3"),
+        (3, 0, "one to 3"), (3, 2, "3 to one"), (2, 0, "lora 2"), (3, 0, "lora 3"),
+    ]  # fmt: skip
+    listed = [{"stage": s, "stop": n, "values": values(root, tmp_path / o, **packs, **more.get(o, {}))} for s, n, o in jobs]
+    (tmp_path / "jobs").write_text(json.dumps(listed), encoding="utf-8")
+    env = {"PYTHONPATH": f"{DEEPSPEED}:{Path(train.__file__).parents[2]}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    launcher = "accelerate.commands.launch --use_deepspeed --zero_stage 3 --num_processes 2 --num_machines 1 --main_process_port 0"
+    script = [str(Path(__file__).parent / "zero_ranks.py"), str(tmp_path / "jobs")]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), *script], capture_output=True, text=True, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr
+    train.run(config.build(config.TrainSettings, values(root, tmp_path / "3 to one", **packs), where="test"))
+    for name in ("1", "3 to 2", "2 to 3", "one to 3", "3 to one"):
+        assert_same_run(tmp_path / "one", tmp_path / name)
+    for name in ("lora 2", "lora 3"):
+        assert_same_run(tmp_path / "lora", tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [({"zero_optimization": {"stage": 0}}, "stages 1, 2 and 3"), ({"optimizer": {"type": "Lamb"}}, "optimizer of its own")],
+)
+def test_what_a_deepspeed_config_says_is_done_or_refused(given: dict[str, Any], said: str):
+    fine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}, "optimizer": "auto", "bf16": {"enabled": "auto"}}
+    assert zero.checked(fine) == {"zero_optimization": {"stage": 2}, "bf16": {}}
+    with pytest.raises(ConfigError, match=said):
+        zero.checked(fine | given)
+
+
+def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"pip install 'scir\[deepspeed\]'"):
+        Ranks(cuda=False)

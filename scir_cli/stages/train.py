@@ -67,6 +67,7 @@ def run(settings: TrainSettings) -> Json:
 
 def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     trackers.check(settings.report_to)
+    _check_zero(settings, ranks)
     rows, dropped, digests = _rows(settings)
     if settings.objective == "scir" and settings.entropy_weight > 0.5:
         warn(
@@ -78,7 +79,7 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     reward_key = reference.key if reference else None
     if settings.lora.rank:
         start.options["adapt"] = partial(_with_adapters, settings=settings)
-    if ranks.size > 1 and settings.sharding == "fsdp":
+    if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
         for weights in filter(None, (start, reference)):
             weights.options |= {"ranks": ranks, "cpu_offload": settings.cpu_offload}
     kept = kept_scale(start.path, settings, reward_key) if scorer else None
@@ -111,6 +112,13 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
             scale = fitted_scale(rows, examples, scorer, settings) if kept is None else kept
             settings = settings.model_copy(update={"implicit_scale": scale})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
+
+
+def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
+    if ranks.zero and (settings.sharding == "fsdp" or settings.compile):
+        raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
+    if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
+        raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
 
 
 def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
@@ -235,8 +243,8 @@ def _train(
     trainer = Trainer(policy, objective, examples, settings, Path(settings.output_dir), watch if validation else None, ranks)
     with watching(View(f"train {settings.objective}", trainer.n_steps)) if ranks.main else nullcontext(lambda *_: None) as see:
         final = trainer.train(see)
-    if ranks.sharded:
-        state = {name: parallel.whole(value, ranks.main) for name, value in policy.model.state_dict().items()}
+    if start.sharded:
+        state = {name: parallel.whole(value, ranks.main) for name, value in policy.model.state_dict(keep_vars=True).items()}
         if ranks.main:
             policy = policies.load(settings, str(start.path), "cpu", adapt=start.options.get("adapt"))
             policy.model.load_state_dict(state)
