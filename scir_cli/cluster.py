@@ -109,6 +109,8 @@ class Actors:
             problem = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             print(error, file=sys.stderr, flush=True)  # to the log
+            if todo is None:  # an actor is waited for as long as there is a cluster; shutting down a lost one may hang
+                os._exit(1)
             problem = EngineError(f"its actor ended ({type(error).__name__})")
         else:
             if problem is not None:  # it may be unwell
