@@ -178,4 +178,9 @@ def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path:
     )
     assert all(0 <= r[name] <= 1 for r in result["records"] for name in names)
     page = report.section("real", result)
-    assert page.startswith("## A real model") and "flips, unseen" in page and "sampled gold" not in page
+    assert (
+        page.startswith("## A real model")
+        and "after 2 steps of 4 pairs" in page.replace("\n", " ")
+        and "flips, unseen" in page
+        and "sampled gold" not in page
+    )

@@ -293,7 +293,7 @@ def section(name: str, result: Json) -> str:
     heading, about = ABOUT.get(name, (name, ""))
     parts = [
         f"## {heading}",
-        *([about] if about else []),
+        *([about.format(**result["setup"])] if about else []),
         f"`python benchmarks/study/run.py --experiment {name} --seeds {' '.join(map(str, seeds))}`",
     ]
     start = [{"method": "M_1", "iteration": 1, "seed": int(seed), **m} for seed, m in result["m1"].items() if int(seed) in seeds]
@@ -307,7 +307,7 @@ def section(name: str, result: Json) -> str:
         parts += [f"Less `{other}`, after iteration {last}:", differences(records, methods, other, last)]
     mine = [m for m in methods if m.startswith("scir")] if name == "main" else methods
     lines = [line for other in others for line in said(records, mine, other, last)]
-    subsets = {f: f for f in sorted({key for r in records for key in r if " on " in key})}
+    subsets = {key: key.removeprefix("unseen_") for r in records for key in r if " on " in key}
     if subsets:
         parts += [
             f"Right on each kind, M_1 and after iteration {last}:",
