@@ -187,12 +187,15 @@ def _model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any
     disable_progress_bar()  # transformers' own, on stderr even in a pipe
     trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     try:
+        model: Any
+        if (base := model_sources.base(path)) != path:
+            model = _model(base, settings, device, empty)
+            return model if empty else _adapted(model, path, settings)
         config = AutoConfig.from_pretrained(path, **trust)
         if getattr(config.get_text_config(), "attn_logit_softcapping", None):
             trust["attn_implementation"] = "eager"  # transformers 5.17's SDPA leaves the cap out without a word
         if settings.quantization != "none":
             trust |= {"quantization_config": four_bits(dtype), "device_map": {"": device}}
-        model: Any
         if empty:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
@@ -209,6 +212,19 @@ def _model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any
             module.training = True  # in eval mode bitsandbytes repacks the weights for a CPU, in a form without a backward pass
     model.generation_config = GenerationConfig()  # sampling settings are ours alone
     return model
+
+
+def _adapted(model: Any, adapter: Path, settings: ModelSettings) -> Any:
+    """The model with a LoRA adapter added into its weights. Raises ConfigError where it cannot be."""
+    if settings.quantization != "none":
+        raise ConfigError(f"--quantization {settings.quantization} has no room for the adapter {adapter}; take the whole model")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(f"the adapter {adapter} needs the package peft: pip install 'scir[lora]'") from error
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.name_or_path = str(adapter)  # which adapters trained on it will name
+    return merged.eval()
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -263,6 +279,9 @@ def _fits_trees(config: Any, plan: Plan) -> bool:
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
+    """The tokenizer in a model folder; an adapter's own, or its model's. Raises ModelError."""
+    if not (path / "tokenizer_config.json").is_file() and (base := model_sources.base(path)) != path:
+        return load_tokenizer(base, settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -285,6 +304,7 @@ def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
     """Token ids that end an answer: the tokenizer's, and those of the model's generation config."""
     ids = {tokenizer.eos_token_id}
+    path = model_sources.base(path)
     if (path / "generation_config.json").is_file():
         more = GenerationConfig.from_pretrained(path).eos_token_id
         ids |= set(more) if isinstance(more, list) else {more}

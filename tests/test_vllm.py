@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_chain import run
-from toy import BOS, make_model
+from toy import BOS, make_adapter, make_model
 
 from scir_cli import config, store
 from scir_cli.backends import Request, Sampling
@@ -37,12 +37,15 @@ def _little_memory() -> Iterator[None]:
     patch.undo()
 
 
+def opened_policy(folder: Path, **values: Any) -> LazyPolicy:
+    given = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu", "engine_arg": [EAGER], **values}
+    return LazyPolicy(config.build(config.BackendSettings, given, where="test"), str(folder))
+
+
 def opened(folder: Path, out: Path, **values: Any) -> tuple[LazyPolicy, VllmBackend]:
     out.mkdir(exist_ok=True)
-    given = {"model": str(folder), "output_dir": out, "dtype": "fp32", "device": "cpu", "engine_arg": [EAGER], **values}
-    settings = config.build(config.BackendSettings, given, where="test")
-    model = LazyPolicy(settings, str(folder))
-    return model, VllmBackend(model, Sampling(0.0, 1.0, 16, 8), settings)
+    model = opened_policy(folder, output_dir=out, **values)
+    return model, VllmBackend(model, Sampling(0.0, 1.0, 16, 8), model.settings)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,16 @@ def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
             assert a["verdict_mass"] == (None if b["verdict_mass"] is None else pytest.approx(b["verdict_mass"], rel=1e-3))
     masses = [r["verdict_mass"] for row in rows["vllm"] for r in row["rewards"] if r["reward_model"] == "judge"]
     assert max(masses) < 0.1, "the verdicts should be unlikely tokens here, or their rank is not tested"
+
+
+def test_an_adapter_is_added_by_vllm_and_merged_by_the_engine(tmp_path: Path):
+    base = make(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    model, backend = opened(adapter, tmp_path / "out")
+    assert_same_greedy_tokens(model, backend)
+    backend.close()
+    plain = TransformersBackend(opened_policy(base), Sampling(0.0, 1.0, 40, 8)).generate(questions(model))
+    assert TransformersBackend(model, Sampling(0.0, 1.0, 40, 8)).generate(questions(model)) != plain, "the adapter should matter"
 
 
 def test_what_vllm_refuses_is_one_line_and_its_log_is_named(tmp_path: Path):

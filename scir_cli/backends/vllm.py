@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from scir_cli import model_sources, store
 from scir_cli.backends import Completion, Request, Sampling
 from scir_cli.backends.vllm_child import serve
 from scir_cli.config import BackendSettings
@@ -37,9 +38,10 @@ class VllmBackend:
         self.log = Path(settings.output_dir) / "vllm.log"
         self.connection, theirs = multiprocessing.Pipe()
         arguments = engine_arguments(model.path, settings)
+        adapter = str(model.path) if "enable_lora" in arguments else None
         # spawned: a forked child of a process that has used CUDA cannot use it
         self.child = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(theirs, arguments, str(self.log), os.getpid())
+            target=serve, args=(theirs, arguments, adapter, str(self.log), os.getpid())
         )
         self.child.start()
         theirs.close()  # else its death would not end our reading
@@ -93,8 +95,11 @@ class VllmBackend:
         return EngineError(f"vLLM's process ended with status {self.child.exitcode}; its log is {self.log}")
 
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters, that vLLM makes room for
+
+
 def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
-    """What `vllm.LLM` is made with: ours, the settings that are given, and last --engine-arg."""
+    """What `vllm.LLM` is made with for the model or LoRA adapter in a folder: ours, the settings that are given, and last --engine-arg."""
     if settings.quantization != "none":
         raise ConfigError(
             f"--quantization {settings.quantization} is the engine's; vLLM takes --engine-arg quantization=bitsandbytes or another of its own"
@@ -108,7 +113,7 @@ def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
     whole = {} if resolve_device(settings.device).startswith("cuda") else {"enable_chunked_prefill": False}
     return {
         **whole,
-        "model": str(path),
+        **_model_arguments(path),
         "dtype": {torch.bfloat16: "bfloat16", torch.float32: "float32"}[resolve_dtype(settings.dtype, settings.device)],
         "trust_remote_code": settings.trust_remote_code,
         "skip_tokenizer_init": True,
@@ -118,6 +123,20 @@ def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
         **{name: value for name, value in given.items() if value is not None},
         **dict(itertools.starmap(_argument, (word.partition("=")[::2] for word in settings.engine_arg))),
     }
+
+
+def _model_arguments(path: Path) -> dict[str, Any]:
+    """The model, or an adapter's model and room for the adapter: vLLM adds it while it computes. Raises ConfigError."""
+    model = model_sources.base(path)
+    if model == path:
+        return {"model": str(path)}
+    if model_sources.base(model) != model:
+        raise ConfigError(
+            f"the adapter {path} is for a model with an adapter of its own ({model}), and vLLM takes one; give it the whole model"
+        )
+    config = store.read_json(path / model_sources.ADAPTER)
+    largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return {"model": str(model), "enable_lora": True, "max_lora_rank": next((r for r in RANKS if r >= largest), largest)}
 
 
 def _argument(name: str, value: str) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def serve(pipe: Connection, arguments: dict[str, Any], log: str, parent: int) -> None:
+def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log: str, parent: int) -> None:
     """Sends (True, answer) or (False, why) for the load and then for each request; ends with its parent, however that dies."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that call
@@ -25,12 +25,16 @@ def serve(pipe: Connection, arguments: dict[str, Any], log: str, parent: int) ->
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         from vllm import LLM
+        from vllm.lora.request import LoRARequest
 
         llm = LLM(**arguments)
+        lora = LoRARequest("adapter", 1, adapter) if adapter else None
+        if lora:
+            llm.llm_engine.add_lora(lora)  # what it refuses is refused now
         pipe.send((True, None))
         while True:
             what, requests = pipe.recv()
-            pipe.send((True, ANSWERS[what](llm, requests)))
+            pipe.send((True, ANSWERS[what](_run(llm, requests, lora))))
     except EOFError:
         return
     except Exception as error:  # vLLM raises whatever its parts raise; its traceback goes to the log, one line to the parent
@@ -44,21 +48,21 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:3]) if "validation error" in lines[0] else lines[0]
 
 
-def _run(llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]]) -> list[Any]:
+def _run(llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]], lora: Any) -> list[Any]:
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": list(ids)} for ids, _ in requests]
     params = [SamplingParams(detokenize=False, **given) for _, given in requests]
-    return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    return [output.outputs[0] for output in llm.generate(prompts, params, lora_request=lora, use_tqdm=False)]
 
 
-def _generate(llm: Any, requests: list[Any]) -> list[tuple[list[int], str]]:
-    return [(list(out.token_ids), "stop" if out.finish_reason == "stop" else "length") for out in _run(llm, requests)]
+def _completions(outputs: list[Any]) -> list[tuple[list[int], str]]:
+    return [(list(out.token_ids), "stop" if out.finish_reason == "stop" else "length") for out in outputs]
 
 
-def _score(llm: Any, requests: list[Any]) -> list[dict[int, float]]:
+def _logprobs(outputs: list[Any]) -> list[dict[int, float]]:
     """Log-probabilities by token id, of the tokens asked for and the likeliest, before any sampling setting is applied."""
-    return [{token: found.logprob for token, found in out.logprobs[0].items()} for out in _run(llm, requests)]
+    return [{token: found.logprob for token, found in out.logprobs[0].items()} for out in outputs]
 
 
-ANSWERS = {"generate": _generate, "score": _score}
+ANSWERS = {"generate": _completions, "score": _logprobs}

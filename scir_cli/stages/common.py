@@ -37,7 +37,8 @@ class LazyPolicy:
     @cached_property
     def context_length(self) -> int:
         """Positions the model has, from its config: known before its weights are read."""
-        return policy.context_length(AutoConfig.from_pretrained(self.path, trust_remote_code=self.settings.trust_remote_code))
+        base = model_sources.base(self.path)
+        return policy.context_length(AutoConfig.from_pretrained(base, trust_remote_code=self.settings.trust_remote_code))
 
     @cached_property
     def policy(self) -> Policy:
