@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file
 from conftest import load_fp32
+from safetensors.torch import load_file
 from toy import make_adapter, make_model
 
 from scir_cli import config, model_sources, objectives, stages, store
