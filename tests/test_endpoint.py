@@ -19,7 +19,10 @@ KEY = "sk-very-secret"
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers a prompt with its last two tokens and the end token, after the faults it was told to show."""
+    """Answers a prompt with its last two tokens and the end token, after the faults it was told to show.
+
+    Asked for log-probabilities, it gives its `top` ({token: logprob} of a prompt), with names of tokens or the ids behind them.
+    """
 
     server: Any
 
@@ -40,6 +43,8 @@ class Endpoint(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault is not None:
             self._say(*fault)
+        elif "logprobs" in body:
+            self._say(200, {"choices": [{"text": "?", "logprobs": {"top_logprobs": [self.server.top(body)]}}]})
         else:
             self._say(200, {"choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}]})
 
@@ -108,6 +113,52 @@ def test_what_does_not_pass_is_one_line_without_the_key(endpoint: Any, generate:
         generate(endpoint_retries=1)
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def judge(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in ("cat", "dog", "sun")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = {"model": str(tiny_llama), "input": str(pairs), "reward_models": ["judge"], "rationale_batch_size": 1}
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+
+    def judged(**values: Any) -> Any:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        manifest = run("judge", **{**common, "backend": "openai", "base_url": url, "output_dir": out, **values})
+        return manifest, [row["rewards"] for row in store.read_dataset(out).to_pylist()]
+
+    return judged
+
+
+def test_verdicts_are_read_by_id_or_by_a_text_that_no_other_token_has(endpoint: Any, judge: Any):
+    """Whatever the rank where the endpoint knows ids; the log-probabilities are made up, and both orders get the same."""
+
+    def by_id(body: Any) -> Any:
+        a, b = body["logprob_token_ids"]
+        return {f"token_id:{a}": -1.0, f"token_id:{b}": -3.0}
+
+    for endpoint.top in (by_id, lambda body: {"A": -1.0, "B": -3.0, "the": -0.5}):
+        manifest, rows = judge()
+        assert "beyond_top_logprobs" not in manifest["summary"]
+        for (reward,) in rows:
+            assert (reward["forward_log_odds"], reward["log_odds"]) == (2.0, 0.0)
+            assert reward["verdict_mass"] == pytest.approx(0.3679 + 0.0498, abs=1e-4)  # e^-1 + e^-3
+    prompts = {tuple(body["prompt"]) for body, _ in endpoint.seen}
+    assert len(endpoint.seen) == 2 * len(prompts) == 12, "each order of each pair is asked once for both verdicts"
+
+
+def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both_are_counted(endpoint: Any, judge: Any):
+    answers = iter([{"A": -1.0, "B": -3.0}] * 2 + [{"A": -1.0, "B": -3.0}, {"A": -0.1, "no": -4.0}] + [{"A": -1.0, "B": -3.0}] * 2)
+    endpoint.top = lambda body: next(answers)
+    manifest, rows = judge()
+    assert manifest["nulls"]["rewards.judge"] == 1
+    assert manifest["summary"]["beyond_top_logprobs"] == {"judge": 1}
+    assert [reward["log_odds"] for (reward,) in rows] == [0.0, None, 0.0]
+    assert (rows[1][0]["forward_log_odds"], rows[1][0]["swapped_log_odds"], rows[1][0]["verdict_mass"]) == (2.0, None, None)
+    with pytest.raises(EngineError, match="gives no log-probabilities"):
+        endpoint.faults.append((200, {"choices": [{"text": "A", "logprobs": None}]}))
+        judge()
 
 
 def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):

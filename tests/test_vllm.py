@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -163,6 +165,59 @@ def test_an_adapter_is_added_by_vllm_and_merged_by_the_engine(tmp_path: Path):
     backend.close()
     plain = TransformersBackend(opened_policy(base), Sampling(0.0, 1.0, 40, 8)).generate(questions(model))
     assert TransformersBackend(model, Sampling(0.0, 1.0, 40, 8)).generate(questions(model)) != plain, "the adapter should matter"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A model's folder, and the URL at which vLLM's own server has it."""
+    root = tmp_path_factory.mktemp("served")
+    folder = make(root / "model")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
+               "--enforce-eager", "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    with (root / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        until = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < until, (root / "log").read_text()[-2000:]
+                time.sleep(0.2)
+        yield folder, f"http://127.0.0.1:{port}/v1"
+        server.terminate()
+
+
+def test_vllms_own_server_gives_the_tokens_and_verdicts_of_the_engine(served: tuple[Path, str], tmp_path: Path):
+    folder, url = served
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Tell me of the {w}."}}\n' for w in ("cat", "dog", "sun")), encoding="utf-8")
+    model = {"model": str(folder)}
+    at_it = {"backend": "openai", "base_url": url}
+    rows: dict[str, Any] = {}
+    for name, values in (("served", at_it), ("engine", {})):
+        run(
+            "generate",
+            **model,
+            **values,
+            input=str(prompts),
+            n=1,
+            temperature=0,
+            max_new_tokens=8,
+            output_dir=tmp_path / f"g-{name}",
+        )
+        rows[name] = [row["token_ids"] for row in store.read_dataset(tmp_path / f"g-{name}").to_pylist()]
+    assert rows["served"] == rows["engine"]
+    run("generate", **model, input=str(prompts), n=3, temperature=1.0, max_new_tokens=6, output_dir=tmp_path / "c")
+    for name, values in (("served", at_it), ("engine", {})):
+        run("judge", **model, **values, input=str(tmp_path / "c"), reward_models=["judge", "rubric"], output_dir=tmp_path / name)
+        rows[name] = [r for row in store.read_dataset(tmp_path / name).to_pylist() for r in row["rewards"]]
+    for ours, theirs in zip(rows["served"], rows["engine"], strict=True):
+        assert ours["log_odds"] == pytest.approx(theirs["log_odds"], abs=1e-3)
+        assert ours["verdict_mass"] == (None if theirs["verdict_mass"] is None else pytest.approx(theirs["verdict_mass"], rel=1e-3))
+    assert max(r["verdict_mass"] for r in rows["served"] if r["reward_model"] == "judge") < 0.1, "no unlikely verdict was tested"
 
 
 def test_what_vllm_refuses_is_one_line_and_its_log_is_named(tmp_path: Path):

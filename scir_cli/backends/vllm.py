@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from scir_cli import model_sources, store
-from scir_cli.backends import Completion, Request, Sampling
+from scir_cli.backends import Completion, Request, Sampling, verdict_tokens
 from scir_cli.backends.vllm_child import serve
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError
@@ -56,11 +55,9 @@ class VllmBackend:
 
     def score(self, branches: Sequence[Branch]) -> Tensor:
         """Log-probability of the one target of each verdict branch, whatever its rank.  -> (branches,) nats, fp32"""
-        wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)  # a prompt is asked once for all its verdicts
-        for branch in branches:
-            wanted[branch.ids] += branch.target_tokens
+        wanted = verdict_tokens(branches)
         greedy = {"temperature": 0.0, "max_tokens": 1}
-        asked = [(ids, {**greedy, "logprob_token_ids": sorted(set(tokens))}) for ids, tokens in wanted.items()]
+        asked = [(ids, {**greedy, "logprob_token_ids": tokens}) for ids, tokens in wanted.items()]
         found = dict(zip(wanted, self._ask("score", asked), strict=True))
         return torch.tensor([found[b.ids][b.target_tokens[0]] for b in branches])
 

@@ -119,12 +119,23 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
             dropped_before=work.dropped,
             advance=advance,
             share=share,
-            summarise=summarise,
+            summarise=lambda table: summarise(table) | unseen(table, scorer),
         )
 
 
 def summarise(table: Any) -> Json:
     return consistency.summary(consistency.from_table(table))
+
+
+def unseen(table: Any, scorer: Scorer) -> Json:
+    """Verdicts that are missing because an endpoint did not show both of their tokens, by reward model; nothing where it showed all."""
+    if scorer.backend_settings is None or scorer.backend_settings.backend != "openai":
+        return {}
+    reading = [name for name, model in scorer.models.items() if model.reads_verdicts]
+    rewards = table["rewards"].combine_chunks().flatten()
+    columns = (rewards.field(name).to_pylist() for name in ("reward_model", "log_odds", "verdict_mass"))
+    counts = Counter(name for name, odds, mass in zip(*columns, strict=True) if name in reading and odds is None and mass is None)
+    return {"beyond_top_logprobs": dict(counts)} if counts else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- making pairs
@@ -329,10 +340,10 @@ class Scorer:
         return [row for row, _ in ready]
 
     def _logps(self, asked: list[list[Branch]], widths: list[int]) -> torch.Tensor:
-        """Summed log-probabilities of all branches: of answers by the engine, of verdicts by vLLM where it was asked for.  # (pairs, branches)"""
+        """Summed log-probabilities of all branches: of answers by the engine, of verdicts by another backend where it was asked for.  # (pairs, branches)"""
         flags = [model.reads_verdicts for model, width in zip(self.models.values(), widths, strict=True) for _ in range(width)]
         verdicts = torch.tensor(flags, dtype=torch.bool) & (
-            self.backend_settings is not None and self.backend_settings.backend == "vllm"
+            self.backend_settings is not None and self.backend_settings.backend != "transformers"
         )
         logps = torch.zeros(len(asked), sum(widths))
         for chosen, score in ((verdicts, self._by_backend), (~verdicts, self._by_engine)):
