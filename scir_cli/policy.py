@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from scir_cli.chat import Chat
 from scir_cli.config import ModelSettings
 from scir_cli.errors import ConfigError, ModelError, warn
 from scir_cli.head import Finish, target_logps
+from scir_cli.meter import Meter
 from scir_cli.parallel import Ranks
 from scir_cli.trees import Branch, Forest
 
@@ -76,6 +77,7 @@ class Policy:
     plain_attention: str = "sdpa"  # what the model came with
     tree_attention: str | None = attention.SDPA  # None: it cannot take trees
     ranks: Ranks | None = None  # those its weights are sharded over: whatever one of them scores, all do at once
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def takes_trees(self) -> bool:
@@ -128,7 +130,10 @@ class Policy:
         """Branch log-probabilities of each group, without gradient, packed to `max_tokens` a forward.  yields (branches of the group,)"""
         packs = trees.pack(groups, max_tokens)
         for low, high in packs:
-            logps = self.branch_logps([b for group in groups[low:high] for b in group]).cpu()
+            branches = [b for group in groups[low:high] for b in group]
+            layout = self.lay_out(branches)
+            logps = self.branch_logps(branches, layout).cpu()
+            self.meter.count(len(layout.forest.tokens) if self.takes_trees else sum(len(b.ids) for b in branches))
             yield from logps.split([len(group) for group in groups[low:high]])
         for _ in range(len(packs), max(self.ranks.gather(len(packs))) if self.ranks else 0):
             self.branch_logps([NOTHING])

@@ -234,12 +234,14 @@ def write_dataset(
     summarise: Callable[[pa.Table], Json] = lambda table: {},
     advance: Callable[[int], None] = lambda rows: None,
     share: Callable[[str, list[Todo], Callable[[int], None]], None] | None = None,
+    work: Callable[[], Json] | None = None,
 ) -> Json:
     """Writes a dataset of `kind` part by part and returns its manifest; does nothing but return it when the plan is already done.
 
     bounds: row ranges of the input, one a part. make(lo, hi): the part; it must depend on the plan and the range only.
     dropped_before: input rows that never reached a part, by reason. summarise: figures of the whole dataset, kept in the manifest under
     "summary". advance: told of input rows whose part is on disk. share: has the parts made elsewhere (workers.py), in place of `make`.
+    work: figures of what this run computed, kept under "work".
     """
     started = time.monotonic()
     with claim(out, plan, overwrite) as done:
@@ -258,7 +260,7 @@ def write_dataset(
                 advance(part.high - part.low)
         if not bounds:
             write_part(out / "data-00000.arrow", kind, Part([], 0))
-        return _finish(out, kind, dropped_before or Counter(), summarise, started)
+        return _finish(out, kind, dropped_before or Counter(), summarise, started, work)
 
 
 def write_part(path: Path, kind: str, part: Part) -> None:
@@ -274,7 +276,14 @@ def write_part(path: Path, kind: str, part: Part) -> None:
         writer.write_table(table)
 
 
-def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[pa.Table], Json], started: float) -> Json:
+def _finish(
+    out: Path,
+    kind: str,
+    before: Counter[str],
+    summarise: Callable[[pa.Table], Json],
+    started: float,
+    work: Callable[[], Json] | None,
+) -> Json:
     paths = sorted(out.glob("data-*.arrow"))
     tables = [_read_part(path) for path in paths]
     accounts = [json.loads(table.schema.metadata[ACCOUNT_KEY]) for table in tables]
@@ -290,6 +299,7 @@ def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[pa.
         "nulls": count_nulls(table),
         "parts": parts,
         "seconds": round(time.monotonic() - started, 3),
+        **({"work": work()} if work else {}),
         "versions": versions(),
         "summary": summarise(table),
     }

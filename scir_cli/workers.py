@@ -21,6 +21,7 @@ from typing import Any
 from scir_cli import store
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
+from scir_cli.meter import Meter
 from scir_cli.store import Todo
 
 FAILURES = 3  # of one part, after which it is the part's fault and not the worker's
@@ -38,15 +39,16 @@ class Worker:
         self.pipe.send(todo)
 
 
-def share(target: str, settings: BackendSettings) -> Callable[[str, list[Todo], Callable[[int], None]], None] | None:
+def share(target: str, settings: BackendSettings, meter: Meter) -> Callable[[str, list[Todo], Callable[[int], None]], None] | None:
     """How `store.write_dataset` has its parts made by settings.data_parallel processes; None where one process does.
 
-    target: "module:function" that makes of the settings what makes a part, in the worker. Raises ConfigError where there are too few GPUs.
+    target: "module:function" that makes of the settings what makes a part, in the worker. meter: what they compute is added to it. Raises ConfigError where there are too few GPUs.
     """
     if settings.data_parallel == 1:
         return None
     devices = _devices(settings)
-    return lambda kind, todo, advance: _run(target, settings, devices, kind, todo, advance)
+    meter.processes = settings.data_parallel
+    return lambda kind, todo, advance: _run(target, settings, devices, kind, todo, advance, meter)
 
 
 def _devices(settings: BackendSettings) -> list[str | None]:
@@ -69,7 +71,13 @@ def _devices(settings: BackendSettings) -> list[str | None]:
 
 
 def _run(
-    target: str, settings: Any, devices: Sequence[str | None], kind: str, todo: list[Todo], advance: Callable[[int], None]
+    target: str,
+    settings: Any,
+    devices: Sequence[str | None],
+    kind: str,
+    todo: list[Todo],
+    advance: Callable[[int], None],
+    meter: Meter,
 ) -> None:
     """Raises EngineError once a part has failed three times, and at once what a worker says is the user's to repair."""
     waiting, failures = deque(todo), Counter[str]()
@@ -81,7 +89,7 @@ def _run(
                     workers[slot] = _start((target, settings, kind, visible, len(devices)), waiting.popleft())
             for pipe in wait([worker.pipe for worker in workers.values()]):
                 slot, worker = next((slot, worker) for slot, worker in workers.items() if worker.pipe is pipe)
-                why = _outcome(worker)
+                why = _outcome(worker, meter)
                 if why is None:
                     advance(worker.todo.high - worker.todo.low)
                     if waiting:
@@ -111,7 +119,7 @@ def _start(arguments: tuple[Any, ...], todo: Todo) -> Worker:
     return worker
 
 
-def _outcome(worker: Worker) -> str | None:
+def _outcome(worker: Worker, meter: Meter) -> str | None:
     """None where the part is on disk, else why it is not."""
     try:
         said = worker.pipe.recv()
@@ -120,7 +128,10 @@ def _outcome(worker: Worker) -> str | None:
         return f"its process ended with status {worker.process.exitcode}"
     if isinstance(said, ScirError) and not isinstance(said, EngineError):
         raise said
-    return None if said is None else str(said)
+    if isinstance(said, ScirError):
+        return str(said)
+    meter.add(said)
+    return None
 
 
 def _end(worker: Worker) -> None:
@@ -129,7 +140,7 @@ def _end(worker: Worker) -> None:
 
 
 def _work(pipe: Connection, parent: int, target: str, settings: Any, kind: str, visible: str | None, n: int) -> None:
-    """A worker: says None for a part that is written, or what went wrong, and then ends: what failed may have left it unwell."""
+    """A worker: says what it computed for a part that is written, or what went wrong, and then ends: what failed may have left it unwell."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the driver too, which ends its workers
     if os.getppid() != parent:  # it died before that call
@@ -143,7 +154,7 @@ def _work(pipe: Connection, parent: int, target: str, settings: Any, kind: str, 
             while True:
                 todo = pipe.recv()
                 store.write_part(todo.path, kind, make(todo.low, todo.high))
-                pipe.send(None)
+                pipe.send(make.meter.take())
     except EOFError:
         return
     except ScirError as error:

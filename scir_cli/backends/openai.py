@@ -31,7 +31,7 @@ class OpenAIBackend:
         if not settings.base_url:
             raise ConfigError("--backend openai needs --base-url, as http://localhost:8000/v1")
         self.url, self.sampling, self.ends = settings.base_url.rstrip("/"), sampling, sorted(model.chat.end_ids)
-        self.tokenizer, self.top_logprobs = model.chat.tokenizer, settings.top_logprobs
+        self.meter, self.tokenizer, self.top_logprobs = model.meter, model.chat.tokenizer, settings.top_logprobs
         key = os.environ.get("OPENAI_API_KEY")
         retry = urllib3.Retry(
             total=settings.endpoint_retries, allowed_methods=None, status_forcelist=BUSY, backoff_factor=0.5, raise_on_status=False
@@ -51,13 +51,20 @@ class OpenAIBackend:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
-            return list(threads.map(self._complete, requests))
+            answers = []
+            for request, answer in zip(requests, threads.map(self._complete, requests), strict=True):
+                self.meter.count(len(request.prompt_ids), len(answer.token_ids))
+                answers.append(answer)
+            return answers
 
     def score(self, branches: Sequence[Branch]) -> Tensor:
         """Log-probability of the one target of each verdict branch; NaN where the endpoint does not say.  -> (branches,) nats, fp32"""
         wanted = verdict_tokens(branches)
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
-            found = dict(zip(wanted, threads.map(self._logprobs, *zip(*wanted.items(), strict=True)), strict=True))
+            found = {}
+            for prompt, logprobs in zip(wanted, threads.map(self._logprobs, wanted, wanted.values()), strict=True):
+                self.meter.count(len(prompt))
+                found[prompt] = logprobs
         return torch.tensor([found[b.ids].get(b.target_tokens[0], float("nan")) for b in branches])
 
     def _logprobs(self, prompt: Sequence[int], tokens: list[int]) -> dict[int, float]:

@@ -51,6 +51,10 @@ class TransformersBackend:
             for low in range(0, len(order), self.sampling.batch_size):
                 batch = order[low : low + self.sampling.batch_size]
                 done |= dict(zip(batch, self._batch([requests[i] for i in batch]), strict=True))
+                read, sampled = (
+                    sum(map(len, ids)) for ids in zip(*((requests[i].prompt_ids, done[i].token_ids) for i in batch), strict=True)
+                )
+                self.policy.meter.count(read, sampled)
         return [done[i] for i in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request]) -> list[Completion]:

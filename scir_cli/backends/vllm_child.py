@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,7 +13,10 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log: str, parent: int) -> None:
-    """Sends (True, answer) or (False, why) for the load and then for each request; ends with its parent, however that dies."""
+    """Sends (True, answer) or (False, why) for the load and then for each request, (None, tokens read, sampled, cached) on the way.
+
+    Ends with its parent, however that dies.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that call
         return
@@ -34,7 +38,7 @@ def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log:
         pipe.send((True, None))
         while True:
             what, requests = pipe.recv()
-            pipe.send((True, ANSWERS[what](_run(llm, requests, lora))))
+            pipe.send((True, ANSWERS[what](_run(llm, requests, lora, lambda *tokens: pipe.send((None, tokens))))))
     except EOFError:
         return
     except Exception as error:  # vLLM raises whatever its parts raise; its traceback goes to the log, one line to the parent
@@ -48,12 +52,23 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:3]) if "validation error" in lines[0] else lines[0]
 
 
-def _run(llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]], lora: Any) -> list[Any]:
+def _run(
+    llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]], lora: Any, count: Callable[[int, int, int], None]
+) -> list[Any]:
+    """What `LLM.generate` does, with a word on every request that is done: tokens read, sampled, and read from the prefix cache."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": list(ids)} for ids, _ in requests]
     params = [SamplingParams(detokenize=False, **given) for _, given in requests]
-    return [output.outputs[0] for output in llm.generate(prompts, params, lora_request=lora, use_tqdm=False)]
+    names = llm.enqueue(prompts, params, lora_request=lora, use_tqdm=False)
+    done: dict[str, Any] = {}
+    while llm.llm_engine.has_unfinished_requests():
+        finished = [output for output in llm.llm_engine.step() if output.finished]
+        done |= {output.request_id: output.outputs[0] for output in finished}
+        if finished:
+            counts = ((len(o.prompt_token_ids), len(o.outputs[0].token_ids), o.num_cached_tokens or 0) for o in finished)
+            count(*map(sum, zip(*counts, strict=True)))
+    return [done[name] for name in names]
 
 
 def _completions(outputs: list[Any]) -> list[tuple[list[int], str]]:

@@ -21,6 +21,7 @@ from scir_cli import backends, consistency, reward_models, sources, store, worke
 from scir_cli.backends import Request, Sampling
 from scir_cli.config import BackendSettings, EvalRewardsSettings, EvalWinrateSettings, JudgeSettings, TrainSettings
 from scir_cli.errors import ConfigError, DataError, suggest
+from scir_cli.meter import Meter
 from scir_cli.odds import Odds
 from scir_cli.reward_models import Context, Pair
 from scir_cli.stages.common import LazyPolicy, progress, try_encode
@@ -35,8 +36,9 @@ Row = dict[str, Any]
 def run(settings: JudgeSettings) -> Json:
     """Writes a judged dataset and returns its manifest; counts are in pairs."""
     settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
-    share = workers.share("scir_cli.stages.judge:opened", settings)
-    return judge_table("judge", settings, Scorer(settings, settings), work_of(settings), share)
+    scorer = Scorer(settings, settings)
+    share = workers.share("scir_cli.stages.judge:opened", settings, scorer.meter)
+    return judge_table("judge", settings, scorer, work_of(settings), share)
 
 
 def opened(settings: JudgeSettings) -> Judging:
@@ -89,6 +91,10 @@ class Judging:
     scorer: Scorer
     work: Work
 
+    @property
+    def meter(self) -> Meter:
+        return self.scorer.meter
+
     def __call__(self, low: int, high: int) -> Part:
         rows, drops = self.work.make_rows(self.work.table.slice(low, high - low).to_pylist(), self.settings)
         n = len(rows) + drops.total()
@@ -108,7 +114,7 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
     plan = {"stage": stage, "settings": settings.plan(), "input": work.digest, **scorer.keys}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": work.table.num_rows + work.dropped.total()}
-    with progress(stage, work.table.num_rows) as advance, closing(Judging(settings, scorer, work)) as make:
+    with progress(stage, work.table.num_rows, scorer.meter) as advance, closing(Judging(settings, scorer, work)) as make:
         return store.write_dataset(
             Path(settings.output_dir),
             "judged",
@@ -119,6 +125,7 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
             dropped_before=work.dropped,
             advance=advance,
             share=share,
+            work=scorer.meter.figures,
             summarise=lambda table: summarise(table) | unseen(table, scorer),
         )
 
@@ -246,6 +253,9 @@ class Scorer:
         self.model = LazyPolicy(settings, settings.model)
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
         self.reference = self._reference()
+        self.meter = self.model.meter
+        if self.reference:
+            self.reference.meter = self.meter
         self.reference_key = self.reference.key if self.reference else None
         self.keys = {"model": self.model.key, "reward_reference": self.reference_key}
 
@@ -313,9 +323,10 @@ class Scorer:
             requests = [(i, tuple(p)) for i, pair in enumerate(pairs) for p in model.requests(pair)]
             if not requests:
                 continue
-            answers = self.backend.generate(
-                [Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests]
-            )
+            seeds = [sample_seed(self.settings.seed, pairs[i].pair_id, 0) for i, _ in requests]
+            backend = self.backend
+            with self.meter.working():
+                answers = backend.generate([Request(prompt, seed) for (_, prompt), seed in zip(requests, seeds, strict=True)])
             for (i, _), completion in zip(requests, answers, strict=True):
                 out[i].setdefault(name, []).append(completion.token_ids)
         return out
@@ -352,10 +363,14 @@ class Scorer:
         return logps
 
     def _by_engine(self, groups: list[list[Branch]]) -> torch.Tensor:
-        return torch.stack(list(self.model.policy.score(groups, self.settings.max_tokens_per_pack)))
+        policy = self.model.policy
+        with self.meter.working():
+            return torch.stack(list(policy.score(groups, self.settings.max_tokens_per_pack)))
 
     def _by_backend(self, groups: list[list[Branch]]) -> torch.Tensor:
-        return self.backend.score([branch for group in groups for branch in group]).reshape(len(groups), -1)
+        backend = self.backend
+        with self.meter.working():
+            return backend.score([branch for group in groups for branch in group]).reshape(len(groups), -1)
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
         """The pairs with log-probabilities under reward_reference; those the dataset already holds are not computed again."""
@@ -369,8 +384,9 @@ def with_reference(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int
     missing = [pair for pair in pairs if reference.key not in pair.reference_logps]
     groups = [[reward_models.continuation(pair.prompt_ids, ids) for ids in pair.response_ids] for pair in missing]
     scored = reference.policy.score(groups, max_tokens) if missing or reference.sharded else []
-    for pair, logps in zip(missing, scored, strict=True):
-        pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
+    with reference.meter.working():
+        for pair, logps in zip(missing, scored, strict=True):
+            pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
     return list(pairs)
 
 
