@@ -79,7 +79,10 @@ def generate(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
 
 
 def test_token_ids_go_in_and_come_out_with_a_seed_a_row(endpoint: Any, generate: Any, tmp_path: Path):
-    assert generate()["rows_out"] == 4
+    manifest = generate()
+    assert manifest["rows_out"] == 4
+    assert manifest["work"]["tokens_read"] == sum(len(body["prompt"]) for body, _ in endpoint.seen)
+    assert manifest["work"]["tokens_sampled"] == 4 * 3
     rows = store.read_dataset(tmp_path / "out").to_pylist()
     for row, (body, key) in zip(rows, endpoint.seen, strict=True):
         assert row["token_ids"] == [*body["prompt"][-2:], 2]
@@ -157,8 +160,8 @@ def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both
     assert [reward["log_odds"] for (reward,) in rows] == [0.0, None, 0.0]
     assert (rows[1][0]["forward_log_odds"], rows[1][0]["swapped_log_odds"], rows[1][0]["verdict_mass"]) == (2.0, None, None)
     with pytest.raises(EngineError, match="gives no log-probabilities"):
-        endpoint.faults.append((200, {"choices": [{"text": "A", "logprobs": None}]}))
-        judge()
+        endpoint.faults += [(200, {"choices": [{"text": "A", "logprobs": None}]})] * 2
+        judge(endpoint_retries=0)
 
 
 def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):

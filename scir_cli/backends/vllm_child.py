@@ -38,7 +38,8 @@ def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log:
         pipe.send((True, None))
         while True:
             what, requests = pipe.recv()
-            pipe.send((True, ANSWERS[what](_run(llm, requests, lora, lambda *tokens: pipe.send((None, tokens))))))
+            outputs = _run(llm, requests, lora, lambda *tokens: pipe.send((None, tokens)))
+            pipe.send((True, ANSWERS[what](outputs)))
     except EOFError:
         return
     except Exception as error:  # vLLM raises whatever its parts raise; its traceback goes to the log, one line to the parent
@@ -60,15 +61,19 @@ def _run(
 
     prompts = [{"prompt_token_ids": list(ids)} for ids, _ in requests]
     params = [SamplingParams(detokenize=False, **given) for _, given in requests]
-    names = llm.enqueue(prompts, params, lora_request=lora, use_tqdm=False)
-    done: dict[str, Any] = {}
+    llm.enqueue(prompts, params, lora_request=lora, use_tqdm=False)
+    done: list[Any] = []
     while llm.llm_engine.has_unfinished_requests():
-        finished = [output for output in llm.llm_engine.step() if output.finished]
-        done |= {output.request_id: output.outputs[0] for output in finished}
-        if finished:
-            counts = ((len(o.prompt_token_ids), len(o.outputs[0].token_ids), o.num_cached_tokens or 0) for o in finished)
+        if finished := [output for output in llm.llm_engine.step() if output.finished]:
+            done += finished
+            counts = ((len(o.prompt_token_ids), _sampled(o.outputs[0]), o.num_cached_tokens or 0) for o in finished)
             count(*map(sum, zip(*counts, strict=True)))
-    return [done[name] for name in names]
+    return [output.outputs[0] for output in sorted(done, key=lambda output: int(output.request_id))]
+
+
+def _sampled(output: Any) -> int:
+    """The tokens that were wanted of it: none where it was asked for log-probabilities."""
+    return 0 if output.logprobs else len(output.token_ids)
 
 
 def _completions(outputs: list[Any]) -> list[tuple[list[int], str]]:

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from scir_cli.meter import Meter
@@ -25,7 +26,7 @@ class Speed(ProgressColumn):
     """Tokens read (in) and sampled (out) a second, and the share of those read that a prefix cache held."""
 
     def __init__(self, meter: Meter) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self.meter = meter
 
     def render(self, task: Task) -> Text:
