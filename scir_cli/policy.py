@@ -26,7 +26,7 @@ from scir_cli import attention, model_sources, trees
 from scir_cli.attention import Plan
 from scir_cli.chat import Chat
 from scir_cli.config import ModelSettings
-from scir_cli.errors import ConfigError, ModelError, warn
+from scir_cli.errors import ConfigError, EngineError, ModelError, warn
 from scir_cli.head import Finish, target_logps
 from scir_cli.meter import Meter
 from scir_cli.parallel import Ranks
@@ -132,7 +132,10 @@ class Policy:
         for low, high in packs:
             branches = [b for group in groups[low:high] for b in group]
             layout = self.lay_out(branches)
-            logps = self.branch_logps(branches, layout).cpu()
+            try:
+                logps = self.branch_logps(branches, layout).cpu()
+            except torch.OutOfMemoryError as error:
+                raise EngineError(f"out of memory with {max_tokens} tokens a pack; lower --max-tokens-per-pack") from error
             self.meter.count(len(layout.forest.tokens) if self.takes_trees else sum(len(b.ids) for b in branches))
             yield from logps.split([len(group) for group in groups[low:high]])
         for _ in range(len(packs), max(self.ranks.gather(len(packs))) if self.ranks else 0):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from toy import make_adapter, make_model
 
 from scir_cli import config, model_sources, objectives, stages, store
-from scir_cli.errors import ConfigError, DataError, ModelError, PlanMismatch, StoreError
+from scir_cli.errors import ConfigError, DataError, EngineError, ModelError, PlanMismatch, StoreError
 from scir_cli.objectives import Example
 from scir_cli.stages.common import LazyPolicy, encode_pair
 
@@ -198,6 +198,19 @@ def test_lora_trains_adapters_and_leaves_an_ordinary_folder(world: Path, tmp_pat
     trained, given = (load_fp32(tmp_path / "m3" / name).model.state_dict() for name in ("adapter", "."))
     for name in given:
         torch.testing.assert_close(trained[name], given[name], rtol=0, atol=1e-6)
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB")
+
+    common = {"model": str(world / "policy"), "output_dir": tmp_path / "out"}
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
+    with pytest.raises(EngineError, match=r"^out of memory sampling 16 answers at a time; lower --batch-size"):
+        run("generate", **common, input=str(world / "prompts.jsonl"), max_new_tokens=4)
+    monkeypatch.setattr("scir_cli.policy.Policy.branch_logps", full)
+    with pytest.raises(EngineError, match=r"^out of memory with 16384 tokens a pack; lower --max-tokens-per-pack$"):
+        run("judge", **{**common, "output_dir": tmp_path / "j"}, input=str(world / "gold.jsonl"), reward_models=["judge"])
 
 
 def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):

@@ -13,7 +13,7 @@ import pytest
 from test_chain import run
 
 from scir_cli import store
-from scir_cli.errors import ConfigError, EngineError
+from scir_cli.errors import ConfigError, EngineError, ModelError
 
 KEY = "sk-very-secret"
 
@@ -106,6 +106,8 @@ def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(endpoint: 
         ([(200, b"<html>")], "not JSON"),
         ([(200, {"choices": [{"text": "hello"}]})], "no token ids"),
         ([(200, {"nonsense": 1})], "no token ids"),
+        ([(200, {"choices": [{"text": "?", "token_ids": [5, 123456]}]})], "gives the token 123456, which the tokenizer"),
+        ([(400, {"error": "maximum context length is 64 tokens"})], "status 400.*maximum context length is 64"),
         ([(401, {"error": "bad key"})], "refuses the key"),
     ],
     ids=lambda value: str(value)[:30],
@@ -162,6 +164,32 @@ def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both
     with pytest.raises(EngineError, match="gives no log-probabilities"):
         endpoint.faults += [(200, {"choices": [{"text": "A", "logprobs": None}]})] * 2
         judge(endpoint_retries=0)
+
+
+def test_a_verdict_of_several_tokens_is_found_before_anything_is_asked(endpoint: Any, judge: Any):
+    with pytest.raises(ModelError, match="'Zq' is 2 tokens .* must be one"):
+        judge(verdict_tokens=["Zq", "B"])
+    assert endpoint.seen == []
+
+
+@pytest.mark.parametrize("backend", ["openai", "transformers"])
+def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_answered(
+    endpoint: Any, generate: Any, judge: Any, tmp_path: Path, backend: str
+):
+    newlines = "\n" * 100_000
+    prompts = tmp_path / "bad.jsonl"
+    bad = ["", " \n ", newlines, f"Say{newlines}cat.", "word " * 2000]
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in [*bad, "Say cat."]), encoding="utf-8")
+    manifest = generate(input=str(prompts), backend=backend, output_dir=tmp_path / "g")
+    assert (manifest["rows_out"], manifest["drops"]) == (2, {"empty_prompt": 6, "prompt_too_long": 4})  # two samples each
+    pairs = tmp_path / "bad-pairs.jsonl"
+    chosen = [newlines, f"A{newlines}cat.", "word " * 2000, "A cat."]
+    pairs.write_text(
+        "".join(json.dumps({"prompt": "Hi.", "chosen": c, "rejected": "No."}) + "\n" for c in chosen), encoding="utf-8"
+    )
+    endpoint.top = lambda body: {"A": -1.0, "B": -3.0}
+    manifest, rows = judge(input=str(pairs), backend=backend)
+    assert (len(rows), manifest["drops"]) == (1, {"empty_response": 1, "too_long": 2})
 
 
 def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):

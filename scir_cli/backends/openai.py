@@ -105,6 +105,10 @@ class OpenAIBackend:
             raise EngineError(
                 f"{self.url} gives no token ids back, and text would not be the tokens that were sampled; serve the model with vLLM 0.10.2 or newer"
             ) from error
+        if ids and not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
+            raise EngineError(
+                f"{self.url} gives the token {max(ids)}, which the tokenizer of --model has not; does it serve another model?"
+            )
         return Completion(ids, "stop" if ids and ids[-1] in self.ends else "length")
 
     def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
