@@ -51,7 +51,14 @@ def run(asked: Json) -> Json:
     from scir_cli.backends import Sampling, make
     from scir_cli.stages.common import LazyPolicy
 
-    given = {"model": asked["model"], "output_dir": asked["folder"] + "/out", "input": "", "dtype": asked["dtype"], "device": "cpu"}
+    given = {
+        "model": asked["model"],
+        "output_dir": asked["folder"] + "/out",
+        "input": "",
+        "dtype": asked["dtype"],
+        "device": "cpu",
+        "max_model_len": 2048,
+    }
     given |= {"backend": asked["backend"], "engine_arg": asked["engine_arg"]}
     settings = config.build(
         config.GenerateSettings, {**given, "n": asked["answers"], "max_new_tokens": asked["max_new_tokens"]}, where=""
@@ -162,7 +169,11 @@ def main() -> None:
         for name, python, engine_arg, tasks in runs:
             asked = {**common, "backend": name.partition(",")[0], "engine_arg": engine_arg, "tasks": tasks}
             found += [{"backend": name, "task": task, **record} for task, record in child("backends.py", asked, python).items()]
-            print(f"{name}: done", file=sys.stderr)
+            print(
+                f"{name}: {json.dumps([shown(record) for record in found if record['backend'] == name])}",
+                file=sys.stderr,
+                flush=True,
+            )
     print(table([shown(record) for record in found]))
     write({"table": found, "versions": versions(), "arguments": {k: str(v) for k, v in vars(a).items()}}, a.json)
 
