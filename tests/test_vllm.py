@@ -177,16 +177,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
                "--enforce-eager", "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     with (root / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
-        until = time.monotonic() + 300
-        while True:
-            try:
-                urlopen(f"http://127.0.0.1:{port}/health").close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < until, (root / "log").read_text()[-2000:]
-                time.sleep(0.2)
-        yield folder, f"http://127.0.0.1:{port}/v1"
-        server.terminate()
+        try:
+            wait_until_healthy(f"http://127.0.0.1:{port}/health", server, root / "log")
+            yield folder, f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+
+
+def wait_until_healthy(url: str, server: Any, log: Path) -> None:
+    until = time.monotonic() + 300
+    while True:
+        try:
+            urlopen(url, timeout=10).close()
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+            time.sleep(0.2)
 
 
 def test_vllms_own_server_gives_the_tokens_and_verdicts_of_the_engine(served: tuple[Path, str], tmp_path: Path):
