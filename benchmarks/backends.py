@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(64, 256))
     parser.add_argument("--small-cache", type=int, default=8192, help="tokens in the cache that holds few prompts")
+    parser.add_argument("--only", default="", help="backends whose name holds this")
     parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it only transformers is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -166,7 +167,7 @@ def main() -> None:
             few = [*engine, f"num_gpu_blocks_override={a.small_cache // BLOCK}"]
             runs += [("vllm", a.vllm_python, engine, ["generate", "judge", "shuffled"])]
             runs += [(f"vllm, {a.small_cache} tokens of cache", a.vllm_python, few, ["judge", "shuffled"])]
-        for name, python, engine_arg, tasks in runs:
+        for name, python, engine_arg, tasks in (r for r in runs if a.only in r[0]):
             asked = {**common, "backend": name.partition(",")[0], "engine_arg": engine_arg, "tasks": tasks}
             found += [{"backend": name, "task": task, **record} for task, record in child("backends.py", asked, python).items()]
             print(
