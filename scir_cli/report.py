@@ -51,6 +51,8 @@ def consistency_tables(summary: Figures) -> list[Table]:
         models.add_row(name, *cells, *([percent(m["accuracy"], m["accuracy_low"], m["accuracy_high"])] if labelled else []))
     silent = [name for name, m in summary["models"].items() if m["verdict_mass"] is not None and m["verdict_mass"] < LITTLE_MASS]
     said = [f"{' and '.join(silent)}: little probability on the verdicts (mass); it hardly answers the question"] if silent else []
+    for name, count in summary.get("beyond_top_logprobs", {}).items():
+        said.append(f"{name}: {count} verdicts unknown, their tokens are not among the endpoint's likeliest")
     if any(m[key] is None for m in summary["models"].values() for key in ("flip_rate", "verdict_mass", "length_correlation")):
         said.append("–: no seats to flip, no verdict tokens, or lengths or verdicts that are all equal")
     models.caption = "\n".join(said) or None

@@ -295,12 +295,14 @@ def write_dataset(
     summarise: Callable[[Dataset], Json] = lambda made: {},
     advance: Callable[[int], None] = lambda rows: None,
     share: Callable[[str, list[Todo], Callable[[int], None]], None] | None = None,
+    work: Callable[[], Json] | None = None,
 ) -> Json:
     """Writes a dataset of `kind` part by part and returns its manifest; does nothing but return it when the plan is already done.
 
     bounds: row ranges of the input, one a part. make(lo, hi): the part; it must depend on the plan and the range only.
     dropped_before: input rows that never reached a part, by reason. summarise: figures of the whole dataset, kept in the manifest under
     "summary". advance: told of input rows whose part is on disk. share: has the parts made elsewhere (workers.py), in place of `make`.
+    work: figures of what this run computed, kept under "work".
     """
     started = time.monotonic()
     with claim(out, plan, overwrite) as done:
@@ -320,7 +322,7 @@ def write_dataset(
             write_part(Todo(out / "data-00000.arrow", drafts, 0, 0), kind, Part([], 0))
         if drafts:
             places.remove(drafts)
-        return _finish(out, kind, dropped_before or Counter(), summarise, started)
+        return _finish(out, kind, dropped_before or Counter(), summarise, started, work)
 
 
 def _new_drafts(out: Path, plan: Json) -> Path | None:
@@ -356,7 +358,14 @@ def write_part(todo: Todo, kind: str, part: Part) -> None:
         writer.write_table(table)
 
 
-def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[Dataset], Json], started: float) -> Json:
+def _finish(
+    out: Path,
+    kind: str,
+    before: Counter[str],
+    summarise: Callable[[Dataset], Json],
+    started: float,
+    work: Callable[[], Json] | None,
+) -> Json:
     paths = sorted(out.glob("data-*.arrow"))
     parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
     for path in paths:
@@ -377,6 +386,7 @@ def _finish(out: Path, kind: str, before: Counter[str], summarise: Callable[[Dat
         "nulls": dict(sorted(nulls.items(), key=lambda item: columns.index(item[0]) if item[0] in columns else len(columns))),
         "parts": parts,
         "seconds": round(time.monotonic() - started, 3),
+        **({"work": work()} if work else {}),
         "versions": versions(),
         "summary": summarise(made),
     }

@@ -24,12 +24,14 @@ from typing import Any, NamedTuple, Protocol
 from scir_cli import store
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
+from scir_cli.meter import Meter
 from scir_cli.store import Todo
 
 FAILURES = 3  # of one part, after which it is the part's fault and not the worker's
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Share = Callable[[str, list[Todo], Callable[[int], None]], None]
+Done = Callable[[int, Meter | None], None]  # told of each part that is written: its rows, what was computed for it
 
 
 class Job(NamedTuple):
@@ -41,11 +43,11 @@ class Job(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a worker says: that it has come (no part), that its part is on disk, or what went wrong; who has failed comes again."""
+    """What a worker says: that it has come (no part, nothing), what it computed for a part that is on disk, or what went wrong; who has failed comes again."""
 
     worker: int
-    todo: Todo | None = None
-    problem: ScirError | None = None
+    todo: Todo | None
+    said: Meter | ScirError | None
 
 
 class Crew(Protocol):
@@ -59,21 +61,34 @@ class Crew(Protocol):
         """Ends them all."""
 
 
-def share(target: str, settings: BackendSettings) -> Share | None:
+def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
     """How `store.write_dataset` has its parts made by settings.data_parallel workers; None where this process does.
 
-    target: as Job has it. Raises ConfigError where there are too few GPUs, or no Ray.
+    target: as Job has it. meter: what they compute is added to it. Raises ConfigError where there are too few GPUs, or no Ray.
     """
     if settings.executor == "ray":
         if find_spec("ray") is None:
             raise ConfigError("--executor ray needs the package ray: pip install 'scir[ray]'")
         from scir_cli import cluster
 
-        return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, advance)
+        meter.processes = settings.data_parallel
+        return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, _counted(advance, meter))
     if settings.data_parallel == 1:
         return None
     devices = _devices(settings)
-    return lambda kind, todo, advance: run(Processes(Job(target, settings, kind), devices[: len(todo)]), todo, advance)
+    meter.processes = settings.data_parallel
+    return lambda kind, todo, advance: run(
+        Processes(Job(target, settings, kind), devices[: len(todo)]), todo, _counted(advance, meter)
+    )
+
+
+def _counted(advance: Callable[[int], None], meter: Meter) -> Done:
+    def done(rows: int, work: Meter | None) -> None:
+        if work is not None:
+            meter.add(work)
+        advance(rows)
+
+    return done
 
 
 def on_gpus(settings: BackendSettings) -> bool:
@@ -105,17 +120,17 @@ def _devices(settings: BackendSettings) -> list[str | None]:
     return [",".join(visible[i * each : (i + 1) * each]) for i in range(n)]
 
 
-def run(crew: Crew, todo: list[Todo], advance: Callable[[int], None]) -> None:
+def run(crew: Crew, todo: list[Todo], done: Done) -> None:
     """Raises EngineError once a part has failed three times, and at once what a worker says is the user's to repair."""
     waiting, free, failures, left = deque(todo), set[int](), Counter[str](), len(todo)
     with closing(crew):
         while left:
-            for worker, part, problem in crew.wait():
-                if problem is None:
+            for worker, part, said in crew.wait():
+                if not isinstance(said, ScirError):
                     free.add(worker)
                     if part is not None:
                         left -= 1
-                        advance(part.high - part.low)
+                        done(part.high - part.low, said)
                     continue
                 free.discard(worker)
                 name = f"worker {worker}"
@@ -123,11 +138,11 @@ def run(crew: Crew, todo: list[Todo], advance: Callable[[int], None]) -> None:
                     name = str(part.path)
                     waiting.insert(1, part)  # for one that is running: who replaces the dead starts with another part
                 failures[name] += 1
-                if not isinstance(problem, EngineError):
-                    raise problem
+                if not isinstance(said, EngineError):
+                    raise said
                 if failures[name] == FAILURES:
                     raise EngineError(
-                        f"{name} failed {FAILURES} times, last because {problem}; finished parts are kept, the same command goes on from there"
+                        f"{name} failed {FAILURES} times, last because {said}; finished parts are kept, the same command goes on from there"
                     )
             while free and waiting:
                 crew.give(free.pop(), waiting.popleft())
@@ -144,15 +159,15 @@ class Maker:
         module, _, function = self.job.target.partition(":")
         return getattr(importlib.import_module(module), function)(self.job.settings)
 
-    def write(self, todo: Todo) -> ScirError | None:
-        """None once the part is on disk, else what went wrong; after that the process should end, it may be unwell."""
+    def write(self, todo: Todo) -> Meter | ScirError:
+        """What was computed, once the part is on disk, else what went wrong; after that the process should end, it may be unwell."""
         try:
             store.write_part(todo, self.job.kind, self.make(todo.low, todo.high))
+            return self.make.meter.take()  # type: ignore[no-any-return]
         except ScirError as error:
             return error
         except Exception as error:  # out of memory, say: another try, by another process, may go well
             return EngineError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-        return None
 
     def close(self) -> None:
         if "make" in vars(self):
@@ -213,15 +228,15 @@ class Processes:
     def _said(self, number: int, worker: Worker) -> Said:
         todo, worker.todo, worker.busy = worker.todo, None, False
         try:
-            problem = worker.pipe.recv()
+            said = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join()
-            problem = EngineError(f"its process ended with status {worker.process.exitcode}")
-        if problem is not None:
+            said = EngineError(f"its process ended with status {worker.process.exitcode}")
+        if isinstance(said, ScirError):
             worker.end()
             worker.process.join()
             del self.workers[number]
-        return Said(number, todo, problem)
+        return Said(number, todo, said)
 
 
 def stay_with(parent: int) -> None:
@@ -233,14 +248,14 @@ def stay_with(parent: int) -> None:
 
 
 def _work(pipe: Connection, parent: int, job: Job, visible: str | None, n: int) -> None:
-    """A worker's process: says None when it has come and for each part that is written, or what went wrong, and then ends."""
+    """A worker's process: says None when it has come, what it computed for each part that is written, or what went wrong, and then ends."""
     stay_with(parent)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    problem = None
+    said: Meter | ScirError | None = None
     with contextlib.suppress(EOFError, BrokenPipeError), closing(Maker(job)) as maker:
-        while problem is None:
-            pipe.send(None)
-            problem = maker.write(pipe.recv())
-        pipe.send(problem)
+        while not isinstance(said, ScirError):
+            pipe.send(said)
+            said = maker.write(pipe.recv())
+        pipe.send(said)

@@ -95,3 +95,17 @@ def test_the_data_stages_account_for_every_row(tmp_path: Path):
     assert (small["rows"], large["rows"]) == (200, 2000)
     assert 0 < small["rows out"] < large["rows out"] < 2000
     assert large["peak MB"] > 0
+
+
+@pytest.mark.slow
+def test_backends_are_measured_on_the_same_rows(tmp_path: Path):
+    found = run("backends.py", tmp_path, "--shape", "tiny", "--prompts", "3", "--answers", "3", "--max-new-tokens", "8", *SMALL)
+    sampled, judged = found["table"]
+    assert (sampled["task"], sampled["rows"], judged["task"], judged["rows"]) == (
+        "generate",
+        6,
+        "judge",
+        6,
+    )  # the first prompt is warm-up
+    assert 6 <= sampled["tokens_sampled"] <= 6 * 8 and judged["tokens_sampled"] == 0 < judged["tokens_read"]
+    assert min(sampled["cpu_seconds"], judged["cpu_seconds"]) > 0

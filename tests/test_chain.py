@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from conftest import load_fp32
 from safetensors.torch import load_file
-from toy import make_model
+from toy import make_adapter, make_model
 
-from scir_cli import config, objectives, stages, store
-from scir_cli.errors import ConfigError, DataError, PlanMismatch, StoreError
+from scir_cli import config, model_sources, objectives, stages, store
+from scir_cli.errors import ConfigError, DataError, EngineError, ModelError, PlanMismatch, StoreError
 from scir_cli.objectives import Example
 from scir_cli.stages.common import LazyPolicy, encode_pair
 
@@ -184,7 +186,55 @@ def test_a_degenerate_or_missing_reward_reference_is_refused(world: Path, tmp_pa
 def test_lora_trains_adapters_and_leaves_an_ordinary_folder(world: Path, tmp_path: Path):
     train(world, tmp_path / "m", lora={"rank": 2}, max_steps=1)
     assert set(load_file(tmp_path / "m" / "model.safetensors")) == set(load_file(world / "policy" / "model.safetensors"))
-    assert (tmp_path / "m" / "adapter" / "adapter_config.json").exists()
+    spec = {"model": str(tmp_path / "m" / "adapter"), "reward_reference": str(world / "policy")}
+    whole = run("judge", **{**spec, "model": str(tmp_path / "m")}, input=str(world / "gold.jsonl"), output_dir=tmp_path / "whole")
+    parts = run("judge", **spec, input=str(world / "gold.jsonl"), output_dir=tmp_path / "parts")
+    assert parts["summary"]["agreed"] == whole["summary"]["agreed"], "the adapter on its model is the merged model"
+    rows = [store.read_dataset(tmp_path / name).to_pylist() for name in ("whole", "parts")]
+    assert rows[0][0]["rewards"][1]["log_odds"] != 0
+    for one, other in zip(*rows, strict=True):
+        assert [r["log_odds"] for r in one["rewards"]] == pytest.approx([r["log_odds"] for r in other["rewards"]], abs=1e-5)
+    train(world, tmp_path / "m3", model=spec["model"], lora={"rank": 2}, max_steps=1)  # an adapter on a model with an adapter
+    trained, given = (load_fp32(tmp_path / "m3" / name).model.state_dict() for name in ("adapter", "."))
+    for name in given:
+        torch.testing.assert_close(trained[name], given[name], rtol=0, atol=1e-6)
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB")
+
+    common = {"model": str(world / "policy"), "output_dir": tmp_path / "out"}
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
+    with pytest.raises(EngineError, match=r"^out of memory sampling 16 answers at a time; lower --batch-size"):
+        run("generate", **common, input=str(world / "prompts.jsonl"), max_new_tokens=4)
+    monkeypatch.setattr("scir_cli.policy.Policy.branch_logps", full)
+    with pytest.raises(EngineError, match=r"^out of memory with 16384 tokens a pack; lower --max-tokens-per-pack$"):
+        run("judge", **{**common, "output_dir": tmp_path / "j"}, input=str(world / "gold.jsonl"), reward_models=["judge"])
+
+
+def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
+    make_model(tmp_path / "base", seed=1)
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "base")
+
+    def load() -> None:
+        LazyPolicy(config.build(config.ModelSettings, {"model": str(adapter), "output_dir": "o"}, where="test"), str(adapter))
+
+    load()
+    store.write_json(adapter / "base.json", {"digest": model_sources.digest(tmp_path / "base")})
+    load()
+    make_model(tmp_path / "base", seed=2)
+    with pytest.raises(ModelError, match="trained on other weights"):
+        load()
+    make_model(tmp_path / "base", hidden_size=64)
+    with pytest.raises(
+        ModelError,
+        match=r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 there, and the adapter's 32",
+    ):
+        load()
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ModelError, match="needs its base model .*does not exist"):
+        load()
 
 
 def test_qlora_trains_adapters_on_four_bits_and_merges_them_into_the_weights_it_was_given(world: Path, tmp_path: Path):

@@ -13,13 +13,16 @@ import pytest
 from test_chain import run
 
 from scir_cli import store
-from scir_cli.errors import ConfigError, EngineError
+from scir_cli.errors import ConfigError, EngineError, ModelError
 
 KEY = "sk-very-secret"
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers a prompt with its last two tokens and the end token, after the faults it was told to show."""
+    """Answers a prompt with its last two tokens and the end token, after the faults it was told to show.
+
+    Asked for log-probabilities, it gives its `top` ({token: logprob} of a prompt), with names of tokens or the ids behind them.
+    """
 
     server: Any
 
@@ -40,6 +43,8 @@ class Endpoint(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault is not None:
             self._say(*fault)
+        elif "logprobs" in body:
+            self._say(200, {"choices": [{"text": "?", "logprobs": {"top_logprobs": [self.server.top(body)]}}]})
         else:
             self._say(200, {"choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}]})
 
@@ -74,7 +79,10 @@ def generate(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
 
 
 def test_token_ids_go_in_and_come_out_with_a_seed_a_row(endpoint: Any, generate: Any, tmp_path: Path):
-    assert generate()["rows_out"] == 4
+    manifest = generate()
+    assert manifest["rows_out"] == 4
+    assert manifest["work"]["tokens_read"] == sum(len(body["prompt"]) for body, _ in endpoint.seen)
+    assert manifest["work"]["tokens_sampled"] == 4 * 3
     rows = store.read_dataset(tmp_path / "out").to_pylist()
     for row, (body, key) in zip(rows, endpoint.seen, strict=True):
         assert row["token_ids"] == [*body["prompt"][-2:], 2]
@@ -98,6 +106,8 @@ def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(endpoint: 
         ([(200, b"<html>")], "not JSON"),
         ([(200, {"choices": [{"text": "hello"}]})], "no token ids"),
         ([(200, {"nonsense": 1})], "no token ids"),
+        ([(200, {"choices": [{"text": "?", "token_ids": [5, 123456]}]})], "gives the token 123456, which the tokenizer"),
+        ([(400, {"error": "maximum context length is 64 tokens"})], "status 400.*maximum context length is 64"),
         ([(401, {"error": "bad key"})], "refuses the key"),
     ],
     ids=lambda value: str(value)[:30],
@@ -108,6 +118,78 @@ def test_what_does_not_pass_is_one_line_without_the_key(endpoint: Any, generate:
         generate(endpoint_retries=1)
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def judge(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in ("cat", "dog", "sun")]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common = {"model": str(tiny_llama), "input": str(pairs), "reward_models": ["judge"], "rationale_batch_size": 1}
+    url = f"http://127.0.0.1:{endpoint.server_port}/v1"
+
+    def judged(**values: Any) -> Any:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        manifest = run("judge", **{**common, "backend": "openai", "base_url": url, "output_dir": out, **values})
+        return manifest, [row["rewards"] for row in store.read_dataset(out).to_pylist()]
+
+    return judged
+
+
+def test_verdicts_are_read_by_id_or_by_a_text_that_no_other_token_has(endpoint: Any, judge: Any):
+    """Whatever the rank where the endpoint knows ids; the log-probabilities are made up, and both orders get the same."""
+
+    def by_id(body: Any) -> Any:
+        a, b = body["logprob_token_ids"]
+        return {f"token_id:{a}": -1.0, f"token_id:{b}": -3.0}
+
+    for endpoint.top in (by_id, lambda body: {"A": -1.0, "B": -3.0, "the": -0.5}):
+        manifest, rows = judge()
+        assert "beyond_top_logprobs" not in manifest["summary"]
+        for (reward,) in rows:
+            assert (reward["forward_log_odds"], reward["log_odds"]) == (2.0, 0.0)
+            assert reward["verdict_mass"] == pytest.approx(0.3679 + 0.0498, abs=1e-4)  # e^-1 + e^-3
+    prompts = {tuple(body["prompt"]) for body, _ in endpoint.seen}
+    assert len(endpoint.seen) == 2 * len(prompts) == 12, "each order of each pair is asked once for both verdicts"
+
+
+def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both_are_counted(endpoint: Any, judge: Any):
+    answers = iter([{"A": -1.0, "B": -3.0}] * 2 + [{"A": -1.0, "B": -3.0}, {"A": -0.1, "no": -4.0}] + [{"A": -1.0, "B": -3.0}] * 2)
+    endpoint.top = lambda body: next(answers)
+    manifest, rows = judge()
+    assert manifest["nulls"]["rewards.judge"] == 1
+    assert manifest["summary"]["beyond_top_logprobs"] == {"judge": 1}
+    assert [reward["log_odds"] for (reward,) in rows] == [0.0, None, 0.0]
+    assert (rows[1][0]["forward_log_odds"], rows[1][0]["swapped_log_odds"], rows[1][0]["verdict_mass"]) == (2.0, None, None)
+    with pytest.raises(EngineError, match="gives no log-probabilities"):
+        endpoint.faults += [(200, {"choices": [{"text": "A", "logprobs": None}]})] * 2
+        judge(endpoint_retries=0)
+
+
+def test_a_verdict_of_several_tokens_is_found_before_anything_is_asked(endpoint: Any, judge: Any):
+    with pytest.raises(ModelError, match="'Zq' is 2 tokens .* must be one"):
+        judge(verdict_tokens=["Zq", "B"])
+    assert endpoint.seen == []
+
+
+@pytest.mark.parametrize("backend", ["openai", "transformers"])
+def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_answered(
+    endpoint: Any, generate: Any, judge: Any, tmp_path: Path, backend: str
+):
+    newlines = "\n" * 100_000
+    prompts = tmp_path / "bad.jsonl"
+    bad = ["", " \n ", newlines, f"Say{newlines}cat.", "word " * 2000]
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in [*bad, "Say cat."]), encoding="utf-8")
+    manifest = generate(input=str(prompts), backend=backend, output_dir=tmp_path / "g")
+    assert (manifest["rows_out"], manifest["drops"]) == (2, {"empty_prompt": 6, "prompt_too_long": 4})  # two samples each
+    pairs = tmp_path / "bad-pairs.jsonl"
+    chosen = [newlines, f"A{newlines}cat.", "word " * 2000, "A cat."]
+    pairs.write_text(
+        "".join(json.dumps({"prompt": "Hi.", "chosen": c, "rejected": "No."}) + "\n" for c in chosen), encoding="utf-8"
+    )
+    endpoint.top = lambda body: {"A": -1.0, "B": -3.0}
+    manifest, rows = judge(input=str(pairs), backend=backend)
+    assert (len(rows), manifest["drops"]) == (1, {"empty_response": 1, "too_long": 2})
 
 
 def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):

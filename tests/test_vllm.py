@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
 from test_chain import run
-from toy import BOS, make_model
+from toy import BOS, make_adapter, make_model
 
 from scir_cli import config, store
 from scir_cli.backends import Request, Sampling
@@ -37,18 +39,21 @@ def _little_memory() -> Iterator[None]:
     patch.undo()
 
 
+def opened_policy(folder: Path, **values: Any) -> LazyPolicy:
+    given = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu", "engine_arg": [EAGER], **values}
+    return LazyPolicy(config.build(config.BackendSettings, given, where="test"), str(folder))
+
+
 def opened(folder: Path, out: Path, **values: Any) -> tuple[LazyPolicy, VllmBackend]:
     out.mkdir(exist_ok=True)
-    given = {"model": str(folder), "output_dir": out, "dtype": "fp32", "device": "cpu", "engine_arg": [EAGER], **values}
-    settings = config.build(config.BackendSettings, given, where="test")
-    model = LazyPolicy(settings, str(folder))
-    return model, VllmBackend(model, Sampling(0.0, 1.0, 16, 8), settings)
+    model = opened_policy(folder, output_dir=out, **values)
+    return model, VllmBackend(model, Sampling(0.0, 1.0, 16, 8), model.settings)
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LazyPolicy, VllmBackend]]:
     root = tmp_path_factory.mktemp("vllm")
-    model, backend = opened(make(root / "model"), root / "out")
+    model, backend = opened(make(root / "model", bos=True), root / "out")
     yield model, backend
     backend.close()
     assert backend.child.exitcode == 0
@@ -74,8 +79,13 @@ def assert_same_greedy_tokens(model: LazyPolicy, backend: VllmBackend) -> None:
     assert {answer.finish_reason for answer in ours} == {"stop", "length"}, "the test should see both"
 
 
-def test_greedy_tokens_and_finish_reasons_are_those_of_transformers(both: tuple[LazyPolicy, VllmBackend]):
-    assert_same_greedy_tokens(*both)
+def test_greedy_tokens_and_finish_reasons_are_those_of_transformers_and_bos_is_there_once(both: tuple[LazyPolicy, VllmBackend]):
+    """The template writes BOS and the tokenizer would add another; equal tokens say that both have read the same ids. vLLM's own server, below, has a template without."""
+    model, backend = both
+    bos = model.chat.tokenizer.convert_tokens_to_ids(BOS)
+    assert all(r.prompt_ids.count(bos) == 1 for r in questions(model))
+    assert model.chat.tokenizer("x")["input_ids"].count(bos) == 1
+    assert_same_greedy_tokens(model, backend)
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -115,16 +125,6 @@ def test_a_seed_gives_its_sample_again_beside_other_requests(both: tuple[LazyPol
     assert backend.generate(requests) != backend.generate(other)
 
 
-def test_bos_is_there_exactly_once_for_a_template_that_writes_it(tmp_path: Path):
-    """Its tokenizer would add another; equal greedy tokens say that vLLM has read the same ids as transformers."""
-    model, backend = opened(make(tmp_path / "bos", bos=True), tmp_path / "out")
-    bos = model.chat.tokenizer.convert_tokens_to_ids(BOS)
-    assert all(r.prompt_ids.count(bos) == 1 for r in questions(model))
-    assert model.chat.tokenizer("x")["input_ids"].count(bos) == 1
-    assert_same_greedy_tokens(model, backend)
-    backend.close()
-
-
 def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
     for name, seed in (("policy", 2), ("base", 1)):
         make_model(tmp_path / name, seed=seed, **SHAPE)
@@ -133,12 +133,14 @@ def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
     common = {"model": str(tmp_path / "policy"), "reward_reference": str(tmp_path / "base")}
     run("generate", model=common["model"], input=str(prompts), n=3, max_new_tokens=6, output_dir=tmp_path / "c")
     names = ["judge", "implicit", "rubric", "rationale"]
-    rows = {}
+    rows, work = {}, {}
     for backend in ("vllm", "transformers"):
-        more = {"engine_arg": [EAGER]} if backend == "vllm" else {}
-        run("judge", **common, **more, input=str(tmp_path / "c"), reward_models=names, rationale_max_tokens=8, backend=backend,
+        more = {"engine_arg": [EAGER, "block_size=32"]} if backend == "vllm" else {}
+        manifest = run("judge", **common, **more, input=str(tmp_path / "c"), reward_models=names, rationale_max_tokens=8, backend=backend,
             output_dir=tmp_path / backend)  # fmt: skip
         rows[backend] = store.read_dataset(tmp_path / backend).to_pylist()
+        work[backend] = manifest["work"]
+    assert work["vllm"]["prefix_cache_hit_rate"] > 0.1 and work["transformers"]["prefix_cache_hit_rate"] is None
     assert len(rows["vllm"]) == len(rows["transformers"]) > 5
     for ours, theirs in zip(rows["vllm"], rows["transformers"], strict=True):
         for a, b in zip(ours["reference_logps"], theirs["reference_logps"], strict=True):
@@ -152,6 +154,77 @@ def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
     assert max(masses) < 0.1, "the verdicts should be unlikely tokens here, or their rank is not tested"
 
 
+def test_an_adapter_is_added_by_vllm_and_merged_by_the_engine_and_a_killed_engine_is_one_line(tmp_path: Path):
+    base = make(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base)
+    model, backend = opened(adapter, tmp_path / "out")
+    assert_same_greedy_tokens(model, backend)
+    os.kill(backend.child.pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match=f"ended with status -{signal.SIGKILL.value}; its log is"):
+        backend.generate(questions(model))
+    plain = TransformersBackend(opened_policy(base), Sampling(0.0, 1.0, 40, 8)).generate(questions(model))
+    assert TransformersBackend(model, Sampling(0.0, 1.0, 40, 8)).generate(questions(model)) != plain, "the adapter should matter"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A model's folder, and the URL at which vLLM's own server has it."""
+    root = tmp_path_factory.mktemp("served")
+    folder = make(root / "model")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
+               "--enforce-eager", "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    with (root / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            wait_until_healthy(f"http://127.0.0.1:{port}/health", server, root / "log")
+            yield folder, f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+
+
+def wait_until_healthy(url: str, server: Any, log: Path) -> None:
+    until = time.monotonic() + 300
+    while True:
+        try:
+            urlopen(url, timeout=10).close()
+            return
+        except OSError:
+            assert server.poll() is None and time.monotonic() < until, log.read_text()[-2000:]
+            time.sleep(0.2)
+
+
+def test_vllms_own_server_gives_the_tokens_and_verdicts_of_the_engine(served: tuple[Path, str], tmp_path: Path):
+    folder, url = served
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Tell me of the {w}."}}\n' for w in ("cat", "dog", "sun")), encoding="utf-8")
+    model = {"model": str(folder)}
+    at_it = {"backend": "openai", "base_url": url}
+    rows: dict[str, Any] = {}
+    for name, values in (("served", at_it), ("engine", {})):
+        run(
+            "generate",
+            **model,
+            **values,
+            input=str(prompts),
+            n=1,
+            temperature=0,
+            max_new_tokens=8,
+            output_dir=tmp_path / f"g-{name}",
+        )
+        rows[name] = [row["token_ids"] for row in store.read_dataset(tmp_path / f"g-{name}").to_pylist()]
+    assert rows["served"] == rows["engine"]
+    run("generate", **model, input=str(prompts), n=3, temperature=1.0, max_new_tokens=6, output_dir=tmp_path / "c")
+    for name, values in (("served", at_it), ("engine", {})):
+        run("judge", **model, **values, input=str(tmp_path / "c"), reward_models=["judge", "rubric"], output_dir=tmp_path / name)
+        rows[name] = [r for row in store.read_dataset(tmp_path / name).to_pylist() for r in row["rewards"]]
+    for ours, theirs in zip(rows["served"], rows["engine"], strict=True):
+        assert ours["log_odds"] == pytest.approx(theirs["log_odds"], abs=1e-3)
+        assert ours["verdict_mass"] == (None if theirs["verdict_mass"] is None else pytest.approx(theirs["verdict_mass"], rel=1e-3))
+    assert max(r["verdict_mass"] for r in rows["served"] if r["reward_model"] == "judge") < 0.1, "no unlikely verdict was tested"
+
+
 def test_what_vllm_refuses_is_one_line_and_its_log_is_named(tmp_path: Path):
     folder = make_model(tmp_path / "model", **SHAPE)
     with pytest.raises(EngineError, match=r"vLLM failed: .*no_such_argument.*; its log is .*vllm\.log$"):
@@ -159,23 +232,28 @@ def test_what_vllm_refuses_is_one_line_and_its_log_is_named(tmp_path: Path):
     assert "Traceback" in (tmp_path / "out" / "vllm.log").read_text()
 
 
-def test_a_killed_engine_is_one_line_and_a_killed_driver_leaves_none(tmp_path: Path):
+def test_too_little_memory_is_one_line(tmp_path: Path):
     folder = make_model(tmp_path / "model", **SHAPE)
-    code = (
-        "import sys, time; sys.path.insert(0, {here!r})\n"
-        "from pathlib import Path\nfrom test_vllm import opened, questions\n"
-        "from scir_cli.errors import EngineError\nimport os, signal\n"
-        "if __name__ == '__main__':\n"
-        "    model, backend = opened(Path({folder!r}), Path({out!r}))\n"
-        "    print(backend.child.pid, flush=True)\n"
-        "    if sys.argv[1] == 'driver': time.sleep(600)\n"
-        "    os.kill(backend.child.pid, signal.SIGKILL)\n"
-        "    try: backend.generate(questions(model))\n"
-        "    except EngineError as error: print(error, flush=True)\n"
-    ).format(here=str(Path(__file__).parent), folder=str(folder), out=str(tmp_path / "out"))
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(EngineError, match=r"vLLM failed: Available memory .*1000\.0 GiB.*vllm\.log$"),
+    ):
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1000")  # GB; on a GPU it is gpu_memory_utilization
+        opened(folder, tmp_path / "out")
+
+
+def test_a_killed_driver_leaves_no_engine(tmp_path: Path):
+    folder = make_model(tmp_path / "model", **SHAPE)
     script = tmp_path / "script.py"
-    script.write_text(code, encoding="utf-8")
-    with subprocess.Popen([sys.executable, str(script), "driver"], stdout=subprocess.PIPE, text=True) as driver:
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nfrom test_vllm import opened\n"
+        "if __name__ == '__main__':\n"
+        f"    print(opened(Path({str(folder)!r}), Path({str(tmp_path / 'out')!r}))[1].child.pid, flush=True)\n"
+        "    time.sleep(600)\n",
+        encoding="utf-8",
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout is not None
         child = int(driver.stdout.readline())
         driver.kill()
@@ -183,7 +261,3 @@ def test_a_killed_engine_is_one_line_and_a_killed_driver_leaves_none(tmp_path: P
     while Path(f"/proc/{child}").exists():
         assert time.monotonic() < until, "the engine outlived its driver"
         time.sleep(0.05)
-    done = subprocess.run(
-        [sys.executable, str(script), "engine"], capture_output=True, text=True, env=os.environ.copy(), check=True
-    )
-    assert f"ended with status -{signal.SIGKILL.value}" in done.stdout

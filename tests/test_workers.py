@@ -82,9 +82,12 @@ def without_backend(table: pa.Table) -> list[Any]:
 
 
 def test_two_processes_write_the_rows_of_one(tiny_llama: Path, prompts: Path, tmp_path: Path):
+    work = []
     for name, n in (("one", 1), ("two", 2)):
         manifest = generate(tiny_llama, prompts, tmp_path / name, "transformers", data_parallel=n)
         assert manifest["rows_in"] == manifest["rows_out"] == 2 * PROMPTS
+        work.append([manifest["work"][key] for key in ("tokens_read", "tokens_sampled")])
+    assert work[0] == work[1]
     assert store.read_dataset(tmp_path / "one").equals(store.read_dataset(tmp_path / "two"))
     common = {"model": str(tiny_llama), "input": str(tmp_path / "one"), "reward_models": ["judge"], "rows_per_part": 8}
     for name, n in (("j1", 1), ("j2", 2)):

@@ -6,11 +6,13 @@ by far more than rounding does: a test that ignores one of them fails.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -135,3 +137,19 @@ def make_model(folder: Path, arch: str = "llama", *, seed: int = 0, bos: bool = 
                     parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return make_tokenizer(folder, bos=bos)
+
+
+def make_adapter(folder: Path, base: Path, rank: int = 4) -> Path:
+    """Writes a LoRA adapter of random weights for the queries and values of a Llama, as peft does."""
+    weights = {name: w for name, w in load_file(base / "model.safetensors").items() if "q_proj" in name or "v_proj" in name}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in weights.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=draw) / weight.shape[1] ** 0.5
+        tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(weight.shape[0], rank, generator=draw)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}), encoding="utf-8")
+    return folder

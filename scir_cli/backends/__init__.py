@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, suggest
+from scir_cli.trees import Branch
 
 TABLE = {
     "transformers": "scir_cli.backends.transformers:TransformersBackend",
@@ -57,6 +59,14 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Gives back what it holds beside the model: a process, its memory, connections."""
+
+
+def verdict_tokens(branches: Sequence[Branch]) -> dict[tuple[int, ...], list[int]]:
+    """The tokens whose log-probabilities are wanted at the end of each prompt: it is asked once for all of its verdicts."""
+    wanted: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    for branch in branches:
+        wanted[branch.ids] |= set(branch.target_tokens)
+    return {ids: sorted(tokens) for ids, tokens in wanted.items()}
 
 
 def resolve(name: str) -> str:

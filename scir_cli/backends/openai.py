@@ -1,31 +1,37 @@
-"""Sampling at an OpenAI-compatible endpoint that already serves the model (`vllm serve`, SGLang): token ids go in and must come out.
+"""Sampling and verdicts at an OpenAI-compatible endpoint that already serves the model (`vllm serve`, SGLang): token ids go in, and out where text is sampled.
 
 The endpoint batches; here are only threads that keep it busy, and retries: 429, 5xx and broken connections are tried again, later each time, or
-when the endpoint says. The key is read from OPENAI_API_KEY, sent, and never shown. Verdicts are not asked for: beyond an endpoint's top
-log-probabilities their mass would be unknown.
+when the endpoint says. The key is read from OPENAI_API_KEY, sent, and never shown. A verdict token is asked for by its id (vLLM's
+`logprob_token_ids`); an endpoint that does not know this gives its likeliest tokens, and what is not among them is unknown.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
+import torch
 import urllib3
+from torch import Tensor
 
-from scir_cli.backends import Completion, Request, Sampling
-from scir_cli.config import GenerateSettings
+from scir_cli.backends import Completion, Request, Sampling, verdict_tokens
+from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError
+from scir_cli.trees import Branch
 
 BUSY = (408, 429, 500, 502, 503, 504)
 
 
 class OpenAIBackend:
-    def __init__(self, model: Any, sampling: Sampling, settings: GenerateSettings) -> None:
+    def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         if not settings.base_url:
             raise ConfigError("--backend openai needs --base-url, as http://localhost:8000/v1")
         self.url, self.sampling, self.ends = settings.base_url.rstrip("/"), sampling, sorted(model.chat.end_ids)
+        self.meter, self.tokenizer, self.top_logprobs = model.meter, model.chat.tokenizer, settings.top_logprobs
         key = os.environ.get("OPENAI_API_KEY")
         retry = urllib3.Retry(
             total=settings.endpoint_retries, allowed_methods=None, status_forcelist=BUSY, backoff_factor=0.5, raise_on_status=False
@@ -45,7 +51,46 @@ class OpenAIBackend:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
-            return list(threads.map(self._complete, requests))
+            answers = []
+            for request, answer in zip(requests, threads.map(self._complete, requests), strict=True):
+                self.meter.count(len(request.prompt_ids), len(answer.token_ids))
+                answers.append(answer)
+            return answers
+
+    def score(self, branches: Sequence[Branch]) -> Tensor:
+        """Log-probability of the one target of each verdict branch; NaN where the endpoint does not say.  -> (branches,) nats, fp32"""
+        wanted = verdict_tokens(branches)
+        with ThreadPoolExecutor(self.sampling.batch_size) as threads:
+            found = {}
+            for prompt, logprobs in zip(wanted, threads.map(self._logprobs, wanted, wanted.values()), strict=True):
+                self.meter.count(len(prompt))
+                found[prompt] = logprobs
+        return torch.tensor([found[b.ids].get(b.target_tokens[0], float("nan")) for b in branches])
+
+    def _logprobs(self, prompt: Sequence[int], tokens: list[int]) -> dict[int, float]:
+        """Log-probabilities by token id of the next token: of those asked for, or of the likeliest."""
+        body = {
+            "model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": self.top_logprobs,
+            "logprob_token_ids": tokens, "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        try:
+            (choice,) = self._call("POST", "/completions", json=body)["choices"]
+            top = {self._token(name): float(logprob) for name, logprob in choice["logprobs"]["top_logprobs"][0].items()}
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise EngineError(
+                f"{self.url} gives no log-probabilities (logprobs of /completions), which verdicts are read from"
+            ) from error
+        return {token: logprob for token, logprob in top.items() if token is not None}
+
+    def _token(self, name: str) -> int | None:
+        """The token that an endpoint calls by its id, or by a text that no other token has."""
+        return int(name.removeprefix("token_id:")) if name.startswith("token_id:") else self._by_text.get(name)
+
+    @cached_property
+    def _by_text(self) -> dict[str, int]:
+        texts = self.tokenizer.batch_decode([[token] for token in range(len(self.tokenizer))])
+        times = Counter(texts)
+        return {text: token for token, text in enumerate(texts) if times[text] == 1}
 
     def _complete(self, request: Request) -> Completion:
         s = self.sampling
@@ -60,6 +105,10 @@ class OpenAIBackend:
             raise EngineError(
                 f"{self.url} gives no token ids back, and text would not be the tokens that were sampled; serve the model with vLLM 0.10.2 or newer"
             ) from error
+        if ids and not 0 <= min(ids) <= max(ids) < len(self.tokenizer):
+            raise EngineError(
+                f"{self.url} gives the token {max(ids)}, which the tokenizer of --model has not; does it serve another model?"
+            )
         return Completion(ids, "stop" if ids and ids[-1] in self.ends else "length")
 
     def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:

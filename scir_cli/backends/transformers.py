@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from scir_cli.backends import Completion, Request, Sampling
+from scir_cli.errors import EngineError
 from scir_cli.policy import Policy
 
 NUCLEUS = 1024  # tokens looked at first for the nucleus; a full sort only where they do not hold top_p
@@ -51,6 +52,10 @@ class TransformersBackend:
             for low in range(0, len(order), self.sampling.batch_size):
                 batch = order[low : low + self.sampling.batch_size]
                 done |= dict(zip(batch, self._batch([requests[i] for i in batch]), strict=True))
+                read, sampled = (
+                    sum(map(len, ids)) for ids in zip(*((requests[i].prompt_ids, done[i].token_ids) for i in batch), strict=True)
+                )
+                self.policy.meter.count(read, sampled)
         return [done[i] for i in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request]) -> list[Completion]:
@@ -66,9 +71,14 @@ class TransformersBackend:
         config = GenerationConfig(
             do_sample=False, max_new_tokens=s.max_new_tokens, eos_token_id=sorted(policy.chat.end_ids), pad_token_id=pad
         )
-        out = policy.model.generate(
-            ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config, logits_processor=processors
-        )
+        try:
+            out = policy.model.generate(
+                ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config, logits_processor=processors
+            )
+        except torch.OutOfMemoryError as error:
+            raise EngineError(
+                f"out of memory sampling {len(requests)} answers at a time; lower --batch-size (--rationale-batch-size in judge)"
+            ) from error
         return [self._cut(row) for row in out[:, width:].tolist()]
 
     def _cut(self, row: Sequence[int]) -> Completion:

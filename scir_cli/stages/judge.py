@@ -21,6 +21,7 @@ from scir_cli import backends, consistency, reward_models, sources, store, worke
 from scir_cli.backends import Request, Sampling
 from scir_cli.config import BackendSettings, EvalRewardsSettings, EvalWinrateSettings, JudgeSettings, TrainSettings
 from scir_cli.errors import ConfigError, DataError, suggest
+from scir_cli.meter import Meter
 from scir_cli.odds import Odds
 from scir_cli.places import place
 from scir_cli.reward_models import Context, Pair
@@ -36,8 +37,9 @@ Row = dict[str, Any]
 def run(settings: JudgeSettings) -> Json:
     """Writes a judged dataset and returns its manifest; counts are in pairs."""
     settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
-    share = workers.share("scir_cli.stages.judge:opened", settings)
-    return judge_table("judge", settings, Scorer(settings, settings), work_of(settings), share)
+    scorer = Scorer(settings, settings)
+    share = workers.share("scir_cli.stages.judge:opened", settings, scorer.meter)
+    return judge_table("judge", settings, scorer, work_of(settings), share)
 
 
 def opened(settings: JudgeSettings) -> Judging:
@@ -90,6 +92,10 @@ class Judging:
     scorer: Scorer
     work: Work
 
+    @property
+    def meter(self) -> Meter:
+        return self.scorer.meter
+
     def __call__(self, low: int, high: int) -> Part:
         rows, drops = self.work.make_rows(self.work.table.slice(low, high - low).to_pylist(), self.settings)
         n = len(rows) + drops.total()
@@ -109,7 +115,7 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
     plan = {"stage": stage, "settings": settings.plan(), "input": work.digest, **scorer.keys}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": work.table.num_rows + work.dropped.total()}
-    with progress(stage, work.table.num_rows) as advance, closing(Judging(settings, scorer, work)) as make:
+    with progress(stage, work.table.num_rows, scorer.meter) as advance, closing(Judging(settings, scorer, work)) as make:
         return store.write_dataset(
             settings.output_dir,
             "judged",
@@ -120,12 +126,26 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
             dropped_before=work.dropped,
             advance=advance,
             share=share,
-            summarise=summarise,
+            work=scorer.meter.figures,
+            summarise=lambda made: summarise(made) | unseen(made, scorer),
         )
 
 
 def summarise(made: store.Dataset) -> Json:
     return consistency.summary(consistency.from_tables(made.tables()))
+
+
+def unseen(made: store.Dataset, scorer: Scorer) -> Json:
+    """Verdicts that are missing because an endpoint did not show both of their tokens, by reward model; nothing where it showed all."""
+    if scorer.backend_settings is None or scorer.backend_settings.backend != "openai":
+        return {}
+    reading = [name for name, model in scorer.models.items() if model.reads_verdicts]
+    counts: Counter[str] = Counter()
+    for table in made.tables():
+        rewards = table["rewards"].combine_chunks().flatten()
+        columns = (rewards.field(name).to_pylist() for name in ("reward_model", "log_odds", "verdict_mass"))
+        counts.update(name for name, odds, mass in zip(*columns, strict=True) if name in reading and odds is None and mass is None)
+    return {"beyond_top_logprobs": dict(counts)} if counts else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- making pairs
@@ -236,6 +256,9 @@ class Scorer:
         self.model = LazyPolicy(settings, settings.model)
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
         self.reference = self._reference()
+        self.meter = self.model.meter
+        if self.reference:
+            self.reference.meter = self.meter
         self.reference_key = self.reference.key if self.reference else None
         self.keys = {"model": self.model.key, "reward_reference": self.reference_key}
 
@@ -301,11 +324,12 @@ class Scorer:
             requests = [(i, tuple(p)) for i, pair in enumerate(pairs) for p in model.requests(pair)]
             if not requests:
                 continue
-            answers = self.backend.generate(
-                [Request(prompt, sample_seed(self.settings.seed, pairs[i].pair_id, 0)) for i, prompt in requests]
-            )
             for pair in pairs:
                 pair.written[name] = []
+            seeds = [sample_seed(self.settings.seed, pairs[i].pair_id, 0) for i, _ in requests]
+            backend = self.backend
+            with self.meter.working():
+                answers = backend.generate([Request(prompt, seed) for (_, prompt), seed in zip(requests, seeds, strict=True)])
             for (i, _), completion in zip(requests, answers, strict=True):
                 pairs[i].written[name] = [*pairs[i].written[name], completion.token_ids]
 
@@ -330,10 +354,10 @@ class Scorer:
         return [row for row, _ in ready]
 
     def _logps(self, asked: list[list[Branch]]) -> torch.Tensor:
-        """Summed log-probabilities of all branches: of answers by the engine, of verdicts by vLLM where it was asked for.  # (pairs, branches)"""
+        """Summed log-probabilities of all branches: of answers by the engine, of verdicts by another backend where it was asked for.  # (pairs, branches)"""
         flags = [model.reads_verdicts for model in self.models.values() for _ in range(model.n_branches)]
         verdicts = torch.tensor(flags, dtype=torch.bool) & (
-            self.backend_settings is not None and self.backend_settings.backend == "vllm"
+            self.backend_settings is not None and self.backend_settings.backend != "transformers"
         )
         logps = torch.zeros(len(asked), len(flags))
         for chosen, score in ((verdicts, self._by_backend), (~verdicts, self._by_engine)):
@@ -342,10 +366,14 @@ class Scorer:
         return logps
 
     def _by_engine(self, groups: list[list[Branch]]) -> torch.Tensor:
-        return torch.stack(list(self.model.policy.score(groups, self.settings.max_tokens_per_pack)))
+        policy = self.model.policy
+        with self.meter.working():
+            return torch.stack(list(policy.score(groups, self.settings.max_tokens_per_pack)))
 
     def _by_backend(self, groups: list[list[Branch]]) -> torch.Tensor:
-        return self.backend.score([branch for group in groups for branch in group]).reshape(len(groups), -1)
+        backend = self.backend
+        with self.meter.working():
+            return backend.score([branch for group in groups for branch in group]).reshape(len(groups), -1)
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
         """The pairs with log-probabilities under reward_reference; those the dataset already holds are not computed again."""
@@ -359,8 +387,9 @@ def with_reference(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int
     missing = [pair for pair in pairs if reference.key not in pair.reference_logps]
     groups = [[reward_models.continuation(pair.prompt_ids, ids) for ids in pair.response_ids] for pair in missing]
     scored = reference.policy.score(groups, max_tokens) if missing or reference.sharded else []
-    for pair, logps in zip(missing, scored, strict=True):
-        pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
+    with reference.meter.working():
+        for pair, logps in zip(missing, scored, strict=True):
+            pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
     return list(pairs)
 
 

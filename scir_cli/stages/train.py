@@ -20,6 +20,7 @@ from scir_cli import (
     config,
     consistency,
     losses,
+    model_sources,
     objectives,
     pages,
     parallel,
@@ -320,12 +321,15 @@ def _write_model(
     model = policy.model
     with store.disk_errors(out):
         if settings.lora.rank:
-            model.save_pretrained(out / "adapter")
+            with warnings.catch_warnings():  # peft looks for a config in what it was trained on, and an adapter's folder has none
+                warnings.filterwarnings("ignore", message="Could not find a config file")
+                model.save_pretrained(out / "adapter")
+            store.write_json(out / "adapter" / model_sources.FOR, {"digest": model_sources.digest(policy.path)})
             model = _merged(policy, settings, out / "adapter")
         model.set_attn_implementation(policy.plain_attention)
         model.save_pretrained(out)
         policy.chat.tokenizer.save_pretrained(out)
-        generation = policy.path / "generation_config.json"
+        generation = model_sources.base(policy.path) / "generation_config.json"
         if generation.is_file():
             (out / generation.name).write_bytes(generation.read_bytes())
         (out / "README.md").write_text(_card(settings, plan, trainer), encoding="utf-8")
