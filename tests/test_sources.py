@@ -150,7 +150,7 @@ def test_external_scores_become_log_odds_for_the_first_response(tmp_path: Path, 
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", **scores} for i in range(20)]
     table, _ = sources.load_pairs(jsonl(tmp_path / "p.jsonl", rows), external=external)
     assert set(table.column("gold").to_pylist()) == {"first", "second"}
-    others = {"forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None}
+    others = {"forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None, "written": None}
     for row in table.to_pylist():
         log_odds = 1.5 if row["gold"] == "first" else -1.5
         assert row["rewards"] == [{"reward_model": "external", "log_odds": log_odds, **others}]
