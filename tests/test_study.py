@@ -142,6 +142,7 @@ def test_an_interval_of_three_differences_by_hand():
     # 1, 2, 3: mean 2, s = 1, t(2) = 4.303: 2 -+ 4.303 / sqrt 3 = 2 -+ 2.4843
     assert report.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.48434, 2 + 2.48434), abs=1e-4)
     assert report.interval([0.5, 0.5])[1:] == (-float("inf"), float("inf"))  # two seeds that are alike establish nothing
+    assert report.interval([1 / 60, 1 / 60, 1 / 60])[1:] == (-float("inf"), float("inf"))  # nor do three
 
 
 def records(**values: list[float]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
     python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md; nothing in the page is typed by hand
 
 A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is Student's t at 95 % over the seeds both have,
-and there is none for fewer than three seeds: two that happen to be alike would establish anything.
+and there is none for fewer than three seeds, or where all are alike: those would establish anything.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ COST = {"steps": "steps", "tokens": "tokens computed", "train_seconds": "seconds
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n); the interval is infinite for fewer than three."""
+    """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n); infinite for fewer than three, and where they are all the same."""
     n, mean = len(differences), statistics.fmean(differences)
-    if n < FEWEST:
+    if n < FEWEST or max(differences) - min(differences) < 1e-9:  # shares of few pairs may coincide: that is no spread of 0
         return mean, -math.inf, math.inf
     half = (T[n - 2] if n - 2 < len(T) else 2.0) * statistics.stdev(differences) / math.sqrt(n)
     return mean, mean - half, mean + half
