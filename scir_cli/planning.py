@@ -27,7 +27,7 @@ Json = dict[str, Any]
 
 
 def estimate(policy: Policy, examples: Sequence[Example], settings: TrainSettings, objective: Objective) -> Json:
-    """Tokens, steps, packs, bytes and seconds of a run, on one process; the largest pack of the first epoch is scored and differentiated once."""
+    """Tokens, steps, packs, bytes and seconds of a run, on one process; steps are tried on its largest pack and four others."""
     steps = batches(examples, settings, objective)
     groups = [objective.branches(e) for e in examples]
     packs = [

@@ -162,9 +162,8 @@ def kept_scale(model: Path, settings: TrainSettings, reward_key: str | None) -> 
     if settings.scale != "fitted" or not (plan.exists() and manifest.exists()):
         return None
     made = store.read_json(plan)
-    same = made.get("reward_reference") == reward_key and all(
-        made["settings"].get(name) == getattr(settings, name) for name in ("objective", "scale", "implicit_beta", "length_control")
-    )
+    alike = ("objective", "scale", "implicit_beta", "length_control", "length_alpha")
+    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in alike)
     return float(store.read_json(manifest)["summary"]["scir/scale"]) if same else None
 
 
