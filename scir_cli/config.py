@@ -6,6 +6,7 @@ Defaults marked [ours] in docs/method.md are our reconstruction and not the pape
 
 from __future__ import annotations
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
@@ -55,9 +56,11 @@ class Settings(BaseModel):
         return [word.strip() for word in value.split(",") if word.strip()] if listed else value
 
     def plan(self) -> dict[str, Any]:
-        """The settings that determine the rows, JSON-ready. Paths of inputs and models are left to digests."""
+        """The settings that determine the rows, JSON-ready; of a file, a digest of what it holds. Inputs and models have their own."""
         free = {name for name, info in type(self).model_fields.items() if info.json_schema_extra == FREE}
-        return self.model_dump(mode="json", exclude=free)
+        plan = self.model_dump(mode="json", exclude=free)
+        files = {name: value for name, value in self if name in plan and isinstance(value, Path) and value.is_file()}
+        return plan | {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in files.items()}
 
 
 class StageSettings(Settings):
@@ -147,6 +150,8 @@ class RewardSettings(ModelSettings):
     rubric_scale: float = setting(1.0, "Log-odds per rubric point.", gt=0)
     likelihood_scale: float = setting(1.0, "Factor on the mean log-probabilities of likelihood and pmi.", gt=0)
     judge_prompt: Path | None = setting(None, "Text file with {question}, {a} and {b}: the pairwise judge's prompt.")
+    rationale_prompt: Path | None = setting(None, "The same, for the judge that gives its reasons first.")
+    rubric_prompt: Path | None = setting(None, "Text file with {question} and {response}: asks for a score from 0 to 5.")
     verdict_tokens: tuple[str, str] = setting(("A", "B"), "The judge's two verdicts; each must be one token.")
     min_verdict_mass: Rate = setting(0.0, "Below this P(A)+P(B) the judge gives no verdict (null).")
     rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -91,11 +92,14 @@ class Judge(_Base):
 
     n_branches = 4
     reads_verdicts = True
-    default_prompt = chat.PAIRWISE
 
     @cached_property
     def template(self) -> str:
-        return chat.load_template(self.settings.judge_prompt, self.default_prompt, ("question", "a", "b"))
+        return chat.load_template(*self._prompt(), ("question", "a", "b"))
+
+    def _prompt(self) -> tuple[Path | None, str]:
+        """The user's file, and ours."""
+        return self.settings.judge_prompt, chat.PAIRWISE
 
     def _prompts(self, pair: Pair) -> list[list[int]]:
         first, second = pair.texts
@@ -122,7 +126,8 @@ class Judge(_Base):
 class Rationale(Judge):
     """The judge writes its reasons first; the verdict is then read as the judge's is."""
 
-    default_prompt = chat.PAIRWISE_RATIONALE
+    def _prompt(self) -> tuple[Path | None, str]:
+        return self.settings.rationale_prompt, chat.PAIRWISE_RATIONALE
 
     def requests(self, pair: Pair) -> list[list[int]]:
         return self._prompts(pair)
@@ -164,9 +169,13 @@ class Rubric(_Base):
     n_branches = 12
     reads_verdicts = True
 
+    @cached_property
+    def template(self) -> str:
+        return chat.load_template(self.settings.rubric_prompt, chat.RUBRIC, ("question", "response"))
+
     def branches(self, pair: Pair) -> list[Branch]:
         question = chat.question_text(pair.messages)
-        asks = [chat.fill(chat.RUBRIC, question=question, response=text) for text in pair.texts]
+        asks = [chat.fill(self.template, question=question, response=text) for text in pair.texts]
         tokens = [self.chat.answer_token(asks[0], str(score)) for score in range(6)]
         prompts = [self.chat.prompt_ids(ask) for ask in asks]
         return [verdict(prompt, token) for prompt in prompts for token in tokens]

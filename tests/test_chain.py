@@ -288,6 +288,23 @@ def test_another_setting_in_the_same_folder_is_refused_by_name_and_overwrite_rep
     assert "reused" not in run("filter", **first, min_margin=0.1, overwrite=True)
 
 
+def test_a_judge_prompt_that_was_edited_is_another_setting(world: Path, tmp_path: Path):
+    prompt, copy = tmp_path / "judge.txt", tmp_path / "copy.txt"
+    for path in (prompt, copy):
+        path.write_text("{question} {a} {b}?")
+    again = {
+        "model": str(world / "policy"),
+        "input": str(world / "gold.jsonl"),
+        "reward_models": ["judge"],
+        "output_dir": tmp_path / "j",
+    }
+    run("judge", **again, judge_prompt=prompt)
+    assert run("judge", **again, judge_prompt=copy)["reused"]  # the same words in another place
+    prompt.write_text("{question} {a} or {b}?")
+    with pytest.raises(PlanMismatch, match="settings.judge_prompt was"):
+        run("judge", **again, judge_prompt=prompt)
+
+
 def test_a_truncated_part_and_a_wrong_kind_are_named(world: Path, tmp_path: Path):
     run("filter", input=str(world / "judged"), output_dir=tmp_path / "f")
     with pytest.raises(DataError, match="'preferences' dataset"):

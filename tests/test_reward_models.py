@@ -210,12 +210,32 @@ def test_a_judge_prompt_from_a_file_is_what_is_asked(tiny_policy: Policy, pairs:
     }
 
 
-@pytest.mark.parametrize("name", ["judge", "rationale"])
-def test_a_judge_prompt_without_a_field_is_a_settings_error(name: str, tiny_policy: Policy, pairs: list[Pair], tmp_path: Path):
+def test_each_way_of_judging_has_its_own_prompt(tiny_policy: Policy, pairs: list[Pair], tmp_path: Path):
+    files = {f"{name}_prompt": tmp_path / f"{name}.txt" for name in ("judge", "rationale", "rubric")}
+    files["judge_prompt"].write_text("J {question} {a} {b}")
+    files["rationale_prompt"].write_text("W {question} {a} {b}")
+    files["rubric_prompt"].write_text("S {question} {response}")
+    models = reward_models.make(
+        ["judge", "rationale", "rubric"], tiny_policy.chat, settings(**{k: str(v) for k, v in files.items()})
+    )
+    pair = replace(pairs[1], written={"rationale": [[5], [6]]})
+    said = {
+        name: {tiny_policy.chat.tokenizer.decode(b.ids).split("\n")[1].split(END)[0] for b in model.branches(pair)}
+        for name, model in models.items()
+    }
+    assert said["judge"] == {"J Sort 3 1 2. 1 2 3 3 2 1", "J Sort 3 1 2. 3 2 1 1 2 3"}
+    assert said["rationale"] == {"W Sort 3 1 2. 1 2 3 3 2 1", "W Sort 3 1 2. 3 2 1 1 2 3"}
+    assert said["rubric"] == {"S Sort 3 1 2. 1 2 3", "S Sort 3 1 2. 3 2 1"}
+
+
+@pytest.mark.parametrize(("name", "field"), [("judge", "b"), ("rationale", "b"), ("rubric", "response")])
+def test_a_prompt_without_a_field_is_a_settings_error(
+    name: str, field: str, tiny_policy: Policy, pairs: list[Pair], tmp_path: Path
+):
     path = tmp_path / "judge.txt"
     path.write_text("{question} {a}")
-    model = reward_models.make([name], tiny_policy.chat, settings(judge_prompt=str(path)))[name]
-    with pytest.raises(ConfigError, match=r"has no \{b\}"):
+    model = reward_models.make([name], tiny_policy.chat, settings(**{f"{name}_prompt": str(path)}))[name]
+    with pytest.raises(ConfigError, match=rf"has no \{{{field}\}}"):
         model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
 
 

@@ -86,9 +86,10 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
     with sampler.meter.working():
         completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
     out: list[dict[str, Any]] = []
+    plan = settings.plan()
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     for (row, _, seed), completion in zip(seeds, completions, strict=True):
-        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, settings.plan()])[:16]
+        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, plan])[:16]
         duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
         text = model.chat.tokenizer.decode([t for t in completion.token_ids if t not in model.chat.end_ids])
         out.append(
