@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from study import report, world
 from study import run as study
-from study.experiments import EXPERIMENTS, MAIN, Method, Setup
+from study.experiments import EXPERIMENTS, MAIN, WITH_JUDGES, Method, Setup
 
 TINY = Setup(
     size=world.Size(hidden=32, layers=1, n_base=40, n_seed=12, n_prompts=6, n_heldout=12, n_test=3),
@@ -72,6 +73,19 @@ def test_quality_is_hardly_a_function_of_length_and_a_bias_towards_length_can_be
     assert longer_is_chosen(0.8) > 0.85
 
 
+def test_what_other_judges_are_taught_is_the_quality_in_fifths_and_the_better_seat():
+    pair = {"prompt": "sort 3142", "chosen": "1234", "rejected": "1243"}  # qualities 1 and 1/2
+    rubric = [world.lesson(random.Random(seed), "rubric", pair) for seed in range(20)]
+    scores = {row["prompt"].split("\n")[1]: row["chosen"] for row in rubric}
+    assert scores == {"1234": "5", "1243": "2"}  # round(5 * 0.5) = 2
+    assert all(row["rejected"] != row["chosen"] and row["rejected"] in "012345" for row in rubric)
+    written = {row["prompt"]: row["chosen"] for seed in range(20) if (row := world.lesson(random.Random(seed), "rationale", pair))}
+    assert written == {
+        "sort 3142\nA 1234\nB 1243\nwhy?": "A 5 B 2\n\nVerdict: A",
+        "sort 3142\nA 1243\nB 1234\nwhy?": "A 2 B 5\n\nVerdict: B",
+    }
+
+
 def test_held_out_and_test_prompts_are_nobody_s_training_prompts(tmp_path: Path):
     world.write(tmp_path, TINY.size, seed=3)
     prompts = {
@@ -114,6 +128,17 @@ def test_a_cell_is_measured_after_each_iteration_and_is_not_done_again(tmp_path:
     capsys.readouterr()
     assert results(tmp_path, [cell("scir"), cell("srlm")], gold) == first
     assert "srlm:" not in capsys.readouterr().out
+
+
+def test_rubric_and_rationale_are_measured_and_trained_where_a_world_teaches_them(tmp_path: Path):
+    (four,) = [m for m in WITH_JUDGES if m.name == "scir, rubric and rationale"]
+    setup = replace(TINY, size=replace(TINY.size, judges=("rubric", "rationale")), iterations=1)
+    study.run_experiment("tiny", tmp_path / "out", [0], [four], setup, world.Gold(("evaluation",)), tmp_path / "results")
+    result = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    assert all(
+        0 <= found[f"{name}_accuracy"] <= 1 for found in (result["m1"]["0"], *result["records"]) for name in setup.size.judges
+    )
+    assert "gradient_rationale" in result["records"][0]
 
 
 @pytest.mark.slow

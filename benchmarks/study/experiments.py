@@ -119,6 +119,23 @@ SWEEP = [
     for weight in (0.1, 1.0, 5.0)
 ]
 
+JUDGES = Setup(
+    size=Size(judges=("rubric", "rationale"), n_base=24000),
+    base={**Setup().base, "max_steps": 1800},
+    loop={**Setup().loop, "rationale_max_tokens": 24, "rationale_batch_size": 256},
+)
+WITH_JUDGES = [
+    Method("srlm", "srlm"),
+    Method("srlm by rubric", "srlm", {"rule": "rubric", "reward_models": ["judge", "implicit", "rubric"]}),
+    Method("srlm by rationale", "srlm", {"rule": "rationale", "reward_models": ["judge", "implicit", "rationale"]}),
+    SCIR,
+    *[
+        Method(f"scir, {' and '.join(more)}", "scir", {"reward_models": ["judge", "implicit", *more]})
+        for more in (["rubric"], ["rationale"], ["rubric", "rationale"])
+    ],
+    Method("oracle", "external", scores="oracle"),
+]
+
 FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), BEFORE, SCIR]
 
 
@@ -157,5 +174,6 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "position-bias": (with_size(position_bias=2.0), FEW),
     "smaller": (with_size(hidden=64, layers=2), FEW),
     "larger": (with_size(hidden=192, layers=4), FEW),
+    "judges": (JUDGES, WITH_JUDGES),
     "real": (REAL, ON_REAL),
 }

@@ -34,6 +34,8 @@ FIGURES = {
     "greedy_quality": ("greedy gold", 1),
     "judge_accuracy": ("judge right", 1),
     "implicit_accuracy": ("implicit right", 1),
+    "rubric_accuracy": ("rubric right", 1),
+    "rationale_accuracy": ("rationale right", 1),
     "agreed_accuracy": ("right where agreed", 1),
     "agreement": ("agreement", 1),
     "flip_rate": ("flips", -1),
@@ -48,7 +50,7 @@ FIGURES = {
     "unseen_flip_rate": ("flips, unseen", -1),
 }
 CLAIMED = (
-    "sampled_quality", "greedy_quality", "judge_accuracy", "implicit_accuracy", "agreement", "flip_rate",
+    "sampled_quality", "greedy_quality", "judge_accuracy", "implicit_accuracy", "agreement", "flip_rate", "rubric_accuracy", "rationale_accuracy",
     "unseen_judge_accuracy", "unseen_implicit_accuracy", "unseen_agreement",
 )  # fmt: skip
 WHY = {
@@ -267,6 +269,11 @@ ABOUT = {
     "position-bias": (
         "A judge with a favourite seat",
         """M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state at the verdict. Otherwise main's world.""",
+    ),
+    "judges": (
+        "More ways to judge",
+        """M_0 is taught, with as many of its pairs each as a kind of task has, to give one answer a score of 0 to 5 (rubric: its quality in fifths) and to write both
+scores before its verdict (rationale). Each is SRLM's judge and SCIR's third reward model, or both are with four.""",
     ),
     "smaller": ("A smaller model", "Width 64 and two layers, in place of 96 and three."),
     "larger": ("A larger model", "Width 192 and four layers."),

@@ -34,6 +34,7 @@ Json = dict[str, Any]
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "methods"
 MEASURED = {"dtype": "fp32", "device": "cpu"}  # where nothing else is said
+ASKED = {"rationale_max_tokens": 24, "rationale_batch_size": 256}  # of a world's other judges
 
 
 # ---------------------------------------------------------------------------------------------------------------------- stages in this process
@@ -80,15 +81,20 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
 
 def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup) -> Json:
     """How right, how sure and how much of one mind a model's reward models are on the labelled pairs of NAME.jsonl."""
-    run("eval rewards", model=str(model), reward_reference=str(world / "m0"), input=str(world / f"{name}.jsonl"), judge_prompt=world / "judge.txt",
-        implicit_scale=1.0, dtype=setup.dtype, output_dir=out / name)  # fmt: skip
+    asked = {"model": str(model), "input": str(world / f"{name}.jsonl"), "dtype": setup.dtype, **prompts_of(world)}
+    run("eval rewards", **asked, reward_reference=str(world / "m0"), implicit_scale=1.0, output_dir=out / name)
     summary = store.read_json(out / name / "manifest.json")["summary"]
+    others = {}
+    if judges := list(getattr(setup.size, "judges", ())):
+        run("eval rewards", **asked, reward_models=judges, output_dir=out / f"{name}-others", **ASKED)
+        others = store.read_json(out / f"{name}-others" / "manifest.json")["summary"]["models"]
     judge, implicit = summary["models"]["judge"], summary["models"]["implicit"]
     return {
         "judge_accuracy": judge["accuracy"], "implicit_accuracy": implicit["accuracy"], "agreed_accuracy": summary["agreed"]["accuracy"],
         "agreement": summary["between"][0]["agreement"], "flip_rate": judge["flip_rate"], "judge_abs": judge["mean_abs_log_odds"],
         "implicit_abs": implicit["mean_abs_log_odds"], "judge_calibration_error": judge["calibration_error"],
         "judge_length_correlation": judge["length_correlation"], "implicit_length_correlation": implicit["length_correlation"],
+        **{f"{other}_accuracy": figures["accuracy"] for other, figures in others.items()},
         **{f"{model} on {kind}": of["models"][model]["accuracy"] for kind, of in summary["by_subset"].items() for model in ("judge", "implicit")},
     }  # fmt: skip
 
@@ -138,6 +144,11 @@ def trained(folder: Path) -> Json:
 # ---------------------------------------------------------------------------------------------------------------------- one world, one cell
 
 
+def prompts_of(world: Path) -> dict[str, str]:
+    """The setting that names each prompt file of a world."""
+    return {f"{name}_prompt": str(path) for name in ("judge", "rationale", "rubric") if (path := world / f"{name}.txt").exists()}
+
+
 def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
     """Where the world of a seed is kept: one for all experiments that make it alike."""
     made_by = [dataclasses.asdict(setup.size), setup.base, setup.tune]
@@ -156,7 +167,7 @@ def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
         if not (world / "judge.txt").exists():
             kind.write(world, setup.size, seed)
         first, taught, lesson = kind.CHAIN
-        shared = {"judge_prompt": world / "judge.txt", "seed": seed, "num_epochs": 1000, "dtype": setup.dtype}
+        shared = {**prompts_of(world), "seed": seed, "num_epochs": 1000, "dtype": setup.dtype}
         same = [store.digest_path(world / first), store.digest_path(world / f"{lesson}.jsonl"), setup.base, setup.dtype, seed]
         made = world.parent / f"{taught}-{store.digest_json(same)[:8]}"
         if not (made / "manifest.json").exists():
@@ -180,7 +191,7 @@ def run_cell(folder: Path, world: Path, method: Method, setup: Setup, seed: int,
     if not (out / "m1").exists():
         shutil.copytree(world / "m1", out / "m1")
     names = {"base": str(world / "m0"), "prompts": str(world / "prompts.jsonl"), "seed_pairs": str(world / "seed.jsonl")}
-    shared = {"seed": seed, "judge_prompt": str(world / "judge.txt"), "dtype": setup.dtype}
+    shared = {"seed": seed, "dtype": setup.dtype, **prompts_of(world)}
     overrides = names | shared | setup.loop | method.settings
     overrides = {k: v.format(**names) if isinstance(v, str) else v for k, v in overrides.items()}
     steps = [

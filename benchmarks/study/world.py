@@ -25,6 +25,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 JUDGE_PROMPT = "{question}\nA {a}\nB {b}\n?"
+#: How other reward models ask, where a world has them (Size.judges).
+PROMPTS = {"rubric": "{question}\n{response}\n0-5?", "rationale": "{question}\nA {a}\nB {b}\nwhy?"}
 #: Names of the models in a world's folder: the first, the same taught to answer and to judge, and the file that teaches it.
 CHAIN = ("random", "m0", "base")
 #: Who answers the unlabelled prompts.
@@ -225,6 +227,22 @@ def labelled_pair(draw: Draw, prompt: str, slips: Sequence[float], noise: float 
     return {"prompt": prompt, "chosen": one, "rejected": other, "subset": prompt.split()[0]}
 
 
+def lesson(draw: Draw, judge: str, pair: Json) -> Json:
+    """A row that teaches a rubric's score of one answer (its quality in fifths), or a rationale (both scores, then the verdict), and a wrong one beside it."""
+    seats = draw.sample([pair["chosen"], pair["rejected"]], 2)
+    scores = [round(5 * quality(pair["prompt"], answer)) for answer in seats]
+    if judge == "rubric":
+        asked = {"response": seats[0]}
+        right, wrong = str(scores[0]), str(draw.choice([score for score in range(6) if score != scores[0]]))
+    else:
+        asked = {"a": seats[0], "b": seats[1]}
+        verdicts = ("A", "B") if seats[0] == pair["chosen"] else ("B", "A")
+        right, wrong = (f"A {scores[0]} B {scores[1]}\n\nVerdict: {verdict}" for verdict in verdicts)
+    return {
+        "prompt": PROMPTS[judge].format(question=pair["prompt"], **asked), "chosen": right, "rejected": wrong, "subset": judge,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Size:
     """How large a world is; everything that scales its cost."""
@@ -242,10 +260,11 @@ class Size:
     label_noise: float = 0.0
     length_bias: float = 0.0
     position_bias: float = 0.0  # nats that M_0's judge is given for seat A
+    judges: tuple[str, ...] = ()  # of PROMPTS: what else M_0 is taught, each by as many of its pairs as a family has
 
 
 def write(folder: Path, size: Size, seed: int) -> None:
-    """Data sets of one world: base.jsonl, seed.jsonl, prompts.jsonl, heldout.jsonl, test.jsonl, judge.txt; and a random model in base/."""
+    """Data sets of one world (base, seed, prompts, heldout, test), the prompt of each of its judges, and a random model in random/."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, taken = Draw(seed), set[str]()
     heldout = draw_prompts(draw, size.n_heldout, taken, size.families)
@@ -256,8 +275,11 @@ def write(folder: Path, size: Size, seed: int) -> None:
         for p in draw_prompts(draw, size.n_seed, set(taken), size.families)
     ]
     answers = draw_prompts(draw, size.n_base, set(taken), size.families)
+    base = [pair for p in answers if (pair := labelled_pair(draw, p, size.slips))]
+    kinds = [*["answer"] * len(size.families), *size.judges]
+    taught = [(kinds[i % len(kinds)], pair) for i, pair in enumerate(base)]
     rows = {
-        "base": [pair for p in answers if (pair := labelled_pair(draw, p, size.slips))],
+        "base": [pair if kind == "answer" else lesson(draw, kind, pair) for kind, pair in taught],
         "seed": [pair for pair in seeds if pair][: size.n_labels],
         "heldout": [pair for pair in pairs if pair],
         "prompts": [{"prompt": p} for p in draw_prompts(draw, size.n_prompts, set(taken), size.families)],
@@ -265,7 +287,8 @@ def write(folder: Path, size: Size, seed: int) -> None:
     }
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / "judge.txt").write_text(JUDGE_PROMPT, encoding="utf-8")
+    for judge in ("judge", *size.judges):
+        (folder / f"{judge}.txt").write_text({"judge": JUDGE_PROMPT, **PROMPTS}[judge], encoding="utf-8")
     make_model(folder / "random", size, seed)
 
 
