@@ -62,6 +62,14 @@ RIVALS = [
     Method("oracle", "external", scores="oracle"),
 ]
 
+#: How far labels can take the judge: the verdict's loss, and nothing else, on gold labels of the same pairs.
+VERDICTS = Method(
+    "verdict oracle",
+    "external",
+    {"objective": "sft", "sft_response_weight": 0.0, "reward_models": ["judge", "external"]},
+    scores="oracle",
+)
+
 SCIR = Method("scir", "scir")  # the defaults: sizes matched at M_1 and kept, lambda 3
 BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # the defaults until this study
 
@@ -77,6 +85,7 @@ MAIN = [
     ),  # the sizes at M_1, found on the tuning world (docs/log.md)
     Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0}),
     *RIVALS,
+    VERDICTS,
     Method("srlm half step", "srlm", {"learning_rate": 5e-5}),
 ]
 
@@ -122,7 +131,7 @@ SWEEP = [
 JUDGES = Setup(
     size=Size(judges=("rubric", "rationale"), n_base=24000),
     base={**Setup().base, "max_steps": 1800},
-    loop={**Setup().loop, "rationale_max_tokens": 24, "rationale_batch_size": 256},
+    loop=Setup().loop | {"rationale_max_tokens": 24, "rationale_batch_size": 256},
 )
 WITH_JUDGES = [
     Method("srlm", "srlm"),

@@ -201,6 +201,36 @@ def gaps(results: dict[str, Json]) -> str:
     return table(["experiment", "iteration", "seeds", *(f"M_1: {s}" for s in start), *(FIGURES[f][0] for f in CLAIMED[:6])], rows)
 
 
+#: The main world's seeds: those that settings and defaults were chosen on, and those that came after every choice.
+SEED_SETS = {"0-4, chosen on": range(5), "5-9, fresh": range(5, 10)}
+
+
+def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> str:
+    """Another seed set: the claims about OURS on each set by itself, and how alike the two order all methods."""
+    sets = {name: [r for r in records if r["seed"] in seeds] for name, seeds in SEED_SETS.items()}
+    if not all(by_seed(part, OURS, iteration, "agreement") for part in sets.values()):
+        return ""
+    own = [m for m in methods if m in (OURS, "scir-likelihood")]
+    tables = [
+        "\n\n".join([f"Seeds {name}:", differences(part, own, RIVAL, iteration)]) for name, part in sets.items()
+    ]  # fmt: skip
+    figures = [figure for figure in CLAIMED if figure in present(records, CLAIMED)]
+    both = [m for m in methods if all(by_seed(part, m, iteration, "agreement") for part in sets.values())]
+    columns = [
+        [[statistics.fmean(by_seed(part, m, iteration, figure).values()) for m in both] for part in sets.values()]
+        for figure in figures
+    ]
+    alike = table(["rank correlation of the sets", *(FIGURES[f][0] for f in figures)],
+                  [[f"{len(both)} methods", *(f"{rank_correlation(*column):+.2f}" for column in columns)]])  # fmt: skip
+    return "\n\n".join(["Settings and defaults were chosen on seeds 0 to 4. Each seed set by itself:", *tables, alike])
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks (no two values here are the same)."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
+    return statistics.correlation(*ranks)
+
+
 def in_short(results: dict[str, Json]) -> str:
     main = results["main"]
     last = max((r["iteration"] for r in main["records"]), default=1)
@@ -211,6 +241,7 @@ def in_short(results: dict[str, Json]) -> str:
             "## In short",
             f"In the main world, after iteration {last}, all that 95 % intervals allow to be said of SCIR's settings:",
             "\n".join(lines),
+            *filter(None, [again(main["records"], [m["name"] for m in main["methods"]], last)]),
             f"`{OURS}` less `{RIVAL}` in every world (bold: the interval does not hold 0), and where M_1 stood:",
             gaps(results),
         ]
