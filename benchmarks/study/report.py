@@ -231,6 +231,44 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.correlation(*ranks)
 
 
+def why(results: dict[str, Json], iteration: int) -> str:
+    """Where SCIR does not win in the main world, and what the other figures say about it."""
+    main, ablation = results["main"], results.get("ablation")
+    records, methods = main["records"], [m["name"] for m in main["methods"]]
+
+    def mean(method: str, figure: str, of: Sequence[Json] = records) -> float:
+        return statistics.fmean(by_seed(of, method, iteration, figure).values())
+
+    seeds = {r["seed"] for r in records if r["method"] == OURS}
+    start = statistics.fmean(m["judge_accuracy"] for seed, m in main["m1"].items() if int(seed) in seeds)
+    moved = max((m for m in methods if by_seed(records, m, iteration, "judge_accuracy")), key=lambda m: mean(m, "judge_accuracy"))
+    points = [
+        f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, {mean(moved, 'judge_accuracy'):.3f} at most after iteration {iteration} "
+        f"(`{moved}`)."
+        + (
+            f" Nor does it for labels: the verdict's loss on gold labels of the same pairs for as many steps (`verdict oracle`) leaves it at "
+            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say whether SCIR makes a better judge; a judge that learns faster than these small models' could."
+            if by_seed(records, "verdict oracle", iteration, "judge_accuracy")
+            else ""
+        ),
+        f"**Sampled gold is level.** Of its own pairs in iteration {iteration} SCIR's mask keeps {mean(OURS, 'mask_rate'):.0%}, and what is agreed on is right on "
+        f"{mean(OURS, 'own_agreed_accuracy'):.1%} (the judge, who labels all pairs for `{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also holds the policy: "
+        f"mean |log-odds| of the implicit reward (s = 1) end at {mean(OURS, 'implicit_abs'):.3f}, under `{RIVAL}` at {mean(RIVAL, 'implicit_abs'):.3f}. What better labels give, a smaller "
+        f"move takes; greedy answers, which a large move spoils, keep the gain. A third of the penalty (`scir-l1`) has {mean('scir-l1', 'sampled_quality'):.3f} sampled and "
+        f"{mean('scir-l1', 'greedy_quality'):.3f} greedy, the whole {mean(OURS, 'sampled_quality'):.3f} and {mean(OURS, 'greedy_quality'):.3f}.",
+        f"**The old defaults lose** (`scir-s5-l1`): with s lambda = 5 the penalty is too weak to hold the implicit reward, which falls to {mean('scir-s5-l1', 'own_implicit_accuracy'):.1%} "
+        f"on own pairs, and the mask follows it: what is agreed on is right on {mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty (`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
+    ]  # fmt: skip
+    if ablation and by_seed(ablation["records"], "no mask", iteration, "greedy_quality"):
+        of = ablation["records"]
+        points.append(
+            f"**Selecting by agreement is not what helps here.** Without the mask (every pair, the judge's label) the ablation has {mean('no mask', 'sampled_quality', of):.3f} sampled, "
+            f"{mean('no mask', 'greedy_quality', of):.3f} greedy and {mean('no mask', 'implicit_accuracy', of):.3f} implicit right, with it {mean(OURS, 'sampled_quality', of):.3f}, "
+            f"{mean(OURS, 'greedy_quality', of):.3f} and {mean(OURS, 'implicit_accuracy', of):.3f}."
+        )  # fmt: skip
+    return "\n".join(f"- {point}" for point in points)
+
+
 def in_short(results: dict[str, Json]) -> str:
     main = results["main"]
     last = max((r["iteration"] for r in main["records"]), default=1)
@@ -244,6 +282,9 @@ def in_short(results: dict[str, Json]) -> str:
             *filter(None, [again(main["records"], [m["name"] for m in main["methods"]], last)]),
             f"`{OURS}` less `{RIVAL}` in every world (bold: the interval does not hold 0), and where M_1 stood:",
             gaps(results),
+            "## Where it does not win, and why",
+            why(results, last),
+            "What was tried next is in the ablation, in the sweep, and in [log.md](log.md).",
         ]
     )
 
