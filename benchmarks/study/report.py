@@ -241,13 +241,20 @@ def why(results: dict[str, Json], iteration: int) -> str:
 
     seeds = {r["seed"] for r in records if r["method"] == OURS}
     start = statistics.fmean(m["judge_accuracy"] for seed, m in main["m1"].items() if int(seed) in seeds)
-    moved = max((m for m in methods if by_seed(records, m, iteration, "judge_accuracy")), key=lambda m: mean(m, "judge_accuracy"))
+    there = [m for m in methods if by_seed(records, m, iteration, "judge_accuracy")]
+    changes = [
+        statistics.fmean(
+            r["judge_accuracy"] - main["m1"][str(r["seed"])]["judge_accuracy"]
+            for r in records
+            if r["method"] == m and r["iteration"] == iteration
+        )
+        for m in there
+    ]
     points = [
-        f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, {mean(moved, 'judge_accuracy'):.3f} at most after iteration {iteration} "
-        f"(`{moved}`)."
+        f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, and from {min(changes):+.3f} to {max(changes):+.3f} after iteration {iteration}."
         + (
             f" Nor does it for labels: the verdict's loss on gold labels of the same pairs for as many steps (`verdict oracle`) leaves it at "
-            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say whether SCIR makes a better judge; a judge that learns faster than these small models' could."
+            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say whether SCIR makes a better judge."
             if by_seed(records, "verdict oracle", iteration, "judge_accuracy")
             else ""
         ),
