@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from scir_cli import backends, consistency, reward_models, sources, store, workers
@@ -52,9 +51,10 @@ def work_of(settings: JudgeSettings) -> Work:
     choose = _pair_rule(settings.pairs)
     path = place(settings.input)
     if store.is_dataset(path) and store.read_json(path / "plan.json").get("stage") == "generate":
-        table = store.open_dataset(path, "candidates").head(settings.limit)
-        bounds = store.group_bounds(table, "prompt_id", settings.rows_per_part)
+        candidates = store.open_dataset(path, "candidates").head(settings.limit)
+        bounds = store.group_bounds(candidates, "prompt_id", settings.rows_per_part)
         make_rows = crossed_pairs if choose[0] == "cross" else candidate_pairs
+        table: store.Rows = candidates
         dropped: Counter[str] = Counter()
     else:
         table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
@@ -76,7 +76,7 @@ def _pair_rule(text: str) -> tuple[str, int]:
 class Work:
     """What there is to judge: rows of a table, cut into parts, and how a part's rows become pairs."""
 
-    table: pa.Table | store.Dataset
+    table: store.Rows
     bounds: list[tuple[int, int]]
     make_rows: Callable[[list[Row], AnySettings], tuple[list[Row], Counter[str]]]
     dropped: Counter[str]  # before there were rows
