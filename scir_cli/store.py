@@ -45,6 +45,7 @@ ACCOUNT_KEY = b"scir.account"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: SplitMix64's step
 HASH_BLOCK = 1 << 18  # bytes of text hashed at a time, so that what is computed on the way stays in a cache
 Json = dict[str, Any]
+to_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 @dataclass
@@ -76,7 +77,12 @@ def digest_bytes(*chunks: bytes) -> str:
 
 def digest_json(value: Any) -> str:
     """32 hex digits that depend on the value of a JSON document and not on the order of its keys."""
-    return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return digest_bytes(to_json(value).encode())
+
+
+def digest_lists(*columns: Iterable[str]) -> list[str]:
+    """`digest_json` of the list that each row makes; the columns hold values `to_json`."""
+    return [digest_bytes(f"[{', '.join(row)}]".encode()) for row in zip(*columns, strict=False)]
 
 
 def digest_file(path: Path) -> str:
