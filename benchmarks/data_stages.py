@@ -3,6 +3,7 @@ a file of --form), `judge` with scores from outside, `check-consistency` and `fi
 
     python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages generate judge check-consistency filter --peer-python .venv-data/bin/python
 
+Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and writes those that `filter` wrote.
 Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
 no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (data_peers.py), and has to keep the same pairs.
 """
@@ -133,9 +134,35 @@ def child(given: dict[str, Any]) -> None:
     with common.AnonymousPeak() as anonymous:
         manifest = run(settings)
     meter.tick()
+    found = {**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": manifest["rows_out"]}
     name = "candidate_id" if given["stage"] == "generate" else "pair_id"
     kept = digest(pa.concat_tables(part.select([name]) for part in store.open_dataset(Path(given["out"])).tables())[name])
-    print(json.dumps({**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": manifest["rows_out"], "kept": kept}))
+    print(json.dumps({**found, "kept": kept}))
+
+
+def copy(given: dict[str, Any]) -> None:
+    """Reads what `filter` read and writes what it wrote, part by part as it does, and does nothing with it."""
+    import os
+
+    import pyarrow as pa
+
+    meter = common.Meter(gpu=False)
+    meter.start()
+    rows = 0
+    with common.AnonymousPeak() as anonymous:
+        for path in sorted(Path(given["input"]).glob("data-*.arrow")):
+            with pa.OSFile(str(path)) as source:
+                pa.ipc.open_stream(source).read_all()
+        for path in sorted(Path(given["filtered"]).glob("data-*.arrow")):
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+            target = Path(given["out"]) / path.name
+            with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
+            rows += len(table)
+    meter.tick()
+    print(json.dumps({**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": rows, "kept": None}))
 
 
 def digest(ids: Any) -> str:
@@ -162,6 +189,13 @@ def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any
     return line(rows, f"{peer} {found['version']}", source, found)
 
 
+def measure_copy(rows: int, root: Path) -> dict[str, Any]:
+    source, out = root / f"make_judged-{rows}", root / f"copy-{rows}"
+    out.mkdir()
+    given = {"stage": "copy", "input": str(source), "filtered": str(root / f"filter-{rows}"), "out": str(out)}
+    return line(rows, "columns read and written", source, common.child("data_stages.py", given))
+
+
 def line(rows: int, work: str, source: Path, found: dict[str, Any]) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in ([source] if source.is_file() else source.glob("*.arrow"))) / 2**20
     return {
@@ -181,7 +215,8 @@ def main() -> None:
     parser.add_argument("--child")
     given = parser.parse_args()
     if given.child:
-        child(json.loads(given.child))
+        task = json.loads(given.child)
+        (copy if task["stage"] == "copy" else child)(task)
         return
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -189,10 +224,14 @@ def main() -> None:
         model = common.make_model(root / "model", "tiny") if {"generate", "judge"} & {*given.stages} else None
         for rows in given.rows:
             results += [measure(stage, rows, root, model, given.form) for stage in given.stages]
+            if "filter" in given.stages:
+                results.append(measure_copy(rows, root))
             if given.peer_python:
                 results += [measure_peer(peer, rows, root, given.peer_python) for peer in PEERS]
                 ours, *theirs = [
-                    one["kept"] for one in results if one["rows"] == rows and one["work"].removeprefix("scir ") not in STAGES[:-1]
+                    one["kept"]
+                    for one in results
+                    if one["rows"] == rows and one["work"].replace("scir filter", PEERS[0]).split()[0] in PEERS
                 ]
                 if any(kept != ours for kept in theirs):
                     raise SystemExit(f"at {rows} rows the peers keep other pairs than filter")
