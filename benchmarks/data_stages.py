@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import common
+import pyarrow as pa
 
 PEERS = ("pandas", "polars")
 STAGES = ("generate", "judge", "check-consistency", "filter")
@@ -25,7 +27,6 @@ STAGES = ("generate", "judge", "check-consistency", "filter")
 
 def make_prompts(file: Path, rows: int) -> Path:
     """Prompts of about 200 letters, a twentieth of them repeated; what the file's name ends in says how they are written."""
-    import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
 
@@ -53,7 +54,6 @@ def make_prompts(file: Path, rows: int) -> Path:
 def make_candidates(folder: Path, pairs: int) -> Path:
     """5 answers a prompt, so 10 pairs, with a column `score` beside them: what somebody else's reward model said."""
     import numpy as np
-    import pyarrow as pa
 
     from scir_cli import schemas, store
 
@@ -116,53 +116,41 @@ def answer(prompt: int, number: int) -> str:
 
 
 def as_table(columns: dict[str, Any], schema: Any) -> Any:
-    import pyarrow as pa
-
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def child(given: dict[str, Any]) -> None:
-    import pyarrow as pa
-
     from scir_cli import config, stages, store
 
     run = stages.load(given["stage"])
     values = {"input": given["input"], "output_dir": given["out"], **given["settings"]}
     settings = config.build(config.STAGES[given["stage"]], values, where="benchmark")
-    meter = common.Meter(gpu=False)
-    meter.start()
-    with common.AnonymousPeak() as anonymous:
-        manifest = run(settings)
-    meter.tick()
-    found = {**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": manifest["rows_out"]}
+    pa.array([0])  # with its first array pyarrow imports pandas, where that is installed
+    manifest, found = common.measured(lambda: run(settings))
     name = "candidate_id" if given["stage"] == "generate" else "pair_id"
     kept = digest(pa.concat_tables(part.select([name]) for part in store.open_dataset(Path(given["out"])).tables())[name])
-    print(json.dumps({**found, "kept": kept}))
+    print(json.dumps({**found, "rows_out": manifest["rows_out"], "kept": kept}))
 
 
 def copy(given: dict[str, Any]) -> None:
     """Reads what `filter` read and writes what it wrote, part by part as it does, and does nothing with it."""
-    import os
+    rows, found = common.measured(lambda: read_and_write(Path(given["input"]), Path(given["filtered"]), Path(given["out"])))
+    print(json.dumps({**found, "rows_out": rows, "kept": None}))
 
-    import pyarrow as pa
 
-    meter = common.Meter(gpu=False)
-    meter.start()
+def read_and_write(source: Path, filtered: Path, out: Path) -> int:
     rows = 0
-    with common.AnonymousPeak() as anonymous:
-        for path in sorted(Path(given["input"]).glob("data-*.arrow")):
-            with pa.OSFile(str(path)) as source:
-                pa.ipc.open_stream(source).read_all()
-        for path in sorted(Path(given["filtered"]).glob("data-*.arrow")):
-            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-            target = Path(given["out"]) / path.name
-            with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
-            with target.open("rb") as file:
-                os.fsync(file.fileno())
-            rows += len(table)
-    meter.tick()
-    print(json.dumps({**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": rows, "kept": None}))
+    for path in sorted(source.glob("data-*.arrow")):
+        with pa.OSFile(str(path)) as file:
+            pa.ipc.open_stream(file).read_all()
+    for path in sorted(filtered.glob("data-*.arrow")):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        with pa.OSFile(str(out / path.name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        with (out / path.name).open("rb") as written:
+            os.fsync(written.fileno())
+        rows += len(table)
+    return rows
 
 
 def digest(ids: Any) -> str:
