@@ -31,6 +31,14 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
+def _workers(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not str(value).isdecimal() or not int(value):
+        raise ValueError("it takes a number of at least 1, or auto")
+    return int(value)
+
+
 def _members(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself; `Annotated` is looked through."""
     if get_origin(annotation) is Annotated:
@@ -174,8 +182,10 @@ class BackendSettings(ModelSettings):
     max_model_len: Positive | None = setting(
         None, "vLLM: positions it makes room for; longer rows are dropped. The model's own by default."
     )
-    data_parallel: Positive = setting(
-        1, "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own.", free=True
+    data_parallel: Annotated[int | str, PlainValidator(_workers)] = setting(
+        1,
+        "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own; auto: as many as there are GPUs for, on a CPU 1.",
+        free=True,
     )
     executor: Literal["local", "ray"] = setting(
         "local",
