@@ -79,7 +79,9 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _spares_its_inputs(self) -> StageSettings:
-        """--overwrite would delete an input that is, or lies in, the output folder."""
+        """--overwrite would delete an input, or the model behind an adapter, that is or lies in the output folder."""
+        from scir_cli import model_sources
+
         out = self.output_dir.resolve()
         for name in (
             "input",
@@ -97,9 +99,11 @@ class StageSettings(Settings):
         ):
             given = getattr(self, name, None) or ""
             for spec in given if isinstance(given, list) else given.split("|"):
-                path = place(spec.strip()).resolve()
-                if spec.strip() and path.exists() and (path == out or out in path.parents):
-                    raise ValueError(f"output_dir {self.output_dir} is or holds {name} {spec.strip()}; choose another folder")
+                base = model_sources.named_base(place(spec.strip())) if spec.strip() else None
+                for what, one in ((name, spec.strip()), (f"the base model of {name} {spec.strip()},", base)):
+                    path = place(one or "").resolve()
+                    if one and path.exists() and (path == out or out in path.parents):
+                        raise ValueError(f"output_dir {self.output_dir} is or holds {what} {one}; choose another folder")
         return self
 
 
