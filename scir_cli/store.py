@@ -373,7 +373,7 @@ def _finish(
     started: float,
     work: Callable[[], Json] | None,
 ) -> Json:
-    paths = sorted(out.glob("data-*.arrow"))
+    paths = sorted(out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))  # six digits come after five
     parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
     for path in paths:
         table = _read_part(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,13 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
     subsets = [row["subset"] for row in rows]
     assert all(low == 0 or subsets[low] is None or subsets[low] != subsets[low - 1] for low, _ in starts)
     assert starts[-1][1] == 40
+
+
+def test_the_hundred_thousandth_part_comes_after_the_one_before_it(tmp_path: Path):
+    for index in (100_000, 99_999):
+        store.write_part(store.Todo(tmp_path / f"data-{index:05d}.arrow", None, 0, 0), "prompts", store.Part([], 0))
+    manifest = store._finish(tmp_path, "prompts", Counter(), lambda made: {}, 0.0, None)
+    assert [part["file"] for part in manifest["parts"]] == ["data-99999.arrow", "data-100000.arrow"]
 
 
 @bounded(deadline=None, max_examples=30)
