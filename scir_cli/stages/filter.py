@@ -251,7 +251,12 @@ def _json(messages: pa.ListArray) -> pa.StringArray:
 
 
 def _escaped(texts: pa.StringArray) -> pa.StringArray:
-    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
-    for letter in ["\\", '"', *map(chr, np.unique(data[data < 32]))]:
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[texts.offset :]
+    letters = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[len(texts)]]
+    special = [
+        code for code in (ord("\\"), ord('"')) if (letters == code).any()
+    ]  # the backslash before those that come with others
+    for letter in map(chr, [*special, *np.unique(letters[letters < 32])]):
         texts = pc.replace_substring(texts, letter, json.dumps(letter)[1:-1])
     return texts
