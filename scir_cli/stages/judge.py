@@ -187,8 +187,13 @@ def crossed_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Cou
     by_name = np.argsort(sorted(range(len(names)), key=names.__getitem__))  # (candidates,) place of each among their ids
     prompts = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     lengths = pc.list_value_length(table["token_ids"]).to_numpy().astype(int)
-    apart = np.abs(lengths[:, None] - lengths) * len(names) + by_name  # (candidates, candidates) the nearest is the smallest
-    other = np.where(prompts[:, None] == prompts, np.iinfo(int).max, apart).argmin(1)
+    far = np.iinfo(int).max
+    other = np.array(  # the first by name of the nearest in length
+        [
+            np.where(prompts == p, far, np.abs(lengths - n) * len(names) + by_name).argmin()
+            for p, n in zip(prompts, lengths, strict=True)
+        ]
+    )
     own = np.flatnonzero(prompts != prompts[other])
     other = other[own]
     drops["no_other_prompt"] = len(names) - len(own)
