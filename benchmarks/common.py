@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,7 @@ class AnonymousPeak:
     def _watch(self) -> None:
         while not self.over.wait(0.005):
             self.highest = max(self.highest, status_mb("RssAnon"))
+        self.seconds = time.thread_time()  # of looking
 
     def __exit__(self, *_: Any) -> None:
         self.over.set()
@@ -190,6 +191,17 @@ class AnonymousPeak:
     @property
     def mb(self) -> float:
         return round(self.highest - self.before, 1)
+
+
+def measured(work: Callable[[], Any]) -> tuple[Any, Json]:
+    """What `work` gives, and what it took on a CPU: seconds, peaks."""
+    meter = Meter(gpu=False)
+    meter.start()
+    with AnonymousPeak() as anonymous:
+        given = work()
+    meter.tick()
+    found = meter.result()
+    return given, {**found, "cpu_seconds": [found["cpu_seconds"][0] - anonymous.seconds], "anonymous_mb": anonymous.mb}
 
 
 def status_mb(field: str) -> float:

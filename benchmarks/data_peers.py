@@ -81,13 +81,10 @@ def main() -> None:
     peer = {"pandas": pandas, "polars": polars}[given["peer"]]
     version = __import__(given["peer"]).__version__  # imported before the clock starts
     __import__("pyarrow")
-    meter = common.Meter(gpu=False)
-    meter.start()
-    with common.AnonymousPeak() as anonymous:
-        rows, ids = peer(sorted(Path(given["input"]).glob("data-*.arrow")), Path(given["out"]))
-    meter.tick()
+    paths = sorted(Path(given["input"]).glob("data-*.arrow"))
+    (rows, ids), found = common.measured(lambda: peer(paths, Path(given["out"])))
     kept = hashlib.blake2b("\n".join(ids).encode(), digest_size=16).hexdigest()
-    print(json.dumps({**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": rows, "kept": kept, "version": version}))
+    print(json.dumps({**found, "rows_out": rows, "kept": kept, "version": version}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Time and memory of the stages that only count, by rows of pairs: `judge` with scores from outside, `check-consistency`, `filter`.
+"""Time and memory of the stages by rows, where no model computes: `generate` with the fake backend (rows are prompts, one sample each, read from
+a file of --form), `judge` with scores from outside, `check-consistency` and `filter` (rows are pairs).
 
-    python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages judge check-consistency filter --peer-python .venv-data/bin/python
+    python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages generate judge check-consistency filter --peer-python .venv-data/bin/python
 
+Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and writes those that `filter` wrote.
 Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
 no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (data_peers.py), and has to keep the same pairs.
 """
@@ -11,19 +13,47 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import common
+import pyarrow as pa
 
 PEERS = ("pandas", "polars")
+STAGES = ("generate", "judge", "check-consistency", "filter")
+
+
+def make_prompts(file: Path, rows: int) -> Path:
+    """Prompts of about 200 letters, a twentieth of them repeated; what the file's name ends in says how they are written."""
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    def table(low: int, high: int) -> Any:
+        return pa.table(
+            {
+                "prompt": [f"Question {i % (rows - rows // 20)}? " + "word " * 35 for i in range(low, high)],
+                "source": ["x"] * (high - low),
+            }
+        )
+
+    schema, bounds = table(0, 0).cast(pa.schema([("prompt", pa.string()), ("source", pa.string())])).schema, range(0, rows, 50_000)
+    parts = (table(low, min(low + 50_000, rows)) for low in bounds)
+    if file.suffix == ".jsonl":
+        with file.open("w") as sink:
+            sink.writelines(json.dumps(row) + "\n" for part in parts for row in part.to_pylist())
+        return file
+    writer = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}[file.suffix]
+    with writer(file, schema) as sink:
+        for part in parts:
+            sink.write_table(part)
+    return file
 
 
 def make_candidates(folder: Path, pairs: int) -> Path:
     """5 answers a prompt, so 10 pairs, with a column `score` beside them: what somebody else's reward model said."""
     import numpy as np
-    import pyarrow as pa
 
     from scir_cli import schemas, store
 
@@ -86,26 +116,41 @@ def answer(prompt: int, number: int) -> str:
 
 
 def as_table(columns: dict[str, Any], schema: Any) -> Any:
-    import pyarrow as pa
-
     return pa.Table.from_arrays([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
 
 
 def child(given: dict[str, Any]) -> None:
-    import pyarrow as pa
-
     from scir_cli import config, stages, store
 
     run = stages.load(given["stage"])
     values = {"input": given["input"], "output_dir": given["out"], **given["settings"]}
     settings = config.build(config.STAGES[given["stage"]], values, where="benchmark")
-    meter = common.Meter(gpu=False)
-    meter.start()
-    with common.AnonymousPeak() as anonymous:
-        manifest = run(settings)
-    meter.tick()
-    kept = digest(pa.concat_tables(part.select(["pair_id"]) for part in store.open_dataset(Path(given["out"])).tables())["pair_id"])
-    print(json.dumps({**meter.result(), "anonymous_mb": anonymous.mb, "rows_out": manifest["rows_out"], "kept": kept}))
+    pa.array([0])  # with its first array pyarrow imports pandas, where that is installed
+    manifest, found = common.measured(lambda: run(settings))
+    name = "candidate_id" if given["stage"] == "generate" else "pair_id"
+    kept = digest(pa.concat_tables(part.select([name]) for part in store.open_dataset(Path(given["out"])).tables())[name])
+    print(json.dumps({**found, "rows_out": manifest["rows_out"], "kept": kept}))
+
+
+def copy(given: dict[str, Any]) -> None:
+    """Reads what `filter` read and writes what it wrote, part by part as it does, and does nothing with it."""
+    rows, found = common.measured(lambda: read_and_write(Path(given["input"]), Path(given["filtered"]), Path(given["out"])))
+    print(json.dumps({**found, "rows_out": rows, "kept": None}))
+
+
+def read_and_write(source: Path, filtered: Path, out: Path) -> int:
+    rows = 0
+    for path in sorted(source.glob("data-*.arrow")):
+        with pa.OSFile(str(path)) as file:
+            pa.ipc.open_stream(file).read_all()
+    for path in sorted(filtered.glob("data-*.arrow")):
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        with pa.OSFile(str(out / path.name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        with (out / path.name).open("rb") as written:
+            os.fsync(written.fileno())
+        rows += len(table)
+    return rows
 
 
 def digest(ids: Any) -> str:
@@ -113,12 +158,14 @@ def digest(ids: Any) -> str:
     return hashlib.blake2b("\n".join(ids.to_pylist()).encode(), digest_size=16).hexdigest()
 
 
-def measure(stage: str, rows: int, root: Path, model: Path | None) -> dict[str, Any]:
-    make = make_candidates if stage == "judge" else make_judged
-    source = root / f"{make.__name__}-{rows}"
+def measure(stage: str, rows: int, root: Path, model: Path | None, form: str) -> dict[str, Any]:
+    make = {"generate": make_prompts, "judge": make_candidates}.get(stage, make_judged)
+    source = root / f"{make.__name__}-{rows}{f'.{form}' if stage == 'generate' else ''}"
     if not source.exists():
         make(source, rows)
     given = {"stage": stage, "input": str(source), "out": str(root / f"{stage}-{rows}"), "settings": {}}
+    if stage == "generate":
+        given["settings"] = {"model": str(model), "backend": "fake", "n": 1}
     if stage == "judge":
         given["settings"] = {"model": str(model), "reward_models": ["external"], "external": "score", "rows_per_part": 2000}
     return line(rows, f"scir {stage}", source, common.child("data_stages.py", given))
@@ -130,8 +177,15 @@ def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any
     return line(rows, f"{peer} {found['version']}", source, found)
 
 
+def measure_copy(rows: int, root: Path) -> dict[str, Any]:
+    source, out = root / f"make_judged-{rows}", root / f"copy-{rows}"
+    out.mkdir()
+    given = {"stage": "copy", "input": str(source), "filtered": str(root / f"filter-{rows}"), "out": str(out)}
+    return line(rows, "columns read and written", source, common.child("data_stages.py", given))
+
+
 def line(rows: int, work: str, source: Path, found: dict[str, Any]) -> dict[str, Any]:
-    size = sum(path.stat().st_size for path in source.glob("*.arrow")) / 2**20
+    size = sum(path.stat().st_size for path in ([source] if source.is_file() else source.glob("*.arrow"))) / 2**20
     return {
         "rows": rows, "work": work, "MB in": round(size), "rows out": found["rows_out"], "CPU s": round(found["cpu_seconds"][0], 2),
         "wall s": round(found["wall_seconds"][0], 2), "peak MB": found["peak_mb"], "anonymous MB": found["anonymous_mb"],
@@ -142,26 +196,30 @@ def line(rows: int, work: str, source: Path, found: dict[str, Any]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--stages", nargs="+", choices=["judge", "check-consistency", "filter"], default=["filter"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=["filter"])
+    parser.add_argument("--form", choices=["jsonl", "csv", "parquet"], default="jsonl")
     parser.add_argument("--peer-python", help="the python of an environment with pandas, polars and pyarrow (make bench-env)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child")
     given = parser.parse_args()
     if given.child:
-        child(json.loads(given.child))
+        task = json.loads(given.child)
+        (copy if task["stage"] == "copy" else child)(task)
         return
     results = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        model = common.make_model(root / "model", "tiny") if "judge" in given.stages else None
+        model = common.make_model(root / "model", "tiny") if {"generate", "judge"} & {*given.stages} else None
         for rows in given.rows:
-            results += [measure(stage, rows, root, model) for stage in given.stages]
+            results += [measure(stage, rows, root, model, given.form) for stage in given.stages]
+            if "filter" in given.stages:
+                results.append(measure_copy(rows, root))
             if given.peer_python:
                 results += [measure_peer(peer, rows, root, given.peer_python) for peer in PEERS]
                 ours, *theirs = [
                     one["kept"]
                     for one in results
-                    if one["rows"] == rows and one["work"].split()[-1] not in ("judge", "check-consistency")
+                    if one["rows"] == rows and one["work"].replace("scir filter", PEERS[0]).split()[0] in PEERS
                 ]
                 if any(kept != ours for kept in theirs):
                     raise SystemExit(f"at {rows} rows the peers keep other pairs than filter")

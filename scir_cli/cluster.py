@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,8 +22,8 @@ from scir_cli.store import Todo
 from scir_cli.workers import Done, Job, Maker, Said
 
 
-def run(job: Job, todo: list[Todo], done: Done) -> None:
-    """As workers.run does, on the cluster that is there, else on one of this machine."""
+def run(job: Job, todo: list[Todo], done: Done, staffed: Callable[[int], None]) -> None:
+    """As workers.run does, on the cluster that is there, else on one of this machine. staffed: told how many actors there are to be."""
     if not todo:
         return
     log = places.log(job.settings.output_dir, "ray.log")
@@ -34,7 +35,10 @@ def run(job: Job, todo: list[Todo], done: Done) -> None:
         while (said := ours.recv()) is not None:
             if isinstance(said, ScirError):
                 raise said
-            done(*said)
+            if isinstance(said, int):
+                staffed(said)
+            else:
+                done(*said)
     except (EOFError, OSError) as error:
         raise EngineError(
             f"the Ray cluster was lost (its log is {log}); finished parts are kept, the same command goes on from there"
@@ -49,14 +53,17 @@ def run(job: Job, todo: list[Todo], done: Done) -> None:
 
 
 def _drive(pipe: Connection, parent: int, job: Job, todo: list[Todo], log: str) -> None:
-    """The child: sends the rows of each part that is written and what was computed for it; at the end None, or what stopped it."""
+    """The child: sends how many actors there are to be, the rows of each part that is written and what was computed for it; at the end None, or what
+    stopped it."""
     workers.stay_with(parent)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        workers.run(Actors(job, min(job.settings.data_parallel, len(todo))), todo, lambda rows, work: pipe.send((rows, work)))
+        actors = Actors(job, len(todo))
+        pipe.send(len(actors.actors))
+        workers.run(actors, todo, lambda rows, work: pipe.send((rows, work)))
         pipe.send(None)
     except ScirError as error:
         pipe.send(error)
@@ -78,15 +85,15 @@ class Actor(Maker):
 class Actors:
     """A crew (workers.Crew)."""
 
-    def __init__(self, job: Job, n: int) -> None:
+    def __init__(self, job: Job, parts: int) -> None:
         self.ray: Any = importlib.import_module("ray")
         # no address="auto": that takes any cluster it finds, another command's own too
         self.ray.init(log_to_driver=False, logging_level="ERROR")
-        gpus = _gpus(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
+        n, gpus = _staff(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
         kind = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, scheduling_strategy="SPREAD")(Actor)
-        self.actors = [kind.remote(job) for _ in range(n)]
+        self.actors = [kind.remote(job) for _ in range(min(n, parts))]
         self.asked: dict[Any, tuple[int, Todo | None]] = {}
-        for number in range(n):
+        for number in range(len(self.actors)):
             self._call(number)
 
     def wait(self) -> list[Said]:
@@ -119,9 +126,7 @@ class Actors:
         return Said(number, todo, said)
 
 
-def _gpus(settings: BackendSettings, there: int) -> int:
-    """GPUs of each actor."""
-    if not there or not workers.on_gpus(settings):
-        return 0
-    workers.need_gpus(settings, there)
-    return settings.tensor_parallel_size
+def _staff(settings: BackendSettings, there: int) -> tuple[int, int]:
+    """Actors, and GPUs of each."""
+    usable = there if there and workers.on_gpus(settings) else 0
+    return workers.count(settings, usable), settings.tensor_parallel_size if usable else 0

@@ -32,6 +32,14 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
+def _workers(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not str(value).isdecimal() or not int(value):
+        raise ValueError("it takes a number of at least 1, or auto")
+    return int(value)
+
+
 def _members(annotation: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself; `Annotated` is looked through."""
     if get_origin(annotation) is Annotated:
@@ -74,7 +82,9 @@ class StageSettings(Settings):
 
     @model_validator(mode="after")
     def _spares_its_inputs(self) -> StageSettings:
-        """--overwrite would delete an input that is, or lies in, the output folder."""
+        """--overwrite would delete an input, or the model behind an adapter, that is or lies in the output folder."""
+        from scir_cli import model_sources
+
         out = self.output_dir.resolve()
         for name in (
             "input",
@@ -92,9 +102,11 @@ class StageSettings(Settings):
         ):
             given = getattr(self, name, None) or ""
             for spec in given if isinstance(given, list) else given.split("|"):
-                path = place(spec.strip()).resolve()
-                if spec.strip() and path.exists() and (path == out or out in path.parents):
-                    raise ValueError(f"output_dir {self.output_dir} is or holds {name} {spec.strip()}; choose another folder")
+                base = model_sources.named_base(place(spec.strip())) if spec.strip() else None
+                for what, one in ((name, spec.strip()), (f"the base model of {name} {spec.strip()},", base)):
+                    path = place(one or "").resolve()
+                    if one and path.exists() and (path == out or out in path.parents):
+                        raise ValueError(f"output_dir {self.output_dir} is or holds {what} {one}; choose another folder")
         return self
 
 
@@ -179,8 +191,10 @@ class BackendSettings(ModelSettings):
     max_model_len: Positive | None = setting(
         None, "vLLM: positions it makes room for; longer rows are dropped. The model's own by default."
     )
-    data_parallel: Positive = setting(
-        1, "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own.", free=True
+    data_parallel: Annotated[int | str, PlainValidator(_workers)] = setting(
+        1,
+        "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own; auto: as many as there are GPUs for, on a CPU 1.",
+        free=True,
     )
     executor: Literal["local", "ray"] = setting(
         "local",

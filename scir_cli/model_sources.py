@@ -128,15 +128,21 @@ def digest(path: Path) -> str:
     return store.digest_json(digests)
 
 
+def named_base(path: Path) -> str | None:
+    """The model that an adapter says it is for, as it is written there; None where the folder holds no adapter."""
+    return str(store.read_json(path / ADAPTER).get("base_model_name_or_path")) if (path / ADAPTER).is_file() else None
+
+
 def base(path: Path) -> Path:
     """The model that an adapter is for; the folder itself where it holds a model. Raises ModelError where there is none that it fits."""
-    if not (path / ADAPTER).is_file():
+    named = named_base(path)
+    if named is None:
         return path
-    config = store.read_json(path / ADAPTER)
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"the adapter {path} is of the type {config.get('peft_type')}; LORA is what can be used here")
+    kind = store.read_json(path / ADAPTER).get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"the adapter {path} is of the type {kind}; LORA is what can be used here")
     try:
-        model = resolve(str(config.get("base_model_name_or_path")))
+        model = resolve(named)
     except ModelError as error:
         raise ModelError(f"the adapter {path} needs its base model (base_model_name_or_path in {ADAPTER}): {error}") from error
     try:

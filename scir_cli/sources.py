@@ -8,7 +8,8 @@
     subset    optional (or `dataset`, as AlpacaEval has it), kept; every other column is ignored
 
 A spec is a path, `FOLDER:SPLIT` for a saved folder, or `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train unless
-given. Left out on purpose: streaming (rows are read into memory), images and tools in messages.
+given. Rows are read some at a time, whoever brings them (but a JSON list is parsed whole), and kept on disk (`store.Scratch`).
+Left out on purpose: images and tools in messages.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -36,51 +39,61 @@ Row = dict[str, Any]
 Message = dict[str, str]
 PROMPT_COLUMNS = ("messages", "prompt", "instruction")  # the first that is not null is the prompt
 DEFAULT_SPLIT = "train"
+ROWS_AT_A_TIME = 1000
+BUFFER = 1 << 20  # bytes of a Parquet column read at a time
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 HUB_SPEC = re.compile(r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?::([^:]+))??(?::([^:]+))?")
 
 
-def open_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table | store.Dataset, Counter[str]]:
-    """As `load_prompts`; a dataset of ours stays on disk, to be read a slice at a time."""
-    source = _locate(spec)
-    if not isinstance(source.where, str) and store.is_dataset(source.where):
-        return store.open_dataset(source.where, "prompts").head(limit), Counter()
-    rows, drops = _collect(source, _read(source, limit), lambda row: [_prompt_row(row)], "prompt")
-    return schemas.to_table("prompts", rows), drops
-
-
-def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter[str]]:
-    """The prompts of `spec` as a table of kind "prompts", and the rows dropped by reason.
+def open_prompts(spec: str, limit: int | None = None) -> tuple[store.Rows, Counter[str]]:
+    """The prompts of `spec`, rows of kind "prompts" to be read a slice at a time, and the rows dropped by reason.
 
     limit: read only this many input rows. Drops: empty_prompt, duplicate_prompt. Raises DataError naming file and row or column.
     """
-    rows, drops = open_prompts(spec, limit)
-    return (rows if isinstance(rows, pa.Table) else rows.read()), drops
-
-
-def open_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table | store.Dataset, Counter[str]]:
-    """As `load_pairs`; a dataset of ours stays on disk, to be read a slice at a time."""
     source = _locate(spec)
     if not isinstance(source.where, str) and store.is_dataset(source.where):
-        if external is not None:
-            raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
-        return store.open_dataset(source.where, "judged", "consistency", "preferences").seen_as("judged").head(limit), Counter()
-    rows = _read(source, limit)
-    scores = _score_columns(source, rows, external)
-    pairs, drops = _collect(source, rows, lambda row: _pair_rows(row, scores), "pair")
-    return schemas.to_table("judged", pairs), drops
+        return store.open_dataset(source.where, "prompts").head(limit), Counter()
+    return _collect(source, limit, lambda row: [_prompt_row(row)], "prompts", "prompt")
 
 
-def load_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
-    """The pairs of `spec` as a table of kind "judged", without token ids, `gold` naming the chosen side; and drops by reason.
+def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter[str]]:
+    """As `open_prompts`, as one table."""
+    rows, drops = open_prompts(spec, limit)
+    return rows.slice(0, rows.num_rows), drops
+
+
+def open_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[store.Rows, Counter[str]]:
+    """The pairs of `spec`, rows of kind "judged" to be read a slice at a time, without token ids, `gold` naming the chosen side; and drops by reason.
 
     Which response is `first` follows from a hash of the pair, so the side does not tell the label.
     external: "COLUMN" (log-odds in nats that `chosen` is better) or "CHOSEN_COLUMN,REJECTED_COLUMN" (scores whose difference is the
     log-odds); it becomes the reward model "external", and null or NaN is no verdict.
     Drops: empty_prompt, empty_response, identical_responses, different_prompts (of two transcripts as text), duplicate_pair. Raises DataError naming file and row or column.
     """
+    source = _locate(spec)
+    if not isinstance(source.where, str) and store.is_dataset(source.where):
+        if external is not None:
+            raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
+        return store.open_dataset(source.where, "judged", "consistency", "preferences").seen_as("judged").head(limit), Counter()
+    scores = _score_columns(external)
+    present: dict[str, None] = {}
+
+    def make(row: Row) -> Iterator[Row | str]:
+        present.update(dict.fromkeys(row))
+        return _pair_rows(row, scores)
+
+    pairs, drops = _collect(source, limit, make, "judged", "pair")
+    for column in scores:
+        if column not in present:
+            hint = suggest(column, present).partition(" Known:")[0]  # the message lists the columns anyway
+            raise DataError(f"{source.where} has no column '{column}'; the columns are {', '.join(present)}.{hint}")
+    return pairs, drops
+
+
+def load_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
+    """As `open_pairs`, as one table."""
     rows, drops = open_pairs(spec, limit, external)
-    return (rows if isinstance(rows, pa.Table) else rows.read()), drops
+    return rows.slice(0, rows.num_rows), drops
 
 
 def digest(spec: str) -> str:
@@ -102,27 +115,37 @@ def digest(spec: str) -> str:
 
 
 def _collect(
-    source: _Source, rows: list[Row], make: Callable[[Row], Iterable[Row | str]], noun: str
-) -> tuple[list[Row], Counter[str]]:
-    """What `make` makes of each row, once per id; a word among it is the reason for a drop."""
-    kept: dict[str, Row] = {}
+    source: _Source, limit: int | None, make: Callable[[Row], Iterable[Row | str]], kind: str, noun: str
+) -> tuple[store.Scratch, Counter[str]]:
+    """What `make` makes of each row, once per id; a word among it is the reason for a drop. Raises DataError where there is no row."""
     drops: Counter[str] = Counter()
-    for number, row in enumerate(rows, 1):
-        try:
-            everything = list(make(row))
-        except DataError as error:
-            raise DataError(f"{source.where}, row {number}: {error}") from error
-        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no hash, Arrow file or tokenizer can hold it
-            text = ascii(error.object[error.start])
-            raise DataError(f"{source.where}, row {number}: {text} is half a character; remove it") from error
-        for made in everything:
-            if isinstance(made, str):
-                drops[made] += 1
-            elif made[f"{noun}_id"] in kept:
-                drops[f"duplicate_{noun}"] += 1
-            else:
-                kept[made[f"{noun}_id"]] = made
-    return list(kept.values()), drops
+    ids: list[Any] = [np.empty(0, np.uint64)]
+
+    def tables() -> Iterator[pa.Table]:
+        numbered = enumerate(itertools.islice(_read(source), limit), 1)
+        for some in iter(lambda: list(itertools.islice(numbered, ROWS_AT_A_TIME)), []):
+            made = [one for number, row in some for one in _made(source, number, row, make)]
+            drops.update(one for one in made if isinstance(one, str))
+            rows = [one for one in made if not isinstance(one, str)]
+            ids.append(np.array([int(row[f"{noun}_id"], 16) for row in rows], np.uint64))
+            yield schemas.to_table(kind, rows)
+        if len(ids) == 1:
+            raise DataError(f"{source.where} is empty; expected at least one row")
+
+    found = store.Scratch(schemas.schema(kind), tables())
+    first = np.sort(np.unique(np.concatenate(ids), return_index=True)[1])
+    drops[f"duplicate_{noun}"] += found.num_rows - len(first)
+    return found.keep(first), +drops
+
+
+def _made(source: _Source, number: int, row: Row, make: Callable[[Row], Iterable[Row | str]]) -> list[Row | str]:
+    try:
+        return list(make(row))
+    except DataError as error:
+        raise DataError(f"{source.where}, row {number}: {error}") from error
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no hash, Arrow file or tokenizer can hold it
+        text = ascii(error.object[error.start])
+        raise DataError(f"{source.where}, row {number}: {text} is half a character; remove it") from error
 
 
 def _prompt_row(row: Row) -> Row | str:
@@ -258,16 +281,11 @@ def _is_empty(messages: list[Message]) -> bool:
 # ------------------------------------------------------------------------------------------------------------------ external scores
 
 
-def _score_columns(source: _Source, rows: list[Row], external: str | None) -> list[str]:
-    """The one or two columns that `external` names, [] for None; raises DataError for a column that no row has."""
+def _score_columns(external: str | None) -> list[str]:
+    """The one or two columns that `external` names, [] for None."""
     columns = [] if external is None else [column.strip() for column in external.split(",")]
     if len(columns) > 2:
         raise DataError(f"external scores are COLUMN or CHOSEN_COLUMN,REJECTED_COLUMN; '{external}' names {len(columns)} columns")
-    present = dict.fromkeys(name for row in rows for name in row) if columns else {}
-    for column in columns:
-        if column not in present:
-            hint = suggest(column, present).partition(" Known:")[0]  # the message lists the columns anyway
-            raise DataError(f"{source.where} has no column '{column}'; the columns are {', '.join(present)}.{hint}")
     return columns
 
 
@@ -312,30 +330,26 @@ def _locate(spec: str) -> _Source:
     return _Source(*match.groups())
 
 
-def _read(source: _Source, limit: int | None) -> list[Row]:
-    """The first `limit` rows of something that is not a dataset of ours; raises DataError if there are none."""
+def _read(source: _Source) -> Iterator[Row]:
+    """The rows of something that is not a dataset of ours."""
     if isinstance(source.where, str):
-        rows = _read_hub(source, limit)
-    elif source.where.is_dir():
-        rows = _read_saved(source.where, source.split or DEFAULT_SPLIT, limit)
-    else:
-        rows = _read_file(source.where, limit)
-    if not rows:
-        raise DataError(f"{source.where} is empty; expected at least one row")
-    return rows
+        return _read_hub(source)
+    if source.where.is_dir():
+        return _read_saved(source.where, source.split or DEFAULT_SPLIT)
+    return _read_file(source.where)
 
 
-def _read_hub(source: _Source, limit: int | None) -> list[Row]:
+def _read_hub(source: _Source) -> Iterator[Row]:
     import datasets
 
     try:
         data = datasets.load_dataset(source.where, source.config, split=source.split or DEFAULT_SPLIT)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"'{source.where}' is no local path, and the hub did not give it: {_one_line(error)}") from error
-    return data.with_format("arrow")[:limit].to_pylist()
+    yield from _mapped_rows(data)
 
 
-def _read_saved(path: Path, split: str, limit: int | None) -> list[Row]:
+def _read_saved(path: Path, split: str) -> Iterator[Row]:
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise DataError(f"{path} is a dataset folder neither of ours nor of datasets.save_to_disk; name the data file inside it")
     import datasets
@@ -345,43 +359,65 @@ def _read_saved(path: Path, split: str, limit: int | None) -> list[Row]:
         splits = data if isinstance(data, datasets.DatasetDict) else {DEFAULT_SPLIT: data}
         if split not in splits:
             raise DataError(f"{path} has no split '{split}'; it has {', '.join(splits)}: name one as {path}:SPLIT")
-        return splits[split].with_format("arrow")[:limit].to_pylist()
+        yield from _mapped_rows(splits[split])
     except (OSError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
         raise DataError(f"{path} cannot be read ({_one_line(error)}); write it again with datasets.save_to_disk") from error
 
 
-def _read_file(path: Path, limit: int | None) -> list[Row]:
+def _mapped_rows(data: Any) -> Iterator[Row]:
+    for table in data.with_format("arrow").iter(ROWS_AT_A_TIME):
+        yield from table.to_pylist()
+
+
+def _read_file(path: Path) -> Iterator[Row]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: unknown extension '{path.suffix}'; expected one of {', '.join(READERS)}")
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            yield from reader(path, file)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    return list(itertools.islice(reader(path, raw), limit)) if raw else []
+        raise DataError(f"{path} cannot be read: {error.strerror or _one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _text(path: Path, raw: bytes) -> str:
+def _lines(path: Path, file: BinaryIO, newline: str) -> Iterator[str]:
     try:
-        return raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: byte offset {error.start} holds 0x{raw[error.start]:02x}; convert it") from error
+        with io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
+            yield from text
+    except UnicodeDecodeError as error:  # it knows the place in a buffer
+        at, byte = _not_utf8(path)
+        raise DataError(f"{path} is not UTF-8: byte offset {at} holds 0x{byte:02x}; convert it") from error
 
 
-def _json_rows(path: Path, raw: bytes) -> Iterator[Row]:
+def _not_utf8(path: Path) -> tuple[int, int]:
+    """The first byte that cannot be there, and its offset."""
+    offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return offset + error.start, line[error.start]
+            offset += len(line)
+    raise AssertionError(path)
+
+
+def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """The objects of a JSON list, or of a file with one object a line. Lines end at \\n only: U+2028 may stand inside a string."""
     expected = "expected a list of objects, or one object a line"
-    text = _text(path, raw)
-    is_list = text.lstrip().startswith("[")
-    for line, chunk in [(1, text)] if is_list else enumerate(text.split("\n"), 1):
+    lines = enumerate(_lines(path, file, "\n"), 1)
+    first = next((one for one in lines if one[1].strip()), (1, ""))
+    is_list = first[1].lstrip().startswith("[")
+    whole = [(first[0], "".join([first[1], *(text for _, text in lines)]))] if is_list else itertools.chain([first], lines)
+    for line, chunk in whole:
         if not chunk.strip():
             continue
         try:
-            value = json.loads(chunk)
+            value = json.loads(chunk if is_list else chunk.removesuffix("\n"))
         except json.JSONDecodeError as error:
             at = line + error.lineno - 1
             raise DataError(f"{path}:{at}: malformed JSON ({error.msg} at column {error.colno}); {expected}") from error
@@ -391,9 +427,9 @@ def _json_rows(path: Path, raw: bytes) -> Iterator[Row]:
             yield row
 
 
-def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
-    csv.field_size_limit(max(len(raw), csv.field_size_limit()))  # the default refuses a response of over 128 KiB
-    reader = csv.DictReader(io.StringIO(_text(path, raw), newline=""), strict=True)
+def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # the default refuses a response of over 128 KiB
+    reader = csv.DictReader(_lines(path, file, ""), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():  # DictReader's marks for too many and too few fields
@@ -403,15 +439,17 @@ def _csv_rows(path: Path, raw: bytes) -> Iterator[Row]:
         raise DataError(f"{path}:{reader.reader.line_num}: malformed CSV ({error})") from error
 
 
-def _parquet_rows(path: Path, raw: bytes) -> Iterator[Row]:
+def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    if not file.seek(0, io.SEEK_END):
+        return
     try:
-        for batch in pyarrow.parquet.ParquetFile(pa.BufferReader(raw)).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False).iter_batches(ROWS_AT_A_TIME):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is truncated or is not Parquet ({_one_line(error)}); write or download it again") from error
 
 
-READERS: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Row]]] = {
     **dict.fromkeys((".jsonl", ".json"), _json_rows),
     ".parquet": _parquet_rows,
     ".csv": _csv_rows,

@@ -24,13 +24,14 @@ import shutil
 import tempfile
 import time
 import uuid
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -44,6 +45,7 @@ ACCOUNT_KEY = b"scir.account"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: SplitMix64's step
 HASH_BLOCK = 1 << 18  # bytes of text hashed at a time, so that what is computed on the way stays in a cache
 Json = dict[str, Any]
+to_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
 @dataclass
@@ -75,7 +77,12 @@ def digest_bytes(*chunks: bytes) -> str:
 
 def digest_json(value: Any) -> str:
     """32 hex digits that depend on the value of a JSON document and not on the order of its keys."""
-    return digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=False).encode())
+    return digest_bytes(to_json(value).encode())
+
+
+def digest_lists(*columns: Iterable[str]) -> list[str]:
+    """`digest_json` of the list that each row makes; the columns hold values `to_json`."""
+    return [digest_bytes(f"[{', '.join(row)}]".encode()) for row in zip(*columns, strict=False)]
 
 
 def digest_file(path: Path) -> str:
@@ -366,7 +373,7 @@ def _finish(
     started: float,
     work: Callable[[], Json] | None,
 ) -> Json:
-    paths = sorted(out.glob("data-*.arrow"))
+    paths = sorted(out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))  # six digits come after five
     parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
     for path in paths:
         table = _read_part(path)
@@ -493,6 +500,54 @@ class Dataset:
     @property
     def schema(self) -> pa.Schema:
         return schemas.schema(self.kind)
+
+
+class Rows(Protocol):
+    """What can be read a slice at a time: a Dataset, a Scratch, a table."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    def slice(self, low: int, length: int) -> pa.Table: ...
+
+
+class Scratch:
+    """Rows on disk under no name, which are gone with the process however it ends. A batch is mapped while somebody reads it and no longer."""
+
+    def __init__(self, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        lengths = [0]
+        with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as file:
+            with pa.ipc.new_file(file, schema) as writer:
+                for table in tables:
+                    for batch in table.to_batches():
+                        writer.write_batch(batch)
+                        lengths.append(batch.num_rows)
+            file.flush()
+            descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, descriptor)
+        self.schema, self.path = schema, f"/dev/fd/{descriptor}"
+        self.starts = np.cumsum(lengths)
+        self.rows = np.arange(self.starts[-1])
+
+    def keep(self, rows: NDArray[np.int64]) -> Scratch:
+        """These rows alone, ascending."""
+        self.rows = rows
+        return self
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    def slice(self, low: int, length: int) -> pa.Table:
+        rows = self.rows[low : low + length]
+        if not len(rows):
+            return self.schema.empty_table()
+        first, last = np.searchsorted(self.starts, [rows[0], rows[-1]], side="right") - 1
+        file = pa.ipc.open_file(pa.memory_map(self.path))
+        table = pa.Table.from_batches([file.get_batch(int(i)) for i in range(first, last + 1)])
+        kept = np.zeros(rows[-1] - rows[0] + 1, bool)
+        kept[rows - rows[0]] = True
+        return table.slice(rows[0] - self.starts[first], len(kept)).filter(pa.array(kept))
 
 
 def read_dataset(path: Path, *kinds: str) -> pa.Table:

@@ -71,12 +71,16 @@ def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
             raise ConfigError("--executor ray needs the package ray: pip install 'scir[ray]'")
         from scir_cli import cluster
 
-        meter.processes = settings.data_parallel
-        return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, _counted(advance, meter))
+        def staffed(actors: int) -> None:
+            meter.processes = actors
+
+        return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, _counted(advance, meter), staffed)
     if settings.data_parallel == 1:
         return None
     devices = _devices(settings)
-    meter.processes = settings.data_parallel
+    if len(devices) == 1:
+        return None
+    meter.processes = len(devices)
     return lambda kind, todo, advance: run(
         Processes(Job(target, settings, kind), devices[: len(todo)]), todo, _counted(advance, meter)
     )
@@ -100,24 +104,26 @@ def on_gpus(settings: BackendSettings) -> bool:
     return True
 
 
-def need_gpus(settings: BackendSettings, there: int) -> None:
+def count(settings: BackendSettings, gpus: int) -> int:
+    """Workers there are to be: `auto` is as many as the GPUs are enough for, and one where there are none. Raises ConfigError where they are too few."""
     n, each = settings.data_parallel, settings.tensor_parallel_size
-    if there < n * each:
-        raise ConfigError(f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {there}")
+    n = max(1, gpus // each) if isinstance(n, str) else n
+    if gpus and gpus < n * each:
+        raise ConfigError(f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}")
+    return n
 
 
 def _devices(settings: BackendSettings) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each worker; None where the work is not on GPUs."""
     import torch
 
-    n, each = settings.data_parallel, settings.tensor_parallel_size
     visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d] or [
         str(i) for i in range(torch.cuda.device_count())
     ]
     if not visible or not on_gpus(settings):
-        return [None] * n
-    need_gpus(settings, len(visible))
-    return [",".join(visible[i * each : (i + 1) * each]) for i in range(n)]
+        return [None] * count(settings, 0)
+    each = settings.tensor_parallel_size
+    return [",".join(visible[i * each : (i + 1) * each]) for i in range(count(settings, len(visible)))]
 
 
 def run(crew: Crew, todo: list[Todo], done: Done) -> None:

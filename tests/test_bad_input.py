@@ -89,6 +89,18 @@ def test_an_output_folder_that_holds_an_input_is_refused_before_overwrite_could_
             config.build(config.FilterSettings, values, where="test")
 
 
+@pytest.mark.parametrize("name", ["model", "reward_reference"])
+def test_an_output_folder_that_holds_the_model_behind_an_adapter_is_refused_too(tmp_path: Path, name: str):
+    for folder in ("base", "adapter", "other"):
+        (tmp_path / folder).mkdir()
+    written = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(written), encoding="utf-8")
+    values = {"model": "m", "input": "i", "overwrite": True, name: f"{tmp_path}/absent | {tmp_path}/adapter"}
+    with pytest.raises(ConfigError, match=f"base is or holds the base model of {name} .*adapter, .*base; choose another folder$"):
+        config.build(config.TrainSettings, {**values, "output_dir": str(tmp_path / "base")}, where="test")
+    assert config.build(config.TrainSettings, {**values, "output_dir": str(tmp_path / "other")}, where="test")
+
+
 def test_a_library_that_hides_a_full_disk_is_seen_through(tmp_path: Path):
     class RustError(Exception):  # as safetensors raises it
         pass

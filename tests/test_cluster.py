@@ -147,14 +147,19 @@ def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, t
 
 
 def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
-    def gpus(there: int, **values: Any) -> int:
+    def staff(there: int, **values: Any) -> tuple[int, int]:
         given = {"model": "m", "input": "i", "output_dir": "o", "data_parallel": 4, **values}
-        return cluster._gpus(build(GenerateSettings, given, where="test"), there)
+        return cluster._staff(build(GenerateSettings, given, where="test"), there)
 
-    assert (gpus(0), gpus(4), gpus(8, tensor_parallel_size=2), gpus(8, device="cpu")) == (0, 1, 2, 0)
-    assert gpus(8, backend="openai") == 0
+    assert [staff(0), staff(4), staff(8, tensor_parallel_size=2), staff(8, device="cpu")] == [(4, 0), (4, 1), (4, 2), (4, 0)]
+    assert staff(8, backend="openai") == (4, 0)
     with pytest.raises(ConfigError, match="needs 4 GPUs, and there are 3"):
-        gpus(3)
+        staff(3)
+    auto = {"data_parallel": "auto"}
+    assert [staff(0, **auto), staff(12, **auto), staff(13, tensor_parallel_size=4, **auto)] == [(1, 0), (12, 1), (3, 4)]
+    assert staff(12, device="cpu", **auto) == (1, 0)
+    with pytest.raises(ConfigError, match="--data-parallel 1 with --tensor-parallel-size 4 needs 4 GPUs, and there are 2"):
+        staff(2, tensor_parallel_size=4, **auto)
 
 
 def test_a_node_without_the_folder_of_the_command_is_named(tmp_path: Path):

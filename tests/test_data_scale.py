@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,55 @@ def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_p
     assert store.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
 
 
+def odd_candidates(folder: Path) -> Path:
+    """Candidates of which some repeat others or are blank (also to Unicode alone), of prompts with one to five of them, with scores or without."""
+    draw = random.Random(5)
+    words = ["", " ", "\u3000\x1c\x85", "a", "b c", "Zürich", "x" * 300]
+    rows, scores = [], []
+    for prompt in range(300):
+        for number in range(draw.choice([1, 2, 3, 5])):
+            row = {
+                "candidate_id": f'{prompt}"ü{number}' if prompt % 9 == 0 else f"{prompt * 10 + number:016x}",
+                "prompt_id": f"p{prompt}",
+            }
+            row |= {
+                "messages": [{"role": "user", "content": f"Question {prompt}"}],
+                "subset": draw.choice([None, "s"]),
+                "seed": number,
+            }
+            row |= {
+                "response": draw.choice(words) + draw.choice(["", "!"]),
+                "token_ids": [5] * draw.randrange(1, 9),
+                "finish_reason": "stop",
+            }
+            rows.append(row | {"duplicate_of": draw.choice([None, None, None, "", "other"]), "model": f"m{number % 2}"})
+            scores.append(draw.choice([None, 1.0, 0.1 * len(rows), draw.gauss()]))
+
+    def make(low: int, high: int) -> store.Part:
+        table = schemas.to_table("candidates", rows[low:high])
+        return store.Part(table.append_column("score", pa.array(scores[low:high], pa.float64())), high - low)
+
+    store.write_dataset(folder, "candidates", {"stage": "generate"}, store.part_bounds(len(rows), 130), make)
+    return folder
+
+
+JUDGED = {
+    "all": "4088ed0a4486e443e28970f4bbf5e9fa",
+    "random:2": "7abc5b685aaff7beb81bfa184f237408",
+    "best-worst": "3a7c0c76c2179765ab2fb43c59aab511",
+    "cross": "75e3b3f057f341e6778dd662bbb2c59d",
+}
+
+
+def test_judge_makes_the_pairs_that_it_made_row_by_row(tiny_llama: Path, tmp_path: Path):
+    """The digests are of what the code of 2026-11-24 wrote, before it went column by column."""
+    source = str(odd_candidates(tmp_path / "candidates"))
+    settings = {"model": str(tiny_llama), "device": "cpu", "reward_models": ["external"], "external": "score", "rows_per_part": 100}
+    for pairs, digest in JUDGED.items():
+        manifest = run("judge", input=source, output_dir=tmp_path / pairs, pairs=pairs, seed=3, **settings)
+        assert content(manifest, tmp_path / pairs) == digest, pairs
+
+
 def test_a_part_without_rows_changes_nothing(tmp_path: Path):
     rows = odd_pairs(3, 40)
     judged(tmp_path / "whole", rows, 20)
@@ -162,6 +212,13 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
     subsets = [row["subset"] for row in rows]
     assert all(low == 0 or subsets[low] is None or subsets[low] != subsets[low - 1] for low, _ in starts)
     assert starts[-1][1] == 40
+
+
+def test_the_hundred_thousandth_part_comes_after_the_one_before_it(tmp_path: Path):
+    for index in (100_000, 99_999):
+        store.write_part(store.Todo(tmp_path / f"data-{index:05d}.arrow", None, 0, 0), "prompts", store.Part([], 0))
+    manifest = store._finish(tmp_path, "prompts", Counter(), lambda made: {}, 0.0, None)
+    assert [part["file"] for part in manifest["parts"]] == ["data-99999.arrow", "data-100000.arrow"]
 
 
 @bounded(deadline=None, max_examples=30)

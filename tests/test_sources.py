@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import tempfile
+import tracemalloc
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -318,6 +321,68 @@ def test_a_save_to_disk_folder_that_is_damaged_is_refused(tmp_path: Path) -> Non
 def test_any_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name the data file inside it"):
         sources.load_prompts(str(tmp_path))
+
+
+def forms(folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The same rows of text as each thing a user may bring."""
+    table = pa.Table.from_pylist(rows)
+    data = datasets.Dataset.from_list(rows)
+    data.save_to_disk(folder / "saved")
+    pq.write_table(table, folder / "p.parquet")
+    pyarrow.csv.write_csv(table, folder / "p.csv")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: data)
+    files = {"jsonl": jsonl(folder / "p.jsonl", rows), **{form: str(folder / f"p.{form}") for form in ("parquet", "csv")}}
+    return files | {"saved": str(folder / "saved"), "hub": "org/name"}
+
+
+def test_rows_that_are_read_some_at_a_time_are_those_of_one_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{i % 17} of {i % 23}" if i % 5 else " " for i in range(230)]  # every fifth is blank, and some come again much later
+    rows = [{"prompt": text, "chosen": f"good {text}", "rejected": "bad", "odds": "1.5"} for text in texts]
+    once = list(dict.fromkeys(text for text in texts if text.strip()))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for at_a_time in (7, 1000):
+        monkeypatch.setattr(sources, "ROWS_AT_A_TIME", at_a_time)
+        for form, spec in forms(tmp_path, rows, monkeypatch).items():
+            prompts, drops = sources.open_prompts(spec)
+            assert drops == Counter(empty_prompt=46, duplicate_prompt=184 - len(once)), form
+            read = [m[0]["content"] for low in range(0, len(once), 11) for m in prompts.slice(low, 11)["messages"].to_pylist()]
+            assert read == once, form
+            pairs, drops = sources.open_pairs(spec, limit=200, external="odds")
+            whole = sources.load_pairs(spec, limit=200, external="odds")[0]
+            assert pa.concat_tables(pairs.slice(low, 3) for low in range(0, pairs.num_rows, 3)).equals(whole), form
+            assert pairs.slice(pairs.num_rows, 3).num_rows == 0
+            assert pairs.num_rows + drops.total() == 200, form
+            with pytest.raises(DataError, match="no column 'odd'.*Did you mean 'odds'"):
+                sources.open_pairs(spec, external="odd")
+        assert not list((tmp_path / "temporary").iterdir())  # what is kept there has no name
+
+
+def test_memory_does_not_grow_with_the_texts_that_are_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows: each of them adds its id and its place, and of its 3,000 letters nothing."""
+    monkeypatch.setattr(sources, "ROWS_AT_A_TIME", 100)
+    peaks: dict[str, list[int]] = defaultdict(list)
+    for n in (2000, 5000):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for form, spec in forms(folder, [{"prompt": f"{i}" + "x" * 3000} for i in range(n)], monkeypatch).items():
+            peaks[form].append(peak(spec, n))
+    for form, (small, large) in peaks.items():
+        assert (large - small) / 3000 < 500, form  # bytes a row
+
+
+def peak(spec: str, n: int) -> int:
+    """The most bytes that Arrow, Python and numpy held at once."""
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        prompts, _ = sources.open_prompts(spec)
+        assert sum(prompts.slice(low, 200).num_rows for low in range(0, n, 200)) == n
+        return pool.max_memory() + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
 
 
 def test_our_own_prompts_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from test_chain import run
 from scir_cli import config, store, workers
 from scir_cli.backends.fake import FakeBackend
 from scir_cli.errors import ConfigError, DataError, EngineError
+from scir_cli.meter import Meter
 
 PROMPTS = 40
 KILLS = int(os.environ.get("SCIR_KILLS", "2"))
@@ -128,6 +129,28 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
     assert devices(data_parallel=2, device="cpu") == [None, None]
     with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4"):
         devices(data_parallel=4, tensor_parallel_size=2)
+    assert devices(data_parallel="auto") == ["2", "3", "5", "7"]
+    assert devices(data_parallel="auto", tensor_parallel_size=3) == ["2,3,5"]
+    assert devices(data_parallel="auto", device="cpu") == [None]
+    with pytest.raises(ConfigError, match="needs 5 GPUs, and there are 4"):
+        devices(data_parallel="auto", tensor_parallel_size=5)
+
+
+def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(monkeypatch: pytest.MonkeyPatch):
+    def settings(value: Any) -> config.BackendSettings:
+        return config.build(config.BackendSettings, {"model": "m", "output_dir": "o", "data_parallel": value}, where="test")
+
+    assert [settings(value).data_parallel for value in ("3", 2, "auto")] == [3, 2, "auto"]
+    assert settings("auto").plan() == settings(1).plan()
+    for wrong in ("0", "-1", "all", 1.5, True):
+        with pytest.raises(ConfigError, match="^test: 'data_parallel' is .*: it takes a number of at least 1, or auto$"):
+            settings(wrong)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    meter = Meter()
+    assert workers.share("m:f", settings("auto"), meter) is not None and meter.processes == 3
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert workers.share("m:f", settings("auto"), Meter()) is None  # on a CPU this process does the work
 
 
 def in_session(session: int, words: tuple[str, ...] = ("",)) -> list[int]:

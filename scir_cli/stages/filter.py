@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from scir_cli.store import Dataset, Json, Part
 REASONS = ("", "no_verdict", "tie", "disagree", "below_confidence", "below_margin", "not_sampled", "too_short", "too_long",
            "duplicate", "over_prompt_cap")  # fmt: skip
 LAST_UNLABELLED = REASONS.index("not_sampled")
+TRL_ROWS = 10_000  # written at a time
 
 
 @dataclass
@@ -143,8 +145,8 @@ class Labelling:
     def _drawn(self, table: pa.Table) -> np.ndarray:
         if self.rule.rate == 1:
             return np.ones(table.num_rows, bool)
-        numbers = (int(store.digest_json([self.settings.seed, i])[:15], 16) for i in table["pair_id"].to_pylist())
-        return np.array([number / 16**15 < self.rule.rate for number in numbers])
+        drawn = store.digest_lists(itertools.repeat(str(self.settings.seed)), map(store.to_json, table["pair_id"].to_pylist()))
+        return np.array([int(digest[:15], 16) for digest in drawn]) / 16**15 < self.rule.rate
 
     def _certainty(self, previous: Path) -> np.ndarray:
         """How sure each label is, (pairs,): from how alike --previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
@@ -229,9 +231,32 @@ def _summary(made: Dataset) -> Json:
 
 def write_trl(pairs: Dataset, path: Path) -> None:
     """A JSON-lines file of the labelled pairs with prompt, chosen and rejected as messages, as TRL's DPOTrainer takes them."""
-    with store.writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with store.writing(path) as temporary, temporary.open("wb") as file:
         for table in pairs.tables():
-            for batch in table.select(["prompt", "chosen", "rejected"]).to_batches(max_chunksize=1000):
-                for row in batch.to_pylist():
-                    if row["chosen"] is not None:
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            known = table.select(["prompt", "chosen", "rejected"]).filter(pc.is_valid(table["chosen"]))
+            for batch in known.to_batches(max_chunksize=TRL_ROWS):
+                prompt, chosen, rejected = (_json(column) for column in batch.columns)
+                parts = ('{"prompt": [', prompt, '], "chosen": [', chosen, '], "rejected": [', rejected, "]}\n")
+                _, _, data = pc.binary_join_element_wise(*parts, "").buffers()
+                file.write(data)
+
+
+def _json(messages: pa.ListArray) -> pa.StringArray:
+    """What stands between the brackets of each list, as `json.dumps` writes it."""
+    turns = messages.flatten()
+    role, content = (_escaped(turns.field(name)) for name in ("role", "content"))
+    objects = pc.binary_join_element_wise('{"role": "', role, '", "content": "', content, '"}', "")
+    ends = np.append(0, np.cumsum(pc.list_value_length(messages)))
+    return pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), objects), ", ")
+
+
+def _escaped(texts: pa.StringArray) -> pa.StringArray:
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32)[texts.offset :]
+    letters = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[len(texts)]]
+    special = [
+        code for code in (ord("\\"), ord('"')) if (letters == code).any()
+    ]  # the backslash before those that come with others
+    for letter in map(chr, [*special, *np.unique(letters[letters < 32])]):
+        texts = pc.replace_substring(texts, letter, json.dumps(letter)[1:-1])
+    return texts

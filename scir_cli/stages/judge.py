@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from scir_cli import backends, consistency, reward_models, sources, store, workers
+from scir_cli import backends, consistency, reward_models, schemas, sources, store, workers
 from scir_cli.backends import Request, Sampling
 from scir_cli.config import BackendSettings, EvalRewardsSettings, EvalWinrateSettings, JudgeSettings, TrainSettings
 from scir_cli.errors import ConfigError, DataError, suggest
@@ -25,13 +27,14 @@ from scir_cli.meter import Meter
 from scir_cli.odds import Odds
 from scir_cli.places import place
 from scir_cli.reward_models import Context, Pair
-from scir_cli.stages.common import LazyPolicy, progress, try_encode
+from scir_cli.stages.common import LazyPolicy, encode_pair, progress
 from scir_cli.stages.generate import sample_seed
 from scir_cli.store import Json, Part
 from scir_cli.trees import Branch
 
 AnySettings = JudgeSettings | EvalRewardsSettings | EvalWinrateSettings | TrainSettings
-Row = dict[str, Any]
+Index = np.ndarray  # (pairs,) rows of a table
+SIDES = ("first", "second")
 
 
 def run(settings: JudgeSettings) -> Json:
@@ -52,15 +55,16 @@ def work_of(settings: JudgeSettings) -> Work:
     choose = _pair_rule(settings.pairs)
     path = place(settings.input)
     if store.is_dataset(path) and store.read_json(path / "plan.json").get("stage") == "generate":
-        table = store.open_dataset(path, "candidates").head(settings.limit)
-        bounds = store.group_bounds(table, "prompt_id", settings.rows_per_part)
-        make_rows = crossed_pairs if choose[0] == "cross" else candidate_pairs
+        candidates = store.open_dataset(path, "candidates").head(settings.limit)
+        bounds = store.group_bounds(candidates, "prompt_id", settings.rows_per_part)
+        make_pairs = crossed_pairs if choose[0] == "cross" else candidate_pairs
+        table: store.Rows = candidates
         dropped: Counter[str] = Counter()
     else:
         table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
         bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
-        make_rows = given_pairs
-    return Work(table, bounds, make_rows, dropped, sources.digest(settings.input), choose)
+        make_pairs = given_pairs
+    return Work(table, bounds, make_pairs, dropped, sources.digest(settings.input), choose)
 
 
 def _pair_rule(text: str) -> tuple[str, int]:
@@ -76,9 +80,9 @@ def _pair_rule(text: str) -> tuple[str, int]:
 class Work:
     """What there is to judge: rows of a table, cut into parts, and how a part's rows become pairs."""
 
-    table: pa.Table | store.Dataset
+    table: store.Rows
     bounds: list[tuple[int, int]]
-    make_rows: Callable[[list[Row], AnySettings], tuple[list[Row], Counter[str]]]
+    make_pairs: Callable[[pa.Table, AnySettings], tuple[pa.Table, Counter[str]]]
     dropped: Counter[str]  # before there were rows
     digest: str
     choose: tuple[str, int] = ("all", 0)
@@ -97,12 +101,12 @@ class Judging:
         return self.scorer.meter
 
     def __call__(self, low: int, high: int) -> Part:
-        rows, drops = self.work.make_rows(self.work.table.slice(low, high - low).to_pylist(), self.settings)
-        n = len(rows) + drops.total()
-        rows, more = _sampled(rows, self.work.choose, self.settings.seed)
-        rows, unscored = self.scorer.score(rows)
-        rows, rest = _best_worst(rows, self.work.choose, self.settings)
-        return Part(rows, n, drops + more + unscored + rest)
+        pairs, drops = self.work.make_pairs(self.work.table.slice(low, high - low), self.settings)
+        n = len(pairs) + drops.total()
+        pairs, more = _sampled(pairs, self.work.choose, self.settings.seed)
+        pairs, unscored = self.scorer.score(pairs)
+        pairs, rest = _best_worst(pairs, self.work.choose, self.settings)
+        return Part(pairs, n, drops + more + unscored + rest)
 
     def close(self) -> None:
         self.scorer.close()
@@ -151,98 +155,134 @@ def unseen(made: store.Dataset, scorer: Scorer) -> Json:
 # ---------------------------------------------------------------------------------------------------------------------- making pairs
 
 
-def given_pairs(rows: list[Row], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
-    return rows, Counter()
+def given_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
+    return table, Counter()
 
 
-def candidate_pairs(rows: list[Row], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
+def candidate_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
     """All pairs of each prompt's candidates, less those with a duplicate or an empty response."""
-    pairs: list[Row] = []
-    drops: Counter[str] = Counter()
-    for _, group in itertools.groupby(rows, key=lambda row: row["prompt_id"]):
-        for first, second in itertools.combinations(list(group), 2):
-            if first["duplicate_of"] or second["duplicate_of"]:
-                drops["duplicate_candidate"] += 1
-            elif not first["response"].strip() or not second["response"].strip():
-                drops["empty_response"] += 1
-            else:
-                pairs.append(_pair_row(first, second, settings.external))
-    return pairs, drops
+    duplicate, empty = _unusable(table)
+    seats = [low + _combinations(high - low) for low, high in _prompts(table)]
+    first, second = np.concatenate([np.empty((2, 0), int), *seats], axis=1)
+    repeats, blank = duplicate[first] | duplicate[second], empty[first] | empty[second]
+    drops = Counter(duplicate_candidate=int(repeats.sum()), empty_response=int((blank & ~repeats).sum()))
+    good = ~(repeats | blank)
+    first, second = first[good], second[good]
+    return _paired(table, first, second, first, settings.external), +drops
 
 
-def crossed_pairs(rows: list[Row], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
+@cache
+def _combinations(n: int) -> np.ndarray:
+    """Every two of n, as itertools.combinations orders them.  -> (2, pairs)"""
+    return np.stack(np.triu_indices(n, 1))
+
+
+def crossed_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
     """Each candidate beside one of another prompt of the part, the nearest in length; the side does not tell which is whose."""
-    usable = [row for row in rows if not row["duplicate_of"] and row["response"].strip()]
-    drops = Counter(unusable_candidate=len(rows) - len(usable))
-    pairs = []
-    for own in usable:
-        others = [row for row in usable if row["prompt_id"] != own["prompt_id"]]
-        if not others:
-            drops["no_other_prompt"] += 1
-            continue
-        other = min(others, key=lambda row: (abs(len(row["token_ids"]) - len(own["token_ids"])), row["candidate_id"]))
-        pair = _pair_row(own, other, settings.external)
-        if int(pair["pair_id"], 16) % 2:
-            pair = {**_pair_row(other, own, settings.external), **{k: own[k] for k in ("prompt_id", "messages", "subset")}}
-        pairs.append(pair)
-    return pairs, +drops
+    usable = ~np.logical_or(*_unusable(table))
+    drops, table = Counter(unusable_candidate=int((~usable).sum())), table.filter(pa.array(usable))
+    if not len(table):
+        return schemas.schema("judged").empty_table(), +drops
+    names = table["candidate_id"].to_pylist()
+    by_name = np.argsort(sorted(range(len(names)), key=names.__getitem__))  # (candidates,) place of each among their ids
+    prompts = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    lengths = pc.list_value_length(table["token_ids"]).to_numpy().astype(int)
+    far = np.iinfo(int).max
+    other = np.array(  # the first by name of the nearest in length
+        [
+            np.where(prompts == p, far, np.abs(lengths - n) * len(names) + by_name).argmin()
+            for p, n in zip(prompts, lengths, strict=True)
+        ]
+    )
+    own = np.flatnonzero(prompts != prompts[other])
+    other = other[own]
+    drops["no_other_prompt"] = len(names) - len(own)
+    swap = np.array([int(name, 16) % 2 for name in _pair_ids(names, own, other)], bool)
+    return _paired(table, np.where(swap, other, own), np.where(swap, own, other), own, settings.external), +drops
 
 
-def _pair_row(first: Row, second: Row, external: str | None) -> Row:
-    rewards = []
-    if external:
-        if external not in first:
-            raise DataError(f"the candidates have no column '{external}'.{suggest(external, first)}")
-        a, b = first[external], second[external]
-        rewards = [{"reward_model": "external", "log_odds": None if a is None or b is None else a - b}]
-    return {
-        "pair_id": store.digest_json([first["candidate_id"], second["candidate_id"]])[:16],
-        **{name: first[name] for name in ("prompt_id", "messages", "subset")},
-        "first": _response(first),
-        "second": _response(second),
-        "gold": None,
-        "rewards": rewards,
-        "reference_logps": [],
+def _unusable(candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each candidate repeats another, and whether it is empty.  (candidates,) each"""
+    duplicate = pc.not_equal(candidates["duplicate_of"], "").fill_null(False)
+    empty = pc.equal(pc.utf8_trim_whitespace(candidates["response"]), "")
+    return duplicate.to_numpy(), empty.to_numpy()
+
+
+def _paired(candidates: pa.Table, first: Index, second: Index, prompt: Index, external: str | None) -> pa.Table:
+    """The pairs of these candidates, under the prompts of these."""
+    names = {"text": "response", "author": "model"}
+    response = pa.StructArray.from_arrays(
+        [candidates[names.get(field.name, field.name)].combine_chunks() for field in schemas.RESPONSE],
+        fields=list(schemas.RESPONSE),
+    )
+    under = candidates.select(["prompt_id", "messages", "subset"]).take(pa.array(prompt))
+    columns = {name: under[name].combine_chunks() for name in under.column_names} | {
+        "pair_id": pa.array(_pair_ids(candidates["candidate_id"].to_pylist(), first, second), pa.string()),
+        "first": response.take(pa.array(first)),
+        "second": response.take(pa.array(second)),
+        "gold": pa.nulls(len(first), pa.string()),
+        "rewards": _given(candidates, first, second, external),
+        "reference_logps": pa.array([[]] * len(first), schemas.REFERENCE_LOGPS),
     }
+    schema = schemas.schema("judged")
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _response(candidate: Row) -> Row:
-    return {"candidate_id": candidate["candidate_id"], "text": candidate["response"], "author": candidate["model"]} | {
-        k: candidate[k] for k in ("token_ids", "finish_reason")
-    }
+def _pair_ids(names: list[str], first: Index, second: Index) -> list[str]:
+    quoted = np.array([store.to_json(name) for name in names], object)
+    return [digest[:16] for digest in store.digest_lists(quoted[first], quoted[second])]
 
 
-def _by_prompt(rows: Iterable[Row]) -> Iterable[list[Row]]:
-    return (list(group) for _, group in itertools.groupby(rows, key=lambda row: row["prompt_id"]))
+def _given(candidates: pa.Table, first: Index, second: Index, external: str | None) -> pa.Array:
+    """The difference of the scores that came with the candidates, as the verdicts of the reward model "external"."""
+    if external is None:
+        return pa.array([[]] * len(first), schemas.REWARDS)
+    if external not in candidates.column_names:
+        raise DataError(f"the candidates have no column '{external}'.{suggest(external, candidates.column_names)}")
+    scores = candidates[external]
+    if not (pa.types.is_floating(scores.type) or pa.types.is_integer(scores.type)):
+        raise DataError(f"the candidates' column '{external}' should hold numbers; it holds {scores.type}")
+    scores = pc.cast(scores, pa.float64()).to_numpy()  # null is NaN
+    return _rewards({"external": Odds(torch.from_numpy(scores[first] - scores[second]))}, [], 0.0)
 
 
-def _sampled(rows: list[Row], choose: tuple[str, int], seed: int) -> tuple[list[Row], Counter[str]]:
+def _prompts(table: pa.Table) -> list[tuple[int, int]]:
+    """Row ranges of neighbours under one prompt."""
+    names = table["prompt_id"].combine_chunks()
+    edges = np.flatnonzero(pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)) + 1
+    return list(itertools.pairwise([0, *edges.tolist(), len(names)])) if len(names) else []
+
+
+def _kept(table: pa.Table, kept: np.ndarray, reason: str) -> tuple[pa.Table, Counter[str]]:
+    return table.filter(pa.array(kept)), +Counter({reason: int((~kept).sum())})
+
+
+def _sampled(pairs: pa.Table, choose: tuple[str, int], seed: int) -> tuple[pa.Table, Counter[str]]:
     """K pairs of each prompt, drawn by a hash of (seed, pair): --pairs random:K."""
     if choose[0] != "random":
-        return rows, Counter()
-    kept = {
-        id(row)
-        for group in _by_prompt(rows)
-        for row in sorted(group, key=lambda r: store.digest_json([seed, r["pair_id"]]))[: choose[1]]
-    }
-    out = [row for row in rows if id(row) in kept]
-    return out, Counter(not_sampled=len(rows) - len(out))
+        return pairs, Counter()
+    drawn = store.digest_lists(itertools.repeat(str(seed)), map(store.to_json, pairs["pair_id"].to_pylist()))
+    kept = np.zeros(len(pairs), bool)
+    for low, high in _prompts(pairs):
+        kept[sorted(range(low, high), key=drawn.__getitem__)[: choose[1]]] = True
+    return _kept(pairs, kept, "not_sampled")
 
 
-def _best_worst(rows: list[Row], choose: tuple[str, int], settings: AnySettings) -> tuple[list[Row], Counter[str]]:
+def _best_worst(pairs: pa.Table, choose: tuple[str, int], settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
     """The pair of each prompt's best and worst candidate by the first reward model's mean log-odds against the others."""
     if choose[0] != "best-worst":
-        return rows, Counter()
-    out = []
-    for group in _by_prompt(rows):
+        return pairs, Counter()
+    values = np.nan_to_num(consistency.log_odds(pairs, [settings.reward_models[0]])[0]).tolist()
+    seats = list(zip(*(pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in SIDES), strict=True))
+    kept = np.zeros(len(pairs), bool)
+    for low, high in _prompts(pairs):
         totals: dict[str, float] = defaultdict(float)
-        for row in group:
-            value = next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == settings.reward_models[0]) or 0.0
-            totals[row["first"]["candidate_id"]] += value
-            totals[row["second"]["candidate_id"]] -= value
+        for (first, second), value in zip(seats[low:high], values[low:high], strict=True):
+            totals[first] += value
+            totals[second] -= value
         best, worst = max(totals, key=totals.__getitem__), min(totals, key=totals.__getitem__)
-        out += [row for row in group if {row["first"]["candidate_id"], row["second"]["candidate_id"]} == {best, worst}]
-    return out, Counter(not_best_worst=len(rows) - len(out))
+        kept[low:high] = [set(seat) == {best, worst} for seat in seats[low:high]]
+    return _kept(pairs, kept, "not_best_worst")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- scoring pairs
@@ -299,24 +339,47 @@ class Scorer:
         room = self.model.context_length
         return min(room, (self.backend_settings and self.backend_settings.max_model_len) or room)
 
-    def score(self, rows: list[Row]) -> tuple[list[Row], Counter[str]]:
-        """The rows with `rewards` and `reference_logps` filled in, and those that could not be scored by reason."""
-        drops: Counter[str] = Counter()
-        ready: list[tuple[Row, Pair]] = []
-        for row in rows:
-            pair = try_encode(row, self.model.chat)
-            if pair is None:
-                drops["prompt_boundary"] += 1
-            elif len(pair.prompt_ids) + max(map(len, pair.response_ids)) > self.room:
-                drops["too_long"] += 1
-            else:
-                ready.append((row, pair))
-        self._write([pair for _, pair in ready])
-        asked = [reward_models.ask(self.models, pair) for _, pair in ready]
-        fits = [max((len(b.ids) for b in branches), default=0) < self.room for branches in asked]
-        drops["too_long"] += fits.count(False)
-        ready, asked = list(itertools.compress(ready, fits)), list(itertools.compress(asked, fits))
-        return self._verdicts(ready, asked), +drops
+    def score(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
+        """The pairs with `rewards` and `reference_logps` filled in, and those that could not be scored by reason."""
+        table, drops = self._encoded(table)
+        chat = self.model.chat
+        prompts = [(len(chat.prompt_ids(table["messages"][low].as_py())), high - low) for low, high in _prompts(table)]
+        taken = np.repeat(*np.array(prompts, int).reshape(-1, 2).T)  # (pairs,) tokens of the prompt
+        taken += np.maximum(*(pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy() for side in SIDES))
+        table, more = _kept(table, taken <= self.room, "too_long")
+        drops += more
+        if not any(model.n_branches for model in self.models.values()):
+            return self._answered(table, [], torch.zeros(len(table), 0)), drops
+        pairs = [encode_pair(row, chat) for row in table.to_pylist()]
+        self._write(pairs)
+        asked = [reward_models.ask(self.models, pair) for pair in pairs]
+        fits = np.array([max((len(b.ids) for b in branches), default=0) < self.room for branches in asked], bool)
+        table, more = _kept(table, fits, "too_long")
+        if not len(table):
+            return table, drops + more
+        pairs = self._with_reference(list(itertools.compress(pairs, fits)))
+        return self._answered(table, pairs, self._logps(list(itertools.compress(asked, fits)))), drops + more
+
+    def _encoded(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
+        """The pairs with the token ids of both responses, less those where the chat template cannot tell its prompt from its answers."""
+        fields = [{f.name: pc.struct_field(table[side], f.name).combine_chunks() for f in schemas.RESPONSE} for side in SIDES]
+        lacking = [pc.list_value_length(side["token_ids"]).fill_null(0).to_numpy() == 0 for side in fields]
+        if not np.any(lacking):
+            return table, Counter()
+        messages = table["messages"].to_pylist()
+        texts, ids = ([side[name].to_pylist() for side in fields] for name in ("text", "token_ids"))
+        told = np.ones(len(table), bool)
+        for row in np.flatnonzero(np.any(lacking, axis=0)):
+            try:
+                for text, one in zip(texts, ids, strict=True):
+                    one[row] = one[row] or self.model.chat.response_ids(messages[row], text[row])
+            except DataError:
+                told[row] = False
+        for name, side, encoded in zip(SIDES, fields, ids, strict=True):
+            side["token_ids"] = pa.array(encoded, side["token_ids"].type)
+            response = pa.StructArray.from_arrays(list(side.values()), fields=list(schemas.RESPONSE))
+            table = _with_column(table, name, response)
+        return _kept(table, told, "prompt_boundary")
 
     def _write(self, pairs: list[Pair]) -> None:
         """Has each model that writes first do so about each pair."""
@@ -333,25 +396,20 @@ class Scorer:
             for (i, _), completion in zip(requests, answers, strict=True):
                 pairs[i].written[name] = [*pairs[i].written[name], completion.token_ids]
 
-    def _verdicts(self, ready: list[tuple[Row, Pair]], asked: list[Any]) -> list[Row]:
-        if not ready:
-            return []
-        pairs = self._with_reference([pair for _, pair in ready])
-        logps = self._logps(asked)
-        answers = reward_models.answer(self.models, logps, Context.of(pairs, self.reference_key))
+    def _answered(self, table: pa.Table, pairs: list[Pair], logps: torch.Tensor) -> pa.Table:
+        """The table with what the reward models say; `pairs` may be left out where none of them asks anything."""
+        external = torch.from_numpy(consistency.log_odds(table, ["external"])[0].astype(np.float32))
+        none = torch.empty(2, len(table))
+        context = Context.of(pairs, self.reference_key) if pairs else Context(none, none, external)
+        answers = reward_models.answer(self.models, logps, context)
         own = _own_logps(self.models, logps)
-        for index, ((row, _), pair) in enumerate(zip(ready, pairs, strict=True)):
-            row["rewards"] = [
-                _reward(name, odds, index, self.settings.min_verdict_mass) | {"written": pair.written.get(name)}
-                for name, odds in answers.items()
-            ]
-            known = dict(pair.reference_logps)
-            if own is not None:
-                known[self.model.key] = (float(own[index, 0]), float(own[index, 1]))
-            row["reference_logps"] = [{"weights": key, "first": a, "second": b} for key, (a, b) in sorted(known.items())]
-            for side, ids in zip(("first", "second"), pair.response_ids, strict=True):
-                row[side] = {**row[side], "token_ids": ids}
-        return [row for row, _ in ready]
+        if own is not None:
+            for pair, (first, second) in zip(pairs, own.tolist(), strict=True):
+                pair.reference_logps[self.model.key] = (first, second)
+        written = [pair.written.get(name) for pair in pairs for name in answers]
+        table = _with_column(table, "rewards", _rewards(answers, written, self.settings.min_verdict_mass))
+        known = [[{"weights": k, "first": a, "second": b} for k, (a, b) in sorted(p.reference_logps.items())] for p in pairs]
+        return _with_column(table, "reference_logps", pa.array(known, schemas.REFERENCE_LOGPS)) if pairs else table
 
     def _logps(self, asked: list[list[Branch]]) -> torch.Tensor:
         """Summed log-probabilities of all branches: of answers by the engine, of verdicts by another backend where it was asked for.  # (pairs, branches)"""
@@ -399,17 +457,28 @@ def _own_logps(models: dict[str, Any], logps: torch.Tensor) -> torch.Tensor | No
     return next((logps[:, parts[name]][:, :2] for name in ("implicit", "likelihood", "pmi") if name in parts), None)
 
 
-def _reward(name: str, odds: Odds, index: int, min_mass: float) -> Row:
-    def number(values: Any) -> float | None:
-        value = float(values[index]) if values is not None else float("nan")
-        return None if value != value else value
+def _rewards(answers: dict[str, Odds], written: list[Any], min_mass: float) -> pa.Array:
+    """The verdicts of each pair, one reward model after the other; no verdict where the judge is not answering the question.
 
-    mass = number(odds.verdict_mass)
-    silent = mass is not None and mass < min_mass  # the judge is not answering the question
-    return {
-        "reward_model": name,
-        "log_odds": None if silent else number(odds.log_odds),
-        "forward_log_odds": number(odds.seats[0]) if odds.seats is not None else None,
-        "swapped_log_odds": number(odds.seats[1]) if odds.seats is not None else None,
-        "verdict_mass": mass,
-    }
+    written: what each model wrote about each pair, in that order; empty where none wrote.
+    """
+    n = len(next(iter(answers.values())).log_odds)
+
+    def column(values: Sequence[torch.Tensor | None]) -> pa.Array:
+        numbers = np.stack([np.full(n, np.nan) if v is None else v.double().numpy() for v in values], axis=1).ravel()
+        return pa.array(numbers, mask=np.isnan(numbers))
+
+    said = answers.values()
+    silent = [None if one.verdict_mass is None else one.verdict_mass.double() < min_mass for one in said]
+    odds = [one.log_odds if no is None else one.log_odds.masked_fill(no, torch.nan) for one, no in zip(said, silent, strict=True)]
+    seats = [column([None if one.seats is None else one.seats[seat] for one in said]) for seat in range(2)]
+    columns = [pa.array([*answers] * n, pa.string()), column(odds), *seats, column([one.verdict_mass for one in said])]
+    columns.append(pa.array(written or [None] * (n * len(answers)), schemas.REWARDS.value_type.field("written").type))
+    verdicts = pa.StructArray.from_arrays(columns, fields=list(schemas.REWARDS.value_type))
+    ends = pa.array(np.arange(n + 1) * len(answers), pa.int32())
+    return pa.ListArray.from_arrays(ends, verdicts, type=schemas.REWARDS)
+
+
+def _with_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), values)
