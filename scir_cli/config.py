@@ -346,13 +346,9 @@ class TrainSettings(RewardSettings, ReportSettings):
         "The dynamic mask asks the order-averaged judge and the implicit reward, each reward model of the penalty, or the judge alone.",
     )
     stop_gradient: Literal["none", RewardModelName] = setting("none", "Reward model that the penalty does not train.")
-    scale: Literal["fixed", "fitted", "unit", "running"] = setting(
+    scale: Literal["fixed", "fitted", "running"] = setting(
         "fitted",
-        "s such that the implicit log-odds have the judge's median size, on the first iteration's data or in every step; unit: that, and T is this size; "
-        "or --implicit-scale, where that is given.",
-    )
-    temperature: float = setting(
-        1.0, "T: the penalty reads log-odds / T, so that a sure judge does not weigh more than a hesitant one.", gt=0
+        "s such that the implicit log-odds have the judge's median size, on the first iteration's data or in every step; or --implicit-scale, where that is given.",
     )
     balance: bool = setting(False, "Divide the penalty's gradient through the implicit reward by its scale s.")
     anchors: str | None = setting(

@@ -182,11 +182,10 @@ class Scir(_Base):
         own = logps[:, self.groups["implicit"]]
         ratios = self.log_ratios(own, examples)
         terms = losses.scir(
-            models / s.temperature, voters, self.preference(own, ratios, examples), penalty_weight=self._penalty_weight(), entropy_weight=s.entropy_weight,
+            models, voters, self.preference(own, ratios, examples), penalty_weight=self._penalty_weight(), entropy_weight=s.entropy_weight,
             confidence_threshold=s.confidence_threshold, entropy_floor=s.entropy_floor, penalty=s.penalty,
         )  # fmt: skip
-        metrics = self._metrics(terms, trained, averaged, judge, ratios, logps)
-        metrics |= {"scir/scale": matching * s.implicit_scale, "scir/temperature": s.temperature}
+        metrics = self._metrics(terms, trained, averaged, judge, ratios, logps) | {"scir/scale": matching * s.implicit_scale}
         self.guard(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
         return terms.loss, metrics
 

@@ -71,7 +71,6 @@ VERDICTS = Method(
 )
 
 SCIR = Method("scir", "scir")  # the defaults: sizes matched at M_1 and kept, lambda 3
-UNIT = Method("scir-unit", "scir", {"scale": "unit"})  # and the penalty in units of the judge's size at M_1
 BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # the defaults until this study
 
 MAIN = [
@@ -79,7 +78,6 @@ MAIN = [
     Method(
         "scir-likelihood", "scir", {"reward_models": ["judge", "implicit", "likelihood"]}
     ),  # the ablation's best, on two of the seeds
-    UNIT,
     BEFORE,
     Method("scir-l1", "scir", {"penalty_weight": 1.0}),
     Method(
@@ -166,7 +164,6 @@ ON_REAL = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
     SCIR,
-    UNIT,
     Method("oracle", "external", scores="oracle"),
 ]
 

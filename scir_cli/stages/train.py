@@ -83,9 +83,9 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
         for weights in filter(None, (start, reference)):
             weights.options |= {"ranks": ranks, "cpu_offload": settings.cpu_offload}
-    kept = kept_sizes(start.path, settings, reward_key) if scorer else {}
+    kept = kept_scale(start.path, settings, reward_key) if scorer else None
     plan = {"stage": "train", "settings": settings.plan(), **digests, "model": start.key, "reward_reference": reward_key}
-    plan |= {f"kept_{name}": size for name, size in kept.items()}
+    plan |= {"kept_scale": kept} if kept is not None else {}
     out = Path(settings.output_dir)
     if settings.dry_run:
         examples, drops = _examples(rows, start, settings)
@@ -109,9 +109,9 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
             _remember([e.pair for e in [*examples, *validation]], weights, settings, ranks)
         if reference is not None:
             reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
-        if scorer and settings.scale in FITTED:
-            sizes = kept or fitted_sizes(rows, examples, scorer, settings)
-            settings = settings.model_copy(update={FITTED[settings.scale][name]: size for name, size in sizes.items()})
+        if scorer and settings.scale == "fitted":
+            scale = fitted_scale(rows, examples, scorer, settings) if kept is None else kept
+            settings = settings.model_copy(update={"implicit_scale": scale})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
 
 
@@ -120,13 +120,6 @@ def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
         raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
         raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
-
-
-#: What each --scale finds, and the setting it is for.
-FITTED = {
-    "fitted": {"scale": "implicit_scale"},
-    "unit": {"scale": "implicit_scale", "temperature": "temperature"},
-}  # fmt: skip
 
 
 def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
@@ -160,25 +153,22 @@ def _add(pairs: list[Pair], key: str, known: dict[str, tuple[float, float]]) -> 
             pair.reference_logps[key] = known[pair.pair_id]
 
 
-def kept_sizes(model: Path, settings: TrainSettings, reward_key: str | None) -> dict[str, float]:
-    """What --scale found when `model` was trained against the same reward reference; nothing where it did not.
+def kept_scale(model: Path, settings: TrainSettings, reward_key: str | None) -> float | None:
+    """The scale that --scale fitted found when `model` was trained against the same reward reference, None where it did not.
 
-    Fitting anew in each iteration lowers s as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
+    Fitting anew in each iteration lowers it as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
     """
     plan, manifest = model / "plan.json", model / "manifest.json"
-    if settings.scale not in FITTED or not (plan.exists() and manifest.exists()):
-        return {}
+    if settings.scale != "fitted" or not (plan.exists() and manifest.exists()):
+        return None
     made = store.read_json(plan)
     alike = ("objective", "scale", "implicit_beta", "length_control", "length_alpha")
     same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in alike)
-    return {name: float(store.read_json(manifest)["summary"][f"scir/{name}"]) for name in FITTED[settings.scale]} if same else {}
+    return float(store.read_json(manifest)["summary"]["scir/scale"]) if same else None
 
 
-def fitted_sizes(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> dict[str, float]:
-    """--scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts, those in the data or, where there are none, its own.
-
-    --scale unit: also that size, T.
-    """
+def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> float:
+    """--scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts, those in the data or, where there are none, its own."""
     pairs = [e.pair for e in examples]
     said = [[r["log_odds"] for r in row["rewards"] if r["reward_model"] == "judge"] for row in rows]
     judge = torch.tensor([float("nan") if a is None else a for one in said for a in one])
@@ -188,11 +178,7 @@ def fitted_sizes(rows: list[dict[str, Any]], examples: list[Example], scorer: Sc
         judge = scorer.models["judge"].odds(logps.T, Context.of(pairs[:REFERENCE_ROWS], None)).log_odds
     own = torch.tensor([p.reference_logps[scorer.model.key] for p in pairs]).T  # (2, pairs)
     implicit = scorer.models["implicit"].odds(own, Context.of(pairs, scorer.reference_key)).log_odds
-    sizes = {
-        "scale": settings.implicit_scale * losses.matching_scale(judge, implicit),
-        "temperature": losses.matching_scale(judge, torch.ones(1)),
-    }
-    return {name: sizes[name] for name in FITTED[settings.scale]}
+    return settings.implicit_scale * losses.matching_scale(judge, implicit)
 
 
 def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], Json]:
