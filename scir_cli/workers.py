@@ -207,7 +207,7 @@ class Processes:
     def wait(self) -> list[Said]:
         for number in range(len(self.devices)):
             if number not in self.workers:
-                self.workers[number] = self._start(self.devices[number])
+                self.workers[number] = self._start(number)
         ready = wait([worker.pipe for worker in self.workers.values()])
         return [self._said(number, worker) for number, worker in list(self.workers.items()) if worker.pipe in ready]
 
@@ -223,10 +223,10 @@ class Processes:
         for worker in self.workers.values():
             worker.process.join()
 
-    def _start(self, visible: str | None) -> Worker:
+    def _start(self, number: int) -> Worker:
         ours, theirs = multiprocessing.Pipe()
-        arguments = (theirs, os.getpid(), self.job, visible, len(self.devices))
-        process = multiprocessing.get_context("spawn").Process(target=_work, args=arguments)
+        arguments = (theirs, os.getpid(), self.job, self.devices[number], len(self.devices))
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=arguments, name=f"worker {number}")
         process.start()
         theirs.close()  # so that its death ends our reading
         return Worker(process, ours)

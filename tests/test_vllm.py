@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -135,8 +136,8 @@ def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
     names = ["judge", "implicit", "rubric", "rationale"]
     rows, work = {}, {}
     for backend in ("vllm", "transformers"):
-        more = {"engine_arg": [EAGER, "block_size=32"]} if backend == "vllm" else {}
-        manifest = run("judge", **common, **more, input=str(tmp_path / "c"), reward_models=names, rationale_max_tokens=8, backend=backend,
+        more = {"engine_arg": [EAGER, "block_size=32"], "data_parallel": 2} if backend == "vllm" else {}
+        manifest = run("judge", **common, **more, input=str(tmp_path / "c"), reward_models=names, rationale_max_tokens=8, backend=backend, rows_per_part=3,
             output_dir=tmp_path / backend)  # fmt: skip
         rows[backend] = store.read_dataset(tmp_path / backend).to_pylist()
         work[backend] = manifest["work"]
@@ -225,6 +226,47 @@ def test_vllms_own_server_gives_the_tokens_and_verdicts_of_the_engine(served: tu
     assert max(r["verdict_mass"] for r in rows["served"] if r["reward_model"] == "judge") < 0.1, "no unlikely verdict was tested"
 
 
+class Dies(VllmBackend):
+    """In one run: the first engine that is asked is killed, then the first worker that has another one."""
+
+    def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
+        super().__init__(model, sampling, settings)
+        self.folder = Path(settings.output_dir)
+        (self.folder / f"engine-{self.child.pid}").touch()
+
+    def generate(self, requests: Any) -> Any:
+        for name, number in (("killed-engine", self.child.pid), ("killed-worker", os.getpid())):
+            with contextlib.suppress(FileExistsError):
+                (self.folder / name).touch(exist_ok=False)
+                os.kill(number, signal.SIGKILL)
+                break
+        return super().generate(requests)
+
+
+def test_two_workers_give_the_tokens_of_one_process_though_an_engine_and_a_worker_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    model = {"model": str(make(tmp_path / "model")), "dtype": "fp32", "device": "cpu"}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "Tell me of number {i}."}}\n' for i in range(12)), encoding="utf-8")
+    rows = {}
+    for name, values in (("one", {}), ("two", {"backend": "test_vllm:Dies", "data_parallel": 2, "engine_arg": [EAGER]})):
+        run("generate", **model, **values, input=str(prompts), n=1, temperature=0, max_new_tokens=8, rows_per_part=1, output_dir=tmp_path / name)  # fmt: skip
+        rows[name] = store.read_dataset(tmp_path / name).drop_columns(["candidate_id"]).to_pylist()
+    assert rows["two"] == rows["one"]
+    engines = [int(path.name.partition("-")[2]) for path in (tmp_path / "two").glob("engine-*")]
+    assert len(engines) >= 4, "two that came first, and one for each that was killed"
+    wait_until_gone(*engines)
+
+
+def wait_until_gone(*numbers: int) -> None:
+    until = time.monotonic() + 20
+    while left := [number for number in numbers if Path(f"/proc/{number}").exists()]:
+        assert time.monotonic() < until, f"engines that outlived their drivers: {left}"
+        time.sleep(0.05)
+
+
 def test_what_vllm_refuses_is_one_line_and_its_log_is_named(tmp_path: Path):
     folder = make_model(tmp_path / "model", **SHAPE)
     with pytest.raises(EngineError, match=r"vLLM failed: .*no_such_argument.*; its log is .*vllm\.log$"):
@@ -257,7 +299,4 @@ def test_a_killed_driver_leaves_no_engine(tmp_path: Path):
         assert driver.stdout is not None
         child = int(driver.stdout.readline())
         driver.kill()
-    until = time.monotonic() + 20
-    while Path(f"/proc/{child}").exists():
-        assert time.monotonic() < until, "the engine outlived its driver"
-        time.sleep(0.05)
+    wait_until_gone(child)

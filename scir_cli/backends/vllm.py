@@ -44,7 +44,8 @@ class VllmBackend:
         )
         self.child.start()
         theirs.close()  # else its death would not end our reading
-        print(f"vLLM loads {model.path.name}; what it says goes to {self.log}", file=sys.stderr, flush=True)
+        if multiprocessing.current_process().name in ("MainProcess", "worker 0"):  # once, however many workers load it
+            print(f"vLLM loads {model.path.name}; what it says goes to {self.log}", file=sys.stderr, flush=True)
         self._answer()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -41,7 +41,7 @@ def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log:
             outputs = _run(llm, requests, lora, lambda *tokens: pipe.send((None, tokens)))
             pipe.send((True, ANSWERS[what](outputs)))
     except EOFError:
-        return
+        llm.llm_engine.engine_core.shutdown()  # else shared memory of several GPUs' processes is left, and Python says so on the terminal
     except Exception as error:  # vLLM raises whatever its parts raise; its traceback goes to the log, one line to the parent
         pipe.send((False, _reason(error)))
         raise
