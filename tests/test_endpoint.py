@@ -46,7 +46,7 @@ class Endpoint(BaseHTTPRequestHandler):
         elif "logprobs" in body:
             self._say(200, {"choices": [{"text": "?", "logprobs": {"top_logprobs": [self.server.top(body)]}}]})
         else:
-            self._say(200, {"choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}]})
+            self._say(200, {"choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}], **self.server.more})
 
     def _say(self, status: int, value: Any) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -63,7 +63,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
-        server.faults, server.seen, server.models = [], [], ["m"]  # type: ignore[attr-defined]
+        server.faults, server.seen, server.models, server.more = [], [], ["m"], {}  # type: ignore[attr-defined]
         Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -88,6 +88,15 @@ def test_token_ids_go_in_and_come_out_with_a_seed_a_row(endpoint: Any, generate:
         assert row["token_ids"] == [*body["prompt"][-2:], 2]
         assert (body["seed"], row["finish_reason"], key) == (row["seed"], "stop", f"Bearer {KEY}")
     assert KEY not in (tmp_path / "out" / "plan.json").read_text() + (tmp_path / "out" / "manifest.json").read_text()
+
+
+def test_what_an_endpoint_found_in_its_prefix_cache_is_counted_where_it_says_so(endpoint: Any, generate: Any, tmp_path: Path):
+    for n, (usage, rate) in enumerate(
+        [({"prompt_tokens_details": {"cached_tokens": 3}}, True), ({"prompt_tokens_details": None}, False)]
+    ):
+        endpoint.more = {"usage": usage}
+        work = generate(output_dir=tmp_path / str(n))["work"]
+        assert work["prefix_cache_hit_rate"] == (pytest.approx(4 * 3 / work["tokens_read"], abs=1e-4) if rate else None)
 
 
 @pytest.mark.parametrize("fault", [(500, {}), (429, {}), "close", "cut"], ids=str)

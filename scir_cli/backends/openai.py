@@ -52,8 +52,8 @@ class OpenAIBackend:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
             answers = []
-            for request, answer in zip(requests, threads.map(self._complete, requests), strict=True):
-                self.meter.count(len(request.prompt_ids), len(answer.token_ids))
+            for request, (answer, cached) in zip(requests, threads.map(self._complete, requests), strict=True):
+                self.meter.count(len(request.prompt_ids), len(answer.token_ids), cached)
                 answers.append(answer)
             return answers
 
@@ -62,25 +62,26 @@ class OpenAIBackend:
         wanted = verdict_tokens(branches)
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
             found = {}
-            for prompt, logprobs in zip(wanted, threads.map(self._logprobs, wanted, wanted.values()), strict=True):
-                self.meter.count(len(prompt))
+            for prompt, (logprobs, cached) in zip(wanted, threads.map(self._logprobs, wanted, wanted.values()), strict=True):
+                self.meter.count(len(prompt), cached=cached)
                 found[prompt] = logprobs
         return torch.tensor([found[b.ids].get(b.target_tokens[0], float("nan")) for b in branches])
 
-    def _logprobs(self, prompt: Sequence[int], tokens: list[int]) -> dict[int, float]:
-        """Log-probabilities by token id of the next token: of those asked for, or of the likeliest."""
+    def _logprobs(self, prompt: Sequence[int], tokens: list[int]) -> tuple[dict[int, float], int | None]:
+        """Log-probabilities by token id of the next token: of those asked for, or of the likeliest; and as `_cached`."""
         body = {
             "model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": self.top_logprobs,
             "logprob_token_ids": tokens, "return_tokens_as_token_ids": True,
         }  # fmt: skip
+        answer = self._call("POST", "/completions", json=body)
         try:
-            (choice,) = self._call("POST", "/completions", json=body)["choices"]
+            (choice,) = answer["choices"]
             top = {self._token(name): float(logprob) for name, logprob in choice["logprobs"]["top_logprobs"][0].items()}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
                 f"{self.url} gives no log-probabilities (logprobs of /completions), which verdicts are read from"
             ) from error
-        return {token: logprob for token, logprob in top.items() if token is not None}
+        return {token: logprob for token, logprob in top.items() if token is not None}, _cached(answer)
 
     def _token(self, name: str) -> int | None:
         """The token that an endpoint calls by its id, or by a text that no other token has."""
@@ -92,14 +93,15 @@ class OpenAIBackend:
         times = Counter(texts)
         return {text: token for token, text in enumerate(texts) if times[text] == 1}
 
-    def _complete(self, request: Request) -> Completion:
+    def _complete(self, request: Request) -> tuple[Completion, int | None]:
         s = self.sampling
         body = {
             "model": self.name, "prompt": request.prompt_ids, "seed": request.seed, "temperature": s.temperature, "top_p": s.top_p,
             "max_tokens": s.max_new_tokens, "stop_token_ids": self.ends, "return_token_ids": True,
         }  # fmt: skip
+        answer = self._call("POST", "/completions", json=body)
         try:
-            (choice,) = self._call("POST", "/completions", json=body)["choices"]
+            (choice,) = answer["choices"]
             ids = tuple(int(token) for token in choice["token_ids"])
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
@@ -109,7 +111,7 @@ class OpenAIBackend:
             raise EngineError(
                 f"{self.url} gives the token {max(ids)}, which the tokenizer of --model has not; does it serve another model?"
             )
-        return Completion(ids, "stop" if ids and ids[-1] in self.ends else "length")
+        return Completion(ids, "stop" if ids and ids[-1] in self.ends else "length"), _cached(answer)
 
     def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         try:
@@ -130,3 +132,11 @@ class OpenAIBackend:
 
     def close(self) -> None:
         self.pool.clear()
+
+
+def _cached(answer: dict[str, Any]) -> int | None:
+    """Tokens of the prompt that the endpoint had in its prefix cache; None where it does not say (vLLM: --enable-prompt-tokens-details)."""
+    try:
+        return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+    except (KeyError, TypeError, ValueError):
+        return None
