@@ -109,7 +109,10 @@ def count(settings: BackendSettings, gpus: int) -> int:
     n, each = settings.data_parallel, settings.tensor_parallel_size
     n = max(1, gpus // each) if isinstance(n, str) else n
     if gpus and gpus < n * each:
-        raise ConfigError(f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}")
+        step = f"give --data-parallel {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
+        raise ConfigError(
+            f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}"
+        )
     return n
 
 
@@ -260,7 +263,7 @@ def _work(pipe: Connection, parent: int, job: Job, visible: str | None, n: int) 
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     said: Meter | ScirError | None = None
-    with contextlib.suppress(EOFError, BrokenPipeError), closing(Maker(job)) as maker:
+    with contextlib.suppress(EOFError, ConnectionError), closing(Maker(job)) as maker:
         while not isinstance(said, ScirError):
             pipe.send(said)
             said = maker.write(pipe.recv())

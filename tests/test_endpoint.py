@@ -118,6 +118,7 @@ def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(endpoint: 
         ([(200, {"choices": [{"text": "?", "token_ids": [5, 123456]}]})], "gives the token 123456, which the tokenizer"),
         ([(400, {"error": "maximum context length is 64 tokens"})], "status 400.*maximum context length is 64"),
         ([(401, {"error": "bad key"})], "refuses the key"),
+        ([(404, {"detail": "Not Found"})], "status 404.*--base-url end as it should, in /v1"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -202,8 +203,9 @@ def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_a
 
 
 def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
-    with pytest.raises(ConfigError, match="--base-url"):
-        generate(base_url=None)
+    for url, said in ((None, "not given"), ("localhost:8000", "localhost:8000")):
+        with pytest.raises(ConfigError, match=f"--base-url, as http://localhost:8000/v1; it is {said}$"):
+            generate(base_url=url)
     endpoint.models += ["n"]
     with pytest.raises(ConfigError, match="serves m, n; say which with --served-model"):
         generate()

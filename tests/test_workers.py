@@ -127,12 +127,12 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
     assert devices(data_parallel=4) == ["2", "3", "5", "7"]
     assert devices(data_parallel=2, tensor_parallel_size=2) == ["2,3", "5,7"]
     assert devices(data_parallel=2, device="cpu") == [None, None]
-    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4"):
+    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4; give --data-parallel 2$"):
         devices(data_parallel=4, tensor_parallel_size=2)
     assert devices(data_parallel="auto") == ["2", "3", "5", "7"]
     assert devices(data_parallel="auto", tensor_parallel_size=3) == ["2,3,5"]
     assert devices(data_parallel="auto", device="cpu") == [None]
-    with pytest.raises(ConfigError, match="needs 5 GPUs, and there are 4"):
+    with pytest.raises(ConfigError, match="needs 5 GPUs, and there are 4; lower --tensor-parallel-size$"):
         devices(data_parallel="auto", tensor_parallel_size=5)
 
 
@@ -198,11 +198,11 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
         generate(tiny_llama, prompts, tmp_path / "whole", "fake", rows_per_part=1)
     else:
         generate(tiny_llama, prompts, tmp_path / "candidates", "fake", n=4)
-        options += ["-i", str(tmp_path / "candidates"), "--reward-models", "judge"]
+        options += ["-i", str(tmp_path / "candidates"), "--reward-models", "rationale", "--rationale-max-tokens", "100"]
     command = [sys.executable, "-m", "scir_cli", stage, "-m", str(tiny_llama), *options, "-o"]
     if stage == "judge":
         subprocess.run([*command, str(tmp_path / "whole")], check=True, env=ENV, capture_output=True)
-    folders = killed(command, victim, tmp_path, delay=0.5 if stage == "generate" else 0.05)
+    folders = killed(command, victim, tmp_path)
     whole = store.read_dataset(tmp_path / "whole")
     for folder in folders:
         table, name = store.read_dataset(folder), {"generate": "candidate_id", "judge": "pair_id"}[stage]
@@ -210,8 +210,8 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
         assert table.equals(whole) if stage == "judge" else without_backend(table) == without_backend(whole)
 
 
-def killed(command: list[str], victim: str, folder: Path, delay: float) -> list[Path]:
-    """Folders that the command has finished, though KILLS victims were killed up to `delay` seconds after a part was written."""
+def killed(command: list[str], victim: str, folder: Path) -> list[Path]:
+    """Folders that the command has finished, though KILLS victims were killed up to half a second after a part was written."""
     env = {**ENV, "SCIR_SLOW": "2" if victim == "head" else "0.2"}  # else a run may be through before its head is missed
     once_a_run = victim not in ("worker", "actor")
     draw, kills, folders = random.Random(0), 0, [folder / "killed-0"]
@@ -222,7 +222,7 @@ def killed(command: list[str], victim: str, folder: Path, delay: float) -> list[
         driver = subprocess.Popen([*command, str(out)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, text=True)  # fmt: skip
         for _ in range(min(KILLS - kills, 1 if once_a_run else 4)):
             wait_for_a_part(out, driver)
-            time.sleep(draw.uniform(0, delay))
+            time.sleep(draw.uniform(0, 0.5))
             alive = [driver.pid] if victim.endswith("driver") else in_session(driver.pid, VICTIMS[victim])
             if driver.poll() is not None or not alive:
                 break

@@ -28,9 +28,10 @@ BUSY = (408, 429, 500, 502, 503, 504)
 
 class OpenAIBackend:
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
-        if not settings.base_url:
-            raise ConfigError("--backend openai needs --base-url, as http://localhost:8000/v1")
-        self.url, self.sampling, self.ends = settings.base_url.rstrip("/"), sampling, sorted(model.chat.end_ids)
+        url = (settings.base_url or "").rstrip("/")
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"--backend openai needs --base-url, as http://localhost:8000/v1; it is {url or 'not given'}")
+        self.url, self.sampling, self.ends = url, sampling, sorted(model.chat.end_ids)
         self.meter, self.tokenizer, self.top_logprobs = model.meter, model.chat.tokenizer, settings.top_logprobs
         key = os.environ.get("OPENAI_API_KEY")
         retry = urllib3.Retry(
@@ -125,8 +126,9 @@ class OpenAIBackend:
         if answer.status in (401, 403):
             raise EngineError(f"{self.url} refuses the key (status {answer.status}); it is read from OPENAI_API_KEY")
         if not isinstance(value, dict):
+            hint = "; does --base-url end as it should, in /v1 mostly?" if answer.status == 404 else ""
             raise EngineError(
-                f"{self.url}{path} answers with status {answer.status}: {answer.data[:200].decode(errors='replace')!r}"
+                f"{self.url}{path} answers with status {answer.status}: {answer.data[:200].decode(errors='replace')!r}{hint}"
             )
         return value
 
