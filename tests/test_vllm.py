@@ -272,7 +272,7 @@ def test_two_workers_give_the_tokens_of_one_process_though_an_engine_and_a_worke
         rows[name] = store.read_dataset(tmp_path / name).drop_columns(["candidate_id"]).to_pylist()
     assert rows["two"] == rows["one"]
     engines = [int(path.name.partition("-")[2]) for path in (tmp_path / "two").glob("engine-*")]
-    assert len(engines) >= 4, "two that came first, and one for each that was killed"
+    assert len(engines) >= 3, "each that was killed has a successor"
     wait_until_gone(*engines)
 
 
