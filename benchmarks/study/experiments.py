@@ -164,6 +164,7 @@ ON_REAL = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
     SCIR,
+    Method("scir-l0.1", "scir", {"penalty_weight": 0.1}),
     Method("oracle", "external", scores="oracle"),
 ]
 
