@@ -73,7 +73,9 @@ COST = {"steps": "steps", "tokens": "tokens computed", "train_seconds": "seconds
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n); infinite for fewer than three, and where they are all the same."""
     n, mean = len(differences), statistics.fmean(differences)
-    if n < FEWEST or max(differences) - min(differences) < 1e-6:  # shares of few pairs may coincide: that is no spread of 0
+    if (
+        n < FEWEST or max(differences) - min(differences) < 1e-5
+    ):  # shares of few pairs, written to six digits, may coincide: that is no spread of 0
         return mean, -math.inf, math.inf
     half = (T[n - 2] if n - 2 < len(T) else 2.0) * statistics.stdev(differences) / math.sqrt(n)
     return mean, mean - half, mean + half
