@@ -228,7 +228,7 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks (no two values here are the same)."""
+    """Spearman's: the correlation of ranks; equal values have the lowest of theirs."""
     ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
     return statistics.correlation(*ranks)
 
@@ -321,7 +321,7 @@ failed on the way is in [log.md](log.md).
 **The world** (`benchmarks/study/world.py`). Small Llamas answer three kinds of task whose quality a program computes, from 0 to 1: sort digits, drop a letter
 from a word, spell syllables by a small grammar. An answer may begin with a phrase that means nothing, so that length says little about quality. M_0 is
 trained on answers with slips of the pen and on which of two answers is better; M_1 is M_0 after a few steps of DPO on 600 labelled pairs. From there on no
-method sees a label but the oracle (DPO on gold labels) and `external` (gold and noise). All methods start from the same M_1 of their seed, sample the
+method sees a label but the oracles (DPO on gold labels; the verdict's loss on them) and `external` (gold and noise). All methods start from the same M_1 of their seed, sample the
 same number of answers to the same prompts in each of two iterations, and take the same number of steps of the same number of pairs. That equalises data and
 steps; SCIR's steps also read the judge's branches, so the tokens they compute are more (last table of each section).
 
