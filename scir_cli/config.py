@@ -102,9 +102,13 @@ class StageSettings(Settings):
             "against",
             "answers",
             "judge",
+            "chat_template",
+            "judge_prompt",
+            "rationale_prompt",
+            "rubric_prompt",
         ):
             given = getattr(self, name, None) or ""
-            for spec in given if isinstance(given, list) else given.split("|"):
+            for spec in given if isinstance(given, list) else str(given).split("|"):
                 base = model_sources.named_base(place(spec.strip())) if spec.strip() else None
                 for what, one in ((name, spec.strip()), (f"the base model of {name} {spec.strip()},", base)):
                     path = place(one or "").resolve()

@@ -89,6 +89,14 @@ def test_an_output_folder_that_holds_an_input_is_refused_before_overwrite_could_
             config.build(config.FilterSettings, values, where="test")
 
 
+@pytest.mark.parametrize("name", ["judge_prompt", "rationale_prompt", "rubric_prompt", "chat_template"])
+def test_an_output_folder_that_holds_a_prompt_file_is_refused_too(tmp_path: Path, name: str):
+    (tmp_path / "asked.txt").write_text("{question}", encoding="utf-8")
+    values = {"model": "m", "input": "i", "output_dir": str(tmp_path), "overwrite": True, name: str(tmp_path / "asked.txt")}
+    with pytest.raises(ConfigError, match=f"is or holds {name}"):
+        config.build(config.JudgeSettings, values, where="test")
+
+
 @pytest.mark.parametrize("name", ["model", "reward_reference"])
 def test_an_output_folder_that_holds_the_model_behind_an_adapter_is_refused_too(tmp_path: Path, name: str):
     for folder in ("base", "adapter", "other"):
