@@ -128,10 +128,11 @@ SWEEP = [
     for weight in (0.1, 1.0, 5.0)
 ]
 
+RATIONALES = {"rationale_max_tokens": 24, "rationale_batch_size": 256}
 JUDGES = Setup(
     size=Size(judges=("rubric", "rationale"), n_base=24000),
     base={**Setup().base, "max_steps": 1800},
-    loop=Setup().loop | {"rationale_max_tokens": 24, "rationale_batch_size": 256},
+    loop=Setup().loop | RATIONALES,
 )
 WITH_JUDGES = [
     Method("srlm", "srlm"),

@@ -27,14 +27,13 @@ import pyarrow as pa
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from scir_cli import config, consistency, recipe, stages, store
-from study.experiments import EXPERIMENTS, WORLDS, Method, Setup
+from study.experiments import EXPERIMENTS, RATIONALES, WORLDS, Method, Setup
 from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows
 
 Json = dict[str, Any]
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "methods"
 MEASURED = {"dtype": "fp32", "device": "cpu"}  # where nothing else is said
-ASKED = {"rationale_max_tokens": 24, "rationale_batch_size": 256}  # of a world's other judges
 
 
 # ---------------------------------------------------------------------------------------------------------------------- stages in this process
@@ -86,7 +85,7 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
     summary = store.read_json(out / name / "manifest.json")["summary"]
     others = {}
     if judges := list(getattr(setup.size, "judges", ())):
-        run("eval rewards", **asked, reward_models=judges, output_dir=out / f"{name}-others", **ASKED)
+        run("eval rewards", **asked, reward_models=judges, output_dir=out / f"{name}-others", **RATIONALES)
         others = store.read_json(out / f"{name}-others" / "manifest.json")["summary"]["models"]
     judge, implicit = summary["models"]["judge"], summary["models"]["implicit"]
     return {
