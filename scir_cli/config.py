@@ -336,7 +336,12 @@ class TrainSettings(RewardSettings, ReportSettings):
         "symmetric_kl", "Form of the inconsistency penalty."
     )
     # scale and penalty_weight: docs/study.md, experiments main and sweep; 1.0 at an implicit scale of 5 let the policy feed on its own mistakes
-    penalty_weight: float = setting(3.0, "lambda: weight of the inconsistency penalty.", ge=0)
+    penalty_weight: float | None = setting(
+        None, "lambda: weight of the inconsistency penalty; found by --penalty-ratio where none is given.", ge=0
+    )
+    penalty_ratio: float = setting(
+        1.0, "lambda such that the penalty's gradient begins as this many times the preference loss's; kept over iterations.", gt=0
+    )
     penalty_schedule: Literal["constant", "rising", "falling"] = setting(
         "constant", "lambda over the steps: as it is, from 0 up to it, or from it down to 0."
     )

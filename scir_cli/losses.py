@@ -132,6 +132,8 @@ class Scir:
     """The terms of SCIR's objective on one step's pairs; `loss` is what is minimised, the others are (pairs,) or scalars to look at."""
 
     loss: Tensor
+    agreed: Tensor  # its first term: mean preference loss of the pairs in the mask
+    inconsistency: Tensor  # its second, before lambda
     preference: Tensor  # (pairs,)
     sym: Tensor  # (pairs,)
     conf: Tensor  # (pairs,)
@@ -156,5 +158,6 @@ def scir(
     label = voters[0].sign()  # the agreed one, where the mask is on, (pairs,)
     preferred = preference(label)  # L_DPO with it, (pairs,)
     sym, conf = PENALTIES[penalty](models), confidence(models, entropy_floor)
-    chosen = torch.where(mask, preferred, torch.zeros_like(preferred)).sum() / mask.sum().clamp(min=1)
-    return Scir(chosen + penalty_weight * (sym.mean() + entropy_weight * conf.mean()), preferred, sym, conf, mask, label)
+    agreed = torch.where(mask, preferred, torch.zeros_like(preferred)).sum() / mask.sum().clamp(min=1)
+    inconsistency = sym.mean() + entropy_weight * conf.mean()
+    return Scir(agreed + penalty_weight * inconsistency, agreed, inconsistency, preferred, sym, conf, mask, label)

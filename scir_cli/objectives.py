@@ -48,6 +48,9 @@ class Objective(Protocol):
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         """The step's loss and detached figures.  logps: (pairs, branches), nats"""
 
+    def terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """What the loss weighs against each other, before its weights; none where it is one term."""
+
 
 class _Base:
     separable = True
@@ -57,6 +60,9 @@ class _Base:
         self.settings, self.dpo_reference, self.reward_reference = settings, dpo_reference, reward_reference
         self.models = reward_models.make(settings.reward_models, chat, settings)
         self.groups = reward_models.columns(self.models)
+
+    def terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return {}
 
     def labels(self, examples: Sequence[Example], like: Tensor) -> Tensor:
         return torch.tensor([e.label for e in examples], dtype=torch.float32, device=like.device)  # (pairs,)
@@ -139,6 +145,8 @@ class Scir(_Base):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        given = self.settings.penalty_weight
+        self.penalty_weight = 1.0 if given is None else given  # 1 until it is fitted
         self.guard = Collapse(20)
 
     def branches(self, example: Example) -> list[Branch]:
@@ -150,14 +158,24 @@ class Scir(_Base):
         anchored = label != 0
         loss, metrics = logps.sum() * 0, Metrics()
         if not bool(anchored.all()):
-            loss, metrics = self._scir(logps[~anchored], [e for e in examples if not e.label])
+            terms, metrics = self._scir(logps[~anchored], [e for e in examples if not e.label])
+            loss = terms.loss
+            self.guard(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
         if bool(anchored.any()):
             nll = verdict_nll(logps[anchored][:, self.groups["judge"]], label[anchored])
             loss = loss + self.settings.anchor_weight * nll
             metrics["anchors/verdict_nll"] = float(nll.detach())
         return loss, metrics
 
-    def _scir(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
+    def terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The preference loss and the penalty, before lambda, of a step's unlabelled pairs."""
+        own = [place for place, example in enumerate(examples) if not example.label]
+        if not own:
+            return dict.fromkeys(("preference", "penalty"), logps.sum() * 0)
+        terms, _ = self._scir(logps[own], [examples[place] for place in own])
+        return {"preference": terms.agreed, "penalty": terms.inconsistency}
+
+    def _scir(self, logps: Tensor, examples: Sequence[Example]) -> tuple[losses.Scir, Metrics]:
         s = self.settings
         said = reward_models.answer(self.models, logps, Context.of([e.pair for e in examples], self.reward_reference, logps.device))
         judge, implicit = said["judge"], said["implicit"].log_odds
@@ -186,12 +204,11 @@ class Scir(_Base):
             confidence_threshold=s.confidence_threshold, entropy_floor=s.entropy_floor, penalty=s.penalty,
         )  # fmt: skip
         metrics = self._metrics(terms, trained, averaged, judge, ratios, logps) | {"scir/scale": matching * s.implicit_scale}
-        self.guard(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
-        return terms.loss, metrics
+        return terms, metrics | {"scir/penalty_weight": self._penalty_weight()}
 
     def _penalty_weight(self) -> float:
         return (
-            self.settings.penalty_weight
+            self.penalty_weight
             * {"constant": 1.0, "rising": self.progress, "falling": 1 - self.progress}[self.settings.penalty_schedule]
         )
 

@@ -15,10 +15,12 @@ import ctypes
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,6 +141,11 @@ class Trainer:
         if settings.compile:
             for block in policy.scorer.blocks:
                 block.compile(dynamic=True)
+        if settings.gradient_checkpointing:
+            # ZeRO-3's weights come and go: their shapes say nothing
+            unchecked = {"use_reentrant": False, "determinism_check": "none"} if self.ranks.shards_weights else None
+            policy.model.gradient_checkpointing_enable(unchecked)
+            policy.model.train()  # transformers recomputes in train mode only; there is no dropout left to switch on
         self.params = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = self._optimizer()
         self.max_tokens = settings.max_tokens_per_pack
@@ -176,13 +183,6 @@ class Trainer:
         self._resume()
         see(self.step, {})
         self._start_trackers()
-        if self.settings.gradient_checkpointing:
-            unchecked = {
-                "use_reentrant": False,
-                "determinism_check": "none",
-            }  # ZeRO-3's weights come and go: their shapes say nothing
-            self.policy.model.gradient_checkpointing_enable(unchecked if self.ranks.shards_weights else None)
-            self.policy.model.train()  # transformers recomputes in train mode only; there is no dropout left to switch on
         metrics: Metrics = {}
         for step in self._steps():
             if self.step % self.settings.validation_every == 0:
@@ -260,11 +260,20 @@ class Trainer:
         total, packs = self._within_memory(step, work)
         return _sum(self.ranks.gather(total | self._counts(step, packs)))
 
-    def _all_at_once(self, step: Step, columns: slice | None = None) -> Metrics:
-        """The loss needs all of the step: with one pack a rank its graph is kept, with several each is scored again with gradient.
+    def _all_at_once(self, step: Step) -> Metrics:
+        """The loss needs all of the step: with one pack a rank its graph is kept, with several each is scored again with gradient."""
+        figures: Metrics = {}
 
-        columns: the only branches that gradient flows through, if not all.
-        """
+        def slope(logps: Tensor) -> Tensor:
+            loss, metrics = self.objective.loss(logps, step.batch)
+            figures.update(metrics, loss=float(loss.detach()))
+            return torch.autograd.grad(loss, logps)[0]
+
+        packs = self._hand_down(step, slope)
+        return figures | _sum(self.ranks.gather(self._counts(step, packs)))
+
+    def _hand_down(self, step: Step, slope_of: Callable[[Tensor], Tensor]) -> Packs:
+        """Hands `slope_of` the log-probabilities of the whole step, and what it returns, of the same shape, down to the weights.  (pairs, branches)"""
 
         def score(packs: Packs) -> list[Tensor]:
             with torch.set_grad_enabled(len(packs) == 1):
@@ -281,14 +290,9 @@ class Trainer:
         logps = torch.zeros(len(step.batch), own.shape[1])  # (pairs, branches)
         for places, values in self.ranks.gather((step.mine, own)):
             logps[places] = values
-        logps = logps.to(self.policy.device).requires_grad_()
-        loss, metrics = self.objective.loss(logps, step.batch)
-        (slope,) = torch.autograd.grad(loss, logps)
-        if columns is not None:
-            own_part, slope = slope[:, columns].clone(), torch.zeros_like(slope)
-            slope[:, columns] = own_part
+        slope = slope_of(logps.to(self.policy.device).requires_grad_())
         _, packs = self._within_memory(step, hand_down)
-        return metrics | {"loss": float(loss.detach())} | _sum(self.ranks.gather(self._counts(step, packs)))
+        return packs
 
     def _counts(self, step: Step, packs: Packs) -> Metrics:
         """tokens: computed in one pass; sequence_tokens: what the same branches hold one by one."""
@@ -345,12 +349,28 @@ class Trainer:
         metrics = self.validate() if self.validate else {}
         if step and self.settings.branch_gradients and not self.ranks.zero and len(self.objective.groups) > 1:
             for name, columns in self.objective.groups.items():
-                metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(step, columns)
+                metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(step, partial(self._through, step, columns))
         return metrics
 
-    def _gradient_norm(self, step: Step, columns: slice) -> float:
-        """Norm of the gradient that reaches the weights through these branches of the step: which reward model is being trained, and how hard."""
-        self._all_at_once(step, columns)
+    def _through(self, step: Step, columns: slice, logps: Tensor) -> Tensor:
+        """The loss's slope through these branches alone: which reward model is being trained, and how hard."""
+        slope = torch.autograd.grad(self.objective.loss(logps, step.batch)[0], logps)[0]
+        kept = torch.zeros_like(slope)
+        kept[:, columns] = slope[:, columns]
+        return kept
+
+    def term_norms(self, names: Sequence[str], n_steps: int) -> dict[str, float]:
+        """Norm of the gradient of each of these terms of the objective at the present weights, a mean over the first `n_steps` steps."""
+
+        def slope(step: Step, name: str, logps: Tensor) -> Tensor:
+            return torch.autograd.grad(self.objective.terms(logps, step.batch)[name], logps)[0]
+
+        steps = [self._prepare(number) for number in range(min(n_steps, self.n_steps))]
+        return {name: statistics.fmean(self._gradient_norm(step, partial(slope, step, name)) for step in steps) for name in names}
+
+    def _gradient_norm(self, step: Step, slope_of: Callable[[Tensor], Tensor]) -> float:
+        """Norm of the gradient that a slope of the step's log-probabilities leaves in the weights."""
+        self._hand_down(step, slope_of)
         self.ranks.sum_gradients(self.params)
         norm = total_norm([p.grad for p in self.params if p.grad is not None])
         self.optimizer.zero_grad()

@@ -269,15 +269,38 @@ def test_a_scale_that_is_given_is_used_as_it_is(chain: Path, tmp_path: Path):
     assert config.build(config.TrainSettings, {"model": "m", "input": "i", "output_dir": "o"}, where="test").scale == "fitted"
 
 
-def test_a_fitted_scale_is_kept_by_the_next_iteration_while_the_reward_reference_is_the_same(chain: Path, tmp_path: Path):
-    def scale(folder: str, **values: Any) -> float:
-        manifest = train(chain, tmp_path / folder, scale="fitted", max_steps=1, **values)
-        return float(manifest["summary"]["scir/scale"])
+def test_lambda_is_fitted_to_a_ratio_of_the_gradients_that_training_meets(chain: Path, tmp_path: Path):
+    def norm(folder: str, weight: float) -> float:
+        """Of the first step's gradient under this lambda."""
+        train(chain, tmp_path / folder, penalty_weight=weight, max_steps=1)
+        return float(json.loads((tmp_path / folder / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
 
-    first = scale("m2", learning_rate=1e-2)
-    assert scale("m3", model=str(tmp_path / "m2")) == first
-    assert store.read_json(tmp_path / "m3" / "plan.json")["kept_scale"] == first
-    assert scale("again", model=str(tmp_path / "m2"), implicit_beta=0.2) != first
+    preference, penalty = norm("without", 0.0), norm("nothing else", 1e6) / 1e6
+    fitted = train(chain, tmp_path / "m", penalty_ratio=2.0, max_steps=1)
+    assert fitted["fitted"]["penalty_weight"] == pytest.approx(2 * preference / penalty, rel=1e-3)
+    assert fitted["summary"]["scir/penalty_weight"] == pytest.approx(fitted["fitted"]["penalty_weight"], rel=1e-5)
+    assert train(chain, tmp_path / "given", penalty_weight=0.3, max_steps=1)["summary"]["scir/penalty_weight"] == 0.3
+
+
+def test_lambda_is_the_ratio_where_no_pair_has_a_preference_to_compare_with(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    fitted = train(chain, tmp_path / "m", penalty_ratio=0.7, confidence_threshold=0.999, max_steps=1)
+    assert fitted["fitted"]["penalty_weight"] == 0.7
+    assert "lambda is 0.7" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_was_fitted_is_kept_by_the_next_iteration_while_the_reward_reference_is_the_same(chain: Path, tmp_path: Path):
+    def fitted(folder: str, **values: Any) -> dict[str, float]:
+        return dict(train(chain, tmp_path / folder, max_steps=1, **values)["fitted"])
+
+    first = fitted("m2", learning_rate=1e-2)
+    assert fitted("m3", model=str(tmp_path / "m2")) == first
+    assert store.read_json(tmp_path / "m3" / "plan.json")["kept"] == first
+    given = fitted("given", model=str(tmp_path / "m2"), penalty_weight=0.3)
+    assert given == {"implicit_scale": first["implicit_scale"], "penalty_weight": 0.3}
+    again = fitted("again", model=str(tmp_path / "m2"), implicit_beta=0.2)
+    assert all(again[name] != first[name] for name in first)
 
 
 def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(chain: Path, tmp_path: Path):

@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(root: Path, out: Path, *more: str) -> list[str]:
     common = ["train", "-m", "policy", "--reward-reference", "base", "-i", "gold.jsonl", "--dtype", "fp32", "--device", "cpu"]
-    common += ["--implicit-scale", "5", "--penalty-weight", "1"]  # losses of the order of one: 1e-5 of them is what is compared
+    common += ["--implicit-scale", "5", "--penalty-ratio", "1"]  # losses of the order of one: 1e-5 of them is what is compared
     common = [str(root / w) if (root / w).exists() else w for w in common]
     return [sys.executable, "-m", "scir_cli", *common, "--batch-size", "5", "--learning-rate", "1e-3", "-o", str(out), *more]
 

@@ -123,7 +123,12 @@ def trained(folder: Path) -> Json:
     """What training cost and what it saw: means over its steps."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [r for r in records if r["kind"] == "train"]
-    names = {"scir/mask_rate": "mask_rate", "scir/scale": "scale", "grad_norm": "grad_norm"}
+    names = {
+        "scir/mask_rate": "mask_rate",
+        "scir/scale": "scale",
+        "scir/penalty_weight": "penalty_weight",
+        "grad_norm": "grad_norm",
+    }
     means = {short: statistics.fmean(r[name] for r in steps) for name, short in names.items() if name in steps[0]}
     gradients = {
         k.replace("branch_grad_norm/", "gradient_"): v

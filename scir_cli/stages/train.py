@@ -47,6 +47,10 @@ from scir_cli.store import Json
 from scir_cli.trainer import Trainer
 
 LABEL = {"first": 1, "second": -1, None: 0}
+FITTED_ON = 4  # steps whose gradients lambda is fitted on
+#: Settings under which what was fitted in one iteration holds in the next
+FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "penalty", "penalty_ratio",
+              "entropy_weight", "preference_loss", "beta")  # fmt: skip
 REFERENCE_ROWS = 256  # pairs between two moves of the progress bar
 
 
@@ -83,9 +87,9 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
     if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
         for weights in filter(None, (start, reference)):
             weights.options |= {"ranks": ranks, "cpu_offload": settings.cpu_offload}
-    kept = kept_scale(start.path, settings, reward_key) if scorer else None
+    kept = kept_fits(start.path, settings, reward_key) if scorer else {}
     plan = {"stage": "train", "settings": settings.plan(), **digests, "model": start.key, "reward_reference": reward_key}
-    plan |= {"kept_scale": kept} if kept is not None else {}
+    plan |= {"kept": kept} if kept else {}
     out = Path(settings.output_dir)
     if settings.dry_run:
         examples, drops = _examples(rows, start, settings)
@@ -109,9 +113,9 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
             _remember([e.pair for e in [*examples, *validation]], weights, settings, ranks)
         if reference is not None:
             reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
-        if scorer and settings.scale == "fitted":
-            scale = fitted_scale(rows, examples, scorer, settings) if kept is None else kept
-            settings = settings.model_copy(update={"implicit_scale": scale})
+        settings = settings.model_copy(update=kept)
+        if scorer and settings.scale == "fitted" and "implicit_scale" not in kept:
+            settings = settings.model_copy(update={"implicit_scale": fitted_scale(rows, examples, scorer, settings)})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
 
 
@@ -120,6 +124,8 @@ def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
         raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
         raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
+    if ranks.zero and settings.objective == "scir" and settings.penalty_weight is None:
+        raise ConfigError("DeepSpeed gives no gradient back, so --penalty-ratio cannot be had: give --penalty-weight")
 
 
 def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
@@ -153,18 +159,18 @@ def _add(pairs: list[Pair], key: str, known: dict[str, tuple[float, float]]) -> 
             pair.reference_logps[key] = known[pair.pair_id]
 
 
-def kept_scale(model: Path, settings: TrainSettings, reward_key: str | None) -> float | None:
-    """The scale that --scale fitted found when `model` was trained against the same reward reference, None where it did not.
+def kept_fits(model: Path, settings: TrainSettings, reward_key: str | None) -> dict[str, float]:
+    """The scale and the lambda that were fitted when `model` was trained with the same settings against the same reward reference; {} where they were not.
 
-    Fitting anew in each iteration lowers it as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
+    Fitting the scale anew in each iteration lowers it as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
     """
+    wanted = {"implicit_scale": settings.scale == "fitted", "penalty_weight": settings.penalty_weight is None}
     plan, manifest = model / "plan.json", model / "manifest.json"
-    if settings.scale != "fitted" or not (plan.exists() and manifest.exists()):
-        return None
-    made = store.read_json(plan)
-    alike = ("objective", "scale", "implicit_beta", "length_control", "length_alpha")
-    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in alike)
-    return float(store.read_json(manifest)["summary"]["scir/scale"]) if same else None
+    if not any(wanted.values()) or not (plan.exists() and manifest.exists()):
+        return {}
+    made, found = store.read_json(plan), store.read_json(manifest).get("fitted", {})
+    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in FITTED_FOR)
+    return {name: found[name] for name, want in wanted.items() if want and name in found} if same else {}
 
 
 def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> float:
@@ -179,6 +185,15 @@ def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Sc
     own = torch.tensor([p.reference_logps[scorer.model.key] for p in pairs]).T  # (2, pairs)
     implicit = scorer.models["implicit"].odds(own, Context.of(pairs, scorer.reference_key)).log_odds
     return settings.implicit_scale * losses.matching_scale(judge, implicit)
+
+
+def fitted_weight(trainer: Trainer, ratio: float) -> float:
+    """--penalty-ratio: lambda such that the penalty's gradient is `ratio` times the preference loss's at the start, over the first steps' pairs."""
+    norms = trainer.term_norms(("preference", "penalty"), FITTED_ON)
+    if not all(norms.values()):
+        warn(f"--penalty-ratio: the gradient norms of the first {FITTED_ON} steps are {norms}; lambda is {ratio:g}")
+        return ratio
+    return ratio * norms["preference"] / norms["penalty"]
 
 
 def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], Json]:
@@ -241,6 +256,8 @@ def _train(
     watch = Watch(settings, policy, [e.pair for e in validation], [e.label for e in validation], reward_key)
     objective = objective_for(settings, start, reward_key)
     trainer = Trainer(policy, objective, examples, settings, Path(settings.output_dir), watch if validation else None, ranks)
+    if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
+        objective.penalty_weight = fitted_weight(trainer, settings.penalty_ratio)
     with watching(View(f"train {settings.objective}", trainer.n_steps)) if ranks.main else nullcontext(lambda *_: None) as see:
         final = trainer.train(see)
     if start.sharded:
@@ -344,6 +361,8 @@ def _write_model(
         "versions": store.versions(),
         "summary": {name: round(float(value), 6) for name, value in final.items()},
     }
+    if isinstance(trainer.objective, objectives.Scir):
+        manifest["fitted"] = {"implicit_scale": settings.implicit_scale, "penalty_weight": trainer.objective.penalty_weight}
     store.write_json(out / "manifest.json", manifest)
     trainer.finish()
     return manifest
