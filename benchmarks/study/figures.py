@@ -213,7 +213,7 @@ def courses(label: str, models: Sequence[str], panels: Mapping[str, Mapping[str,
         for ax, (heading, lines) in zip(axes, panels.items(), strict=True):
             for place, (name, values) in enumerate(lines.items()):
                 ax.plot(range(len(values)), values, color=plots.colour("", place), label=name, linewidth=1.4 if place else 2.4,
-                        marker="os^D"[place % 4], linestyle=plots.DASHES[place % 4], zorder=3 - 0.1 * place)  # fmt: skip
+                        marker=MARKERS[place % 4], linestyle=plots.DASHES[place % 4], zorder=3 - 0.1 * place)  # fmt: skip
             ax.set(xticks=range(len(models)), xlim=(-0.15, len(models) - 0.85))
             ax.set_xticklabels(models)
             ax.set_title(heading, fontsize=9.5, weight="bold")

@@ -96,6 +96,10 @@ def by_seed(records: Sequence[Json], method: str, iteration: int, figure: str) -
     }
 
 
+def last_iteration(records: Sequence[Json]) -> int:
+    return max((r["iteration"] for r in records), default=1)
+
+
 def paired(records: Sequence[Json], method: str, other: str, iteration: int, figure: str) -> list[float]:
     """method less other on each seed that both have."""
     a, b = (by_seed(records, name, iteration, figure) for name in (method, other))
@@ -293,7 +297,7 @@ def why(results: dict[str, Json], iteration: int) -> str:
 
 def in_short(results: dict[str, Json]) -> str:
     main = results["main"]
-    last = max((r["iteration"] for r in main["records"]), default=1)
+    last = last_iteration(main["records"])
     own = [m["name"] for m in main["methods"] if m["name"].startswith("scir")]
     lines = [line for other in ("srlm", "filter-only", "ipo", "sppo") for line in said(main["records"], own, other, last)]
     return "\n\n".join(
@@ -334,10 +338,6 @@ def alt(name: str) -> str:
 
 def image(name: str) -> str:
     return f"![{alt(name)}]({IMAGES.name}/{name}.svg)"
-
-
-def last_iteration(records: Sequence[Json]) -> int:
-    return max((r["iteration"] for r in records), default=1)
 
 
 def mark(records: Sequence[Json], method: str, iteration: int, figure: str) -> Mark | None:
@@ -497,7 +497,7 @@ said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of
 
 def section(name: str, result: Json) -> str:
     records, methods = result["records"], [m["name"] for m in result["methods"]]
-    last = max((r["iteration"] for r in records), default=1)
+    last = last_iteration(records)
     shown = range(1, last + 1) if name in ("main", "real") else [last]
     others = [m for m in (["scir"] if name == "ablation" else ["srlm", "filter-only", "scir-s5-l1"]) if m in methods]
     seeds = sorted({r["seed"] for r in records})
