@@ -66,8 +66,8 @@ def colour(name: str, place: int) -> str:
     return STAND_IN[f"s{SERIES.get(name, place % 8)}"]
 
 
-def draw(paint: Callable[[Any], None], label: str, size: tuple[float, float] = SIZE) -> str:
-    """The SVG element that `paint(axes)` gives; `label` is what a screen reader says."""
+def draw(paint: Callable[[Any], None], label: str, size: tuple[float, float] = SIZE, panels: tuple[int, int] = (1, 1)) -> str:
+    """The SVG element that `paint(axes)` gives; `label` is what a screen reader says.  panels: rows and columns of axes"""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def draw(paint: Callable[[Any], None], label: str, size: tuple[float, float] = S
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that this machine's fonts lack is the browser's business
         figure = Figure(figsize=size, layout="constrained")
-        paint(figure.subplots())
+        paint(figure.subplots(*panels))
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
     return _inline(out.getvalue(), label)
 
@@ -93,8 +93,13 @@ def _inline(svg: str, label: str) -> str:
         r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL
     )  # its rule would hold for the whole page
     svg = re.sub(r"(<svg[^>]*?) height=\"[^\"]*\"", r"\1", re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1), count=1)
-    svg = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", re.sub(r"\s+", " ", svg))  # a hundredth of a pixel is enough
+    svg = re.sub(r"<[^>]+>", lambda tag: _rounded(tag[0]), re.sub(r"\s+", " ", svg))  # text between tags stays as it is
     return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(label)}"', 1).strip()
+
+
+def _rounded(tag: str) -> str:
+    """A hundredth of a pixel is enough."""
+    return re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag)
 
 
 def _attribute(text: str) -> str:

@@ -277,6 +277,12 @@ def test_long_curves_are_means_of_neighbours_and_their_tables_begin_and_end_wher
     assert len(picture.svg) < 60_000
 
 
+def test_small_numbers_on_an_axis_are_written_whole():
+    svg = plots.steps("learning_rate", {"learning_rate": ([1, 2, 3], [0.0001, 0.0005, 0.001])}).svg
+    assert ">0.0002</text>" in svg
+    assert not re.search(r"<[^>]*\d\.\d{3}[^>]*>", svg)  # places are
+
+
 def test_win_rates_take_the_interval_they_have_or_make_it_from_their_standard_error():
     match = {"model": "a", "other": "b", "win_rate": 0.6, "standard_error": 0.05, "length_controlled_win_rate": None}
     controlled = {

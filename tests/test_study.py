@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from study import report, world
+from study import figures, report, world
 from study import run as study
 from study.experiments import EXPERIMENTS, MAIN, WITH_JUDGES, Method, Setup
 
@@ -211,3 +212,88 @@ def test_a_rank_correlation_by_hand_and_each_seed_set_speaks_for_itself():
 def test_the_page_that_is_committed_is_the_one_the_results_give():
     results = {p.stem: json.loads(p.read_text()) for p in (report.HERE / "results").glob("*.json")}
     assert report.PAGE.read_text(encoding="utf-8") == report.page(results)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ pictures
+
+
+def texts(svg: str) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def bars(svg: str, width: str) -> list[tuple[float, float]]:
+    """From where to where lines of a width go, left to right."""
+    found = re.findall(rf'd="M ([\d.]+) [\d.]+ L ([\d.]+) [^>]*stroke-width: {width};', svg)
+    return [(float(a), float(b)) for a, b in found]
+
+
+def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_its_panel_and_coloured_by_what_helps():
+    marks = [[(0.02, 0.01, 0.03)], [(-0.01, -0.03, 0.01)], [(0.01, -float("inf"), float("inf"))], [None]]
+    names = ["scir (9)", "open (9)", "two seeds (2)", "none (0)"]
+    svg = figures.forest("x", "less it", names, [figures.Forest("gold", 1, marks), figures.Forest("flips", -1, marks)])
+    assert {*names, "less it", "gold", "more is better →", "flips", "← less is better", "not measured"} <= set(texts(svg))
+    assert {"interval holds 0", "no interval", "better, 95 % interval without 0", "worse, 95 % interval without 0"} <= set(
+        texts(svg)
+    )
+    (zero, _), _ = bars(svg, "0.9")
+    helps, holds, *_ = drawn = bars(svg, "1.6")
+    assert len(drawn) == 4  # two panels, two intervals each
+    unit = (helps[1] - helps[0]) / 2  # 0.01 to 0.03
+    assert helps == pytest.approx((zero + unit, zero + 3 * unit), abs=0.03)
+    assert holds == pytest.approx((zero - 3 * unit, zero + unit), abs=0.03)
+    green, red = (re.findall(rf"M ([\d.]+) [^>]*stroke: {c}; stroke-width: 1.6;", svg) for c in ("#15845a", "#c63560"))
+    assert len(green) == len(red) == 1 and float(green[0]) < float(red[0])  # the same difference in gold, then in flips
+
+
+def test_a_mean_beyond_the_reach_of_a_panel_is_written():
+    marks = [[(0.01, 0.005, 0.015)]] * 3 + [[(-0.9, -1.0, -0.8)]]
+    assert "−0.90" in texts(figures.forest("x", "", list("abcd"), [figures.Forest("gold", 1, marks)] * 2))
+    assert figures.span(figures.Forest("gold", 1, marks)) == pytest.approx(
+        (-0.06 - 0.006, 0.015 + 0.006)
+    )  # 4 x 0.015, and 8 % of 0.075
+
+
+@pytest.mark.parametrize("high", [0.013, 0.07, 0.4, 1.0])
+@pytest.mark.parametrize("low", [0.0, 0.5, 1.0])
+def test_a_panel_has_zero_and_a_number_that_does_not_touch_it(low: float, high: float):
+    found = figures.ticks(-low * high * 1.1, high * 1.1)
+    assert 0 in found and len(found) > 1
+    assert min(abs(x) for x in found if x) >= 0.24 * 1.1 * high * (1 + low)
+
+
+def test_pictures_name_every_method_world_and_cell():
+    main = records(scir=[0.61, 0.62, 0.64], srlm=[0.5, 0.5, 0.5], other=[0.4, 0.5, 0.6])
+    sweep = [m.name for m in EXPERIMENTS["sweep"][1]]
+    cells = records(**{name: [(i + 10) / 100] for i, name in enumerate(sweep)})
+    m1 = {str(seed): dict.fromkeys(report.CLAIMED, 0.5) for seed in range(3)}
+    drawn = report.pictures(
+        {
+            "main": {"records": main, "m1": m1, "methods": [{"name": n} for n in ("scir", "srlm", "other")]},
+            "real": {"records": [r | {"sampled_quality": None} for r in main], "m1": m1, "methods": []},
+            "sweep": {"records": cells, "methods": [{"name": m.name, "settings": m.settings} for m in EXPERIMENTS["sweep"][1]]},
+        }
+    )
+    assert set(drawn) == set(report.ALT)
+    assert {"scir (3)", "other (3)"} <= set(texts(drawn["methods"])) and "srlm (3)" not in texts(drawn["methods"])
+    assert {"main (3)", "A real model (3)", "not measured"} <= set(texts(drawn["worlds"]))
+    assert {"M_1", "M_2", "scir", "srlm"} <= set(texts(drawn["courses"]))
+    assert {f"{(i + 10) / 100:.2f}" for i in range(len(sweep))} <= set(texts(drawn["sweep"]))
+    assert all("var(" not in svg and svg.startswith('<svg width="864" height="') for svg in drawn.values())
+
+
+def test_the_pictures_that_are_committed_are_those_the_page_names_and_the_results_give():
+    results = {p.stem: json.loads(p.read_text()) for p in (report.HERE / "results").glob("*.json")}
+    committed = {p.stem: p.read_text(encoding="utf-8") for p in report.IMAGES.iterdir()}
+    assert committed == report.pictures(results)
+    assert set(committed) == set(re.findall(r"\]\(study/(\w+)\.svg\)", report.page(results)))
+    assert all(len(svg) < 60_000 for svg in committed.values())
+
+
+def test_without_matplotlib_the_page_is_written_and_one_line_says_what_the_pictures_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(report, "PAGE", tmp_path / "study.md")
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'scir\[report\]'"):
+        report.main()
+    assert "(study/methods.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
-"""docs/study.md from the raw results: tables of means and spreads, paired differences with intervals, and what they allow to be said.
+"""docs/study.md from the raw results: tables of means and spreads, paired differences with intervals, pictures, and what they allow to be said.
 
-    python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md; nothing in the page is typed by hand
+    python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md and docs/study/*.svg (with scir[report]);
+                                             nothing in the page is typed by hand
 
 A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is Student's t at 95 % over the seeds both have,
 and there is none for fewer than three seeds, or where all are alike: those would establish anything.
@@ -13,16 +14,19 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from study.experiments import EXPERIMENTS
+from study.figures import Forest, Heat, Mark, courses, forest, heat_map
 
 HERE = Path(__file__).parent
 Json = dict[str, Any]
 PAGE = HERE.parent.parent / "docs" / "study.md"
+IMAGES = PAGE.with_suffix("")
 
 FEWEST = 3  # seeds that an interval needs
 #: Student's t, 97.5 %, by degrees of freedom 1, 2, …; beyond the table 2 is close enough.
@@ -92,6 +96,10 @@ def by_seed(records: Sequence[Json], method: str, iteration: int, figure: str) -
     }
 
 
+def last_iteration(records: Sequence[Json]) -> int:
+    return max((r["iteration"] for r in records), default=1)
+
+
 def paired(records: Sequence[Json], method: str, other: str, iteration: int, figure: str) -> list[float]:
     """method less other on each seed that both have."""
     a, b = (by_seed(records, name, iteration, figure) for name in (method, other))
@@ -158,16 +166,24 @@ def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration:
     return sentences
 
 
+def sweep(
+    records: Sequence[Json], methods: Sequence[Json], iteration: int, figure: str
+) -> dict[str, dict[float, dict[float, list[float]]]]:
+    """Values of a figure over seeds by orders, scale and lambda."""
+    found: dict[str, dict[float, dict[float, list[float]]]] = {}
+    for m in sorted(methods, key=lambda m: (m["settings"]["implicit_scale"], m["settings"]["penalty_weight"])):
+        orders, scale, weight = (m["settings"][name] for name in ("orders", "implicit_scale", "penalty_weight"))
+        values = list(by_seed(records, m["name"], iteration, figure).values())
+        found.setdefault(orders, {}).setdefault(scale, {})[weight] = values
+    return found
+
+
 def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figure: str) -> str:
     """Mean of a figure by scale (rows) and lambda (columns), one table for each setting of `orders`."""
     parts = []
-    for orders in dict.fromkeys(m["settings"]["orders"] for m in methods):
-        own = [m for m in methods if m["settings"]["orders"] == orders]
-        weights = sorted({m["settings"]["penalty_weight"] for m in own})
-        rows = []
-        for scale in sorted({m["settings"]["implicit_scale"] for m in own}):
-            at = {m["settings"]["penalty_weight"]: m["name"] for m in own if m["settings"]["implicit_scale"] == scale}
-            rows.append([f"s = {scale:g}", *(spread(list(by_seed(records, at[w], iteration, figure).values())) for w in weights)])
+    for orders, scales in sweep(records, methods, iteration, figure).items():
+        weights = list(next(iter(scales.values())))
+        rows = [[f"s = {scale:g}", *(spread(row[w]) for w in weights)] for scale, row in scales.items()]
         parts.append(f"orders {orders}:\n\n" + table([FIGURES[figure][0], *(f"lambda {w:g}" for w in weights)], rows))
     return "\n\n".join(parts)
 
@@ -176,13 +192,14 @@ def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figur
 
 
 OURS, RIVAL = "scir", "srlm"  # of the page's first table
+SAME_WORLD = ("ablation", "sweep")  # as main
 
 
 def gaps(results: dict[str, Json]) -> str:
     """How the gap between OURS and RIVAL moves: a row an experiment and iteration, where M_1 stands and the paired differences."""
     rows = []
     for name, result in results.items():
-        if name in ("ablation", "sweep"):  # main's own world
+        if name in SAME_WORLD:
             continue
         records = result["records"]
         claimed = present(records, CLAIMED[:6])
@@ -280,22 +297,128 @@ def why(results: dict[str, Json], iteration: int) -> str:
 
 def in_short(results: dict[str, Json]) -> str:
     main = results["main"]
-    last = max((r["iteration"] for r in main["records"]), default=1)
+    last = last_iteration(main["records"])
     own = [m["name"] for m in main["methods"] if m["name"].startswith("scir")]
     lines = [line for other in ("srlm", "filter-only", "ipo", "sppo") for line in said(main["records"], own, other, last)]
     return "\n\n".join(
         [
             "## In short",
-            f"In the main world, after iteration {last}, all that 95 % intervals allow to be said of SCIR's settings:",
+            f"All methods less `{RIVAL}` in the main world, after iteration {last}; an arrow goes on beyond its panel, the numbers are in the section [main](#main):",
+            image("methods"),
+            "All that 95 % intervals allow to be said there of SCIR's settings:",
             "\n".join(lines),
             *filter(None, [again(main["records"], [m["name"] for m in main["methods"]], last)]),
-            f"`{OURS}` less `{RIVAL}` in every world (bold: the interval does not hold 0), and where M_1 stood:",
+            f"`{OURS}` less `{RIVAL}` in every world:",
+            image("worlds"),
+            "The same as numbers (bold: the interval does not hold 0), and where M_1 stood:",
             gaps(results),
             "## Where it does not win, and why",
             why(results, last),
             "What was tried next is in the ablation, in the sweep, and in [log.md](log.md).",
         ]
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- pictures
+
+
+#: File -> what it shows, for who cannot see it
+ALT = {
+    "methods": "Every method less {rival} in the main world after its last iteration: paired means with 95 % intervals, a panel a figure",
+    "worlds": "{ours} less {rival} in every world, after each iteration: paired means with 95 % intervals, a panel a figure",
+    "courses": "The main world's figures from M_1 to the last model, a line a method: means over the seeds that all have",
+    "sweep": "Means by scale and lambda as heat maps, a row for each setting of orders, a column a figure",
+}
+COURSES = (OURS, RIVAL, "filter-only", "oracle")
+
+
+def alt(name: str) -> str:
+    return ALT[name].format(ours=OURS, rival=RIVAL)
+
+
+def image(name: str) -> str:
+    return f"![{alt(name)}]({IMAGES.name}/{name}.svg)"
+
+
+def mark(records: Sequence[Json], method: str, iteration: int, figure: str) -> Mark | None:
+    values = paired(records, method, RIVAL, iteration, figure)
+    return interval(values) if values else None
+
+
+def methods_picture(result: Json) -> str:
+    records, last = result["records"], last_iteration(result["records"])
+    claimed = present(records, CLAIMED[:6])
+    found = {
+        m["name"]: [mark(records, m["name"], last, figure) for figure in claimed] for m in result["methods"] if m["name"] != RIVAL
+    }
+    found = {name: marks for name, marks in found.items() if any(marks)}
+    names = [f"{name} ({len(paired(records, name, RIVAL, last, claimed[0]))})" for name in found]
+    panels = [Forest(*FIGURES[figure], [[marks[i]] for marks in found.values()]) for i, figure in enumerate(claimed)]
+    return forest(alt("methods"), f"less {RIVAL} (seeds)", names, panels, strong={name for name in names if name.startswith(OURS)})
+
+
+def worlds_picture(results: dict[str, Json]) -> str:
+    worlds = {name: results[name]["records"] for name in results if name not in SAME_WORLD and last_pairs(results[name]["records"])}
+    iterations = range(1, max(map(last_iteration, worlds.values())) + 1)
+    names = [f"{ABOUT.get(name, (name, ''))[0]} ({last_pairs(records)})" for name, records in worlds.items()]
+    panels = [
+        Forest(*FIGURES[figure], [[mark(records, OURS, i, figure) for i in iterations] for records in worlds.values()])
+        for figure in CLAIMED[:6]
+    ]
+    return forest(alt("worlds"), f"{OURS} less {RIVAL} (seeds)", names, panels, series=[f"iteration {i}" for i in iterations])
+
+
+def last_pairs(records: Sequence[Json]) -> int:
+    """Seeds that OURS and RIVAL both have at the end."""
+    return len(paired(records, OURS, RIVAL, last_iteration(records), "agreement"))
+
+
+def courses_picture(result: Json) -> str:
+    records, last = result["records"], last_iteration(result["records"])
+    names = [name for name in COURSES if by_seed(records, name, last, "agreement")]
+    seeds = set.intersection(*(set(by_seed(records, name, last, "agreement")) for name in names))
+
+    def course(method: str, figure: str) -> list[float]:
+        start = [result["m1"][str(seed)][figure] for seed in seeds]
+        columns = [by_seed(records, method, i, figure) for i in range(1, last + 1)]
+        return [statistics.fmean(start), *(statistics.fmean(column[seed] for seed in seeds) for column in columns)]
+
+    panels = {
+        FIGURES[figure][0]: {name: course(name, figure) for name in names}
+        for figure in ("sampled_quality", "greedy_quality", "implicit_accuracy", "agreement")
+    }
+    return courses(alt("courses"), [f"M_{i}" for i in range(1, last + 2)], panels)
+
+
+def sweep_picture(result: Json) -> str:
+    records, last = result["records"], last_iteration(result["records"])
+    shown = present(records, ("greedy_quality", "implicit_accuracy", "agreement"))
+    tables = {figure: sweep(records, result["methods"], last, figure) for figure in shown}
+    orders = next(iter(tables.values()))
+    panels = [
+        [Heat(f"{FIGURES[figure][0]}, orders {order}", FIGURES[figure][1], averages(tables[figure][order])) for figure in shown]
+        for order in orders
+    ]
+    scales = next(iter(orders.values()))
+    weights = next(iter(scales.values()))
+    return heat_map(alt("sweep"), [f"{s:g}" for s in scales], [f"{w:g}" for w in weights], ("scale s", "lambda"), panels)
+
+
+def averages(scales: dict[float, dict[float, list[float]]]) -> list[list[float | None]]:
+    return [[statistics.fmean(values) if values else None for values in row.values()] for row in scales.values()]
+
+
+def pictures(results: dict[str, Json]) -> dict[str, str]:
+    """File -> SVG: those that the page refers to."""
+    ordered = {name: results[name] for name in EXPERIMENTS if name in results}
+    drawn = {"sweep": sweep_picture(ordered["sweep"])} if "sweep" in ordered else {}
+    if "main" in ordered:
+        main = ordered["main"]
+        drawn |= {"methods": methods_picture(main), "worlds": worlds_picture(ordered), "courses": courses_picture(main)}
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------------- the page
 
 
 def page(results: dict[str, Json]) -> str:
@@ -374,7 +497,7 @@ said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of
 
 def section(name: str, result: Json) -> str:
     records, methods = result["records"], [m["name"] for m in result["methods"]]
-    last = max((r["iteration"] for r in records), default=1)
+    last = last_iteration(records)
     shown = range(1, last + 1) if name in ("main", "real") else [last]
     others = [m for m in (["scir"] if name == "ablation" else ["srlm", "filter-only", "scir-s5-l1"]) if m in methods]
     seeds = sorted({r["seed"] for r in records})
@@ -387,7 +510,16 @@ def section(name: str, result: Json) -> str:
     start = [{"method": "M_1", "iteration": 1, "seed": int(seed), **m} for seed, m in result["m1"].items() if int(seed) in seeds]
     columns = {figure: heading for figure, (heading, _) in FIGURES.items()}
     if name == "sweep":
-        return "\n\n".join([*parts, *(heat(records, result["methods"], last, f) for f in present(records, CLAIMED))])
+        return "\n\n".join(
+            [
+                *parts,
+                "Darker is better:",
+                image("sweep"),
+                *(heat(records, result["methods"], last, f) for f in present(records, CLAIMED)),
+            ]
+        )
+    if name == "main":
+        parts += ["Means over the seeds that all of these have:", image("courses")]
     parts += ["Where everybody starts:", means(start, ["M_1"], 1, columns)]
     for iteration in shown:
         parts += [f"After iteration {iteration} (M_{iteration + 1}):", means(records, methods, iteration, columns)]
@@ -412,6 +544,12 @@ def main() -> None:
     results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results").glob("*.json"))}
     PAGE.write_text(page(results), encoding="utf-8")
     print(PAGE)
+    if find_spec("matplotlib") is None:
+        sys.exit("the page is written, but not its pictures: they need the package matplotlib, pip install 'scir[report]'")
+    IMAGES.mkdir(exist_ok=True)
+    for name, svg in pictures(results).items():
+        (IMAGES / f"{name}.svg").write_text(svg, encoding="utf-8")
+    print(IMAGES)
 
 
 if __name__ == "__main__":
