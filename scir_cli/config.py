@@ -335,7 +335,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     penalty: Literal["symmetric_kl", "entropy_of_mean", "agreement_likelihood"] = setting(
         "symmetric_kl", "Form of the inconsistency penalty."
     )
-    # scale, penalty_ratio and voters: docs/study.md, experiments main, sweep and real
+    # scale and penalty_weight: docs/study.md, experiments main and sweep; 1.0 at an implicit scale of 5 let the policy feed on its own mistakes
     penalty_weight: float | None = setting(
         None, "lambda: weight of the inconsistency penalty; found by --penalty-ratio where none is given.", ge=0
     )
@@ -353,9 +353,9 @@ class TrainSettings(RewardSettings, ReportSettings):
     orders: Literal["separate", "averaged", "forward"] = setting(
         "separate", "The judge's two orders as two reward models, as their average, or the first order only."
     )
-    voters: Literal["each", "averaged", "judge"] = setting(
-        "each",
-        "The dynamic mask asks each reward model of the penalty, the order-averaged judge and the others, or the judge alone.",
+    voters: Literal["averaged", "each", "judge"] = setting(
+        "averaged",
+        "The dynamic mask asks the order-averaged judge and the implicit reward, each reward model of the penalty, or the judge alone.",
     )
     stop_gradient: Literal["none", RewardModelName] = setting("none", "Reward model that the penalty does not train.")
     scale: Literal["fixed", "fitted", "running"] = setting(

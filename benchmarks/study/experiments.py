@@ -48,13 +48,10 @@ class Setup:
     dtype: str = "fp32"
 
 
-AVERAGED = {"voters": "averaged"}  # the mask before it asked each order, under which most of this was run
-FILTER_ONLY = Method("filter-only", "filter-only", AVERAGED)
-
 RIVALS = [
     Method("srlm", "srlm"),
-    FILTER_ONLY,
-    Method("penalty-only", "penalty-only"),
+    Method("filter-only", "filter-only"),
+    Method("penalty-only", "penalty-only", {"implicit_scale": 5.0, "penalty_weight": 1.0}),
     Method("dice", "dice"),
     Method("cream", "cream"),
     Method("random-filter", "random-filter"),
@@ -73,22 +70,20 @@ VERDICTS = Method(
     scores="oracle",
 )
 
-LIKELIHOOD = {"reward_models": ["judge", "implicit", "likelihood"]}
-SCIR = Method("scir", "scir")  # the defaults: sizes matched and gradients equal at M_1, both kept; each order in the mask
-L3 = Method("scir-l3", "scir", {"penalty_weight": 3.0, **AVERAGED})  # the defaults before: one lambda for every model
-BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0, **AVERAGED})  # and those before them
+SCIR = Method("scir", "scir")  # the defaults: sizes matched at M_1 and kept, lambda 3
+BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # the defaults until this study
 
 MAIN = [
     SCIR,
-    Method("scir-likelihood", "scir", LIKELIHOOD | AVERAGED),
-    Method("scir-averaged", "scir", AVERAGED),
-    L3,
-    Method("scir-likelihood-l3", "scir", LIKELIHOOD | L3.settings),  # the ablation's best, on two of the seeds
+    Method(
+        "scir-likelihood", "scir", {"reward_models": ["judge", "implicit", "likelihood"]}
+    ),  # the ablation's best, on two of the seeds
     BEFORE,
-    Method("scir-l1", "scir", {"penalty_weight": 1.0, **AVERAGED}),
-    # the sizes at M_1, found on the tuning world (docs/log.md)
-    Method("scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0, **AVERAGED}),
-    Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0, **AVERAGED}),
+    Method("scir-l1", "scir", {"penalty_weight": 1.0}),
+    Method(
+        "scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0}
+    ),  # the sizes at M_1, found on the tuning world (docs/log.md)
+    Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0}),
     *RIVALS,
     VERDICTS,
     Method("srlm half step", "srlm", {"learning_rate": 5e-5}),
@@ -97,9 +92,9 @@ MAIN = [
 #: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the experiment.
 ABLATION = [
     Method("srlm", "srlm"),
-    L3,
+    SCIR,
     *[
-        Method(name, "scir", L3.settings | settings)
+        Method(name, "scir", settings)
         for name, settings in {
             "running scale": {"scale": "running"},
             "balanced": {"balance": True},
@@ -118,20 +113,16 @@ ABLATION = [
             "lambda falling": {"penalty_schedule": "falling"},
             "mean length": {"length_control": "mean"},
             "anchored": {"anchors": "{seed_pairs}"},
-            "with likelihood": LIKELIHOOD,
+            "with likelihood": {"reward_models": ["judge", "implicit", "likelihood"]},
             "ipo": {"preference_loss": "ipo"},
             "sppo": {"preference_loss": "sppo"},
         }.items()
     ],
-    Method("reference M_t-1", "scir-previous", L3.settings),
+    Method("reference M_t-1", "scir-previous"),
 ]
 
 SWEEP = [
-    Method(
-        f"{orders} s={scale:g} lambda={weight:g}",
-        "scir",
-        {"orders": orders, "implicit_scale": scale, "penalty_weight": weight, **AVERAGED},
-    )
+    Method(f"{orders} s={scale:g} lambda={weight:g}", "scir", {"orders": orders, "implicit_scale": scale, "penalty_weight": weight})
     for orders in ("separate", "averaged")
     for scale in (1.0, 5.0, 25.0, 100.0)
     for weight in (0.1, 1.0, 5.0)
@@ -147,15 +138,15 @@ WITH_JUDGES = [
     Method("srlm", "srlm"),
     Method("srlm by rubric", "srlm", {"rule": "rubric", "reward_models": ["judge", "implicit", "rubric"]}),
     Method("srlm by rationale", "srlm", {"rule": "rationale", "reward_models": ["judge", "implicit", "rationale"]}),
-    L3,
+    SCIR,
     *[
-        Method(f"scir-l3, {' and '.join(more)}", "scir", {"reward_models": ["judge", "implicit", *more], **L3.settings})
+        Method(f"scir, {' and '.join(more)}", "scir", {"reward_models": ["judge", "implicit", *more]})
         for more in (["rubric"], ["rationale"], ["rubric", "rationale"])
     ],
     Method("oracle", "external", scores="oracle"),
 ]
 
-FEW = [Method("srlm", "srlm"), FILTER_ONLY, SCIR, L3, BEFORE]
+FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), BEFORE, SCIR]
 
 
 #: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's. 48 steps are what the oracle
@@ -172,10 +163,9 @@ REAL = Setup(
 
 ON_REAL = [
     Method("srlm", "srlm"),
-    FILTER_ONLY,
+    Method("filter-only", "filter-only"),
     SCIR,
-    L3,
-    Method("scir-l0.1", "scir", {"penalty_weight": 0.1, **AVERAGED}),
+    Method("scir-l0.1", "scir", {"penalty_weight": 0.1}),
     Method("oracle", "external", scores="oracle"),
 ]
 
