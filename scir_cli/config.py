@@ -335,7 +335,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     penalty: Literal["symmetric_kl", "entropy_of_mean", "agreement_likelihood"] = setting(
         "symmetric_kl", "Form of the inconsistency penalty."
     )
-    # scale and penalty_weight: docs/study.md, experiments main and sweep; 1.0 at an implicit scale of 5 let the policy feed on its own mistakes
+    # scale and penalty_ratio: docs/study.md, experiments main, sweep and real; lambda 1 at an implicit scale of 5 let the policy feed on its own mistakes
     penalty_weight: float | None = setting(
         None, "lambda: weight of the inconsistency penalty; found by --penalty-ratio where none is given.", ge=0
     )

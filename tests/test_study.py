@@ -132,7 +132,7 @@ def test_a_cell_is_measured_after_each_iteration_and_is_not_done_again(tmp_path:
 
 
 def test_rubric_and_rationale_are_measured_and_trained_where_a_world_teaches_them(tmp_path: Path):
-    (four,) = [m for m in WITH_JUDGES if m.name == "scir, rubric and rationale"]
+    (four,) = [m for m in WITH_JUDGES if m.name == "scir-l3, rubric and rationale"]
     setup = replace(TINY, size=replace(TINY.size, judges=("rubric", "rationale")), iterations=1)
     study.run_experiment("tiny", tmp_path / "out", [0], [four], setup, world.Gold(("evaluation",)), tmp_path / "results")
     result = json.loads((tmp_path / "results" / "tiny.json").read_text())

@@ -51,7 +51,7 @@ class Setup:
 RIVALS = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
-    Method("penalty-only", "penalty-only", {"implicit_scale": 5.0, "penalty_weight": 1.0}),
+    Method("penalty-only", "penalty-only"),
     Method("dice", "dice"),
     Method("cream", "cream"),
     Method("random-filter", "random-filter"),
@@ -70,19 +70,21 @@ VERDICTS = Method(
     scores="oracle",
 )
 
-SCIR = Method("scir", "scir")  # the defaults: sizes matched at M_1 and kept, lambda 3
-BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # the defaults until this study
+LIKELIHOOD = {"reward_models": ["judge", "implicit", "likelihood"]}
+SCIR = Method("scir", "scir")  # the defaults: sizes and gradients matched at M_1, and both kept
+L3 = Method("scir-l3", "scir", {"penalty_weight": 3.0})  # the defaults before: one lambda for every model
+BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # and those before them
 
 MAIN = [
     SCIR,
-    Method(
-        "scir-likelihood", "scir", {"reward_models": ["judge", "implicit", "likelihood"]}
-    ),  # the ablation's best, on two of the seeds
+    Method("scir-r2", "scir", {"penalty_ratio": 2.0}),
+    Method("scir-likelihood", "scir", LIKELIHOOD),
+    L3,
+    Method("scir-likelihood-l3", "scir", LIKELIHOOD | L3.settings),  # the ablation's best, on two of the seeds
     BEFORE,
     Method("scir-l1", "scir", {"penalty_weight": 1.0}),
-    Method(
-        "scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0}
-    ),  # the sizes at M_1, found on the tuning world (docs/log.md)
+    # the sizes at M_1, found on the tuning world (docs/log.md)
+    Method("scir-s25-l1", "scir", {"implicit_scale": 25.0, "penalty_weight": 1.0}),
     Method("scir-s25-l3", "scir", {"implicit_scale": 25.0, "penalty_weight": 3.0}),
     *RIVALS,
     VERDICTS,
@@ -92,9 +94,9 @@ MAIN = [
 #: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the experiment.
 ABLATION = [
     Method("srlm", "srlm"),
-    SCIR,
+    L3,
     *[
-        Method(name, "scir", settings)
+        Method(name, "scir", L3.settings | settings)
         for name, settings in {
             "running scale": {"scale": "running"},
             "balanced": {"balance": True},
@@ -113,12 +115,12 @@ ABLATION = [
             "lambda falling": {"penalty_schedule": "falling"},
             "mean length": {"length_control": "mean"},
             "anchored": {"anchors": "{seed_pairs}"},
-            "with likelihood": {"reward_models": ["judge", "implicit", "likelihood"]},
+            "with likelihood": LIKELIHOOD,
             "ipo": {"preference_loss": "ipo"},
             "sppo": {"preference_loss": "sppo"},
         }.items()
     ],
-    Method("reference M_t-1", "scir-previous"),
+    Method("reference M_t-1", "scir-previous", L3.settings),
 ]
 
 SWEEP = [
@@ -138,15 +140,15 @@ WITH_JUDGES = [
     Method("srlm", "srlm"),
     Method("srlm by rubric", "srlm", {"rule": "rubric", "reward_models": ["judge", "implicit", "rubric"]}),
     Method("srlm by rationale", "srlm", {"rule": "rationale", "reward_models": ["judge", "implicit", "rationale"]}),
-    SCIR,
+    L3,
     *[
-        Method(f"scir, {' and '.join(more)}", "scir", {"reward_models": ["judge", "implicit", *more]})
+        Method(f"scir-l3, {' and '.join(more)}", "scir", {"reward_models": ["judge", "implicit", *more], **L3.settings})
         for more in (["rubric"], ["rationale"], ["rubric", "rationale"])
     ],
     Method("oracle", "external", scores="oracle"),
 ]
 
-FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), BEFORE, SCIR]
+FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), SCIR, L3, BEFORE]
 
 
 #: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's. 48 steps are what the oracle
@@ -165,6 +167,7 @@ ON_REAL = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
     SCIR,
+    L3,
     Method("scir-l0.1", "scir", {"penalty_weight": 0.1}),
     Method("oracle", "external", scores="oracle"),
 ]
