@@ -340,7 +340,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         None, "lambda: weight of the inconsistency penalty; found by --penalty-ratio where none is given.", ge=0
     )
     penalty_ratio: float = setting(
-        1.0, "lambda such that the penalty's gradient begins as this many times the preference loss's; kept over iterations.", gt=0
+        2.0, "lambda such that the penalty's gradient begins as this many times the preference loss's; kept over iterations.", gt=0
     )
     penalty_schedule: Literal["constant", "rising", "falling"] = setting(
         "constant", "lambda over the steps: as it is, from 0 up to it, or from it down to 0."

@@ -71,14 +71,14 @@ VERDICTS = Method(
 )
 
 LIKELIHOOD = {"reward_models": ["judge", "implicit", "likelihood"]}
-SCIR = Method("scir", "scir")  # the defaults: sizes and gradients matched at M_1, and both kept
+SCIR = Method("scir", "scir")  # the defaults: s and lambda matched to M_1's log-odds and gradients, and kept
 L3 = Method("scir-l3", "scir", {"penalty_weight": 3.0})  # the defaults before: one lambda for every model
 BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # and those before them
 
 MAIN = [
     SCIR,
-    Method("scir-r2", "scir", {"penalty_ratio": 2.0}),
-    Method("scir-likelihood", "scir", LIKELIHOOD),
+    Method("scir-r1", "scir", {"penalty_ratio": 1.0}),
+    Method("scir-likelihood-r1", "scir", LIKELIHOOD | {"penalty_ratio": 1.0}),
     L3,
     Method("scir-likelihood-l3", "scir", LIKELIHOOD | L3.settings),  # the ablation's best, on two of the seeds
     BEFORE,
