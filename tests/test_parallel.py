@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -337,3 +338,11 @@ def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match=r"pip install 'scir\[deepspeed\]'"):
         Ranks(cuda=False)
+
+
+def test_under_deepspeed_lambda_is_given_as_a_number(root: Path, tmp_path: Path):
+    asked = {name: value for name, value in values(root, tmp_path / "m").items() if name != "penalty_weight"}
+    ranks = SimpleNamespace(zero=True, shards_weights=False)
+    with pytest.raises(ConfigError, match="give --penalty-weight"):
+        train._check_zero(config.build(config.TrainSettings, asked, where="test"), ranks)  # type: ignore[arg-type]
+    train._check_zero(config.build(config.TrainSettings, asked | {"penalty_weight": 1.0}, where="test"), ranks)  # type: ignore[arg-type]

@@ -72,13 +72,14 @@ VERDICTS = Method(
 
 LIKELIHOOD = {"reward_models": ["judge", "implicit", "likelihood"]}
 SCIR = Method("scir", "scir")  # the defaults: s and lambda matched to M_1's log-odds and gradients, and kept
+R1 = Method("scir-r1", "scir", {"penalty_ratio": 1.0})
 L3 = Method("scir-l3", "scir", {"penalty_weight": 3.0})  # the defaults before: one lambda for every model
 BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # and those before them
 
 MAIN = [
     SCIR,
-    Method("scir-r1", "scir", {"penalty_ratio": 1.0}),
-    Method("scir-likelihood-r1", "scir", LIKELIHOOD | {"penalty_ratio": 1.0}),
+    R1,
+    Method("scir-likelihood", "scir-likelihood"),
     L3,
     Method("scir-likelihood-l3", "scir", LIKELIHOOD | L3.settings),  # the ablation's best, on two of the seeds
     BEFORE,
@@ -167,6 +168,7 @@ ON_REAL = [
     Method("srlm", "srlm"),
     Method("filter-only", "filter-only"),
     SCIR,
+    R1,
     L3,
     Method("scir-l0.1", "scir", {"penalty_weight": 0.1}),
     Method("oracle", "external", scores="oracle"),
