@@ -36,6 +36,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 from numpy.typing import NDArray
 
 from scir_cli import __version__, places, schemas
@@ -43,7 +44,7 @@ from scir_cli.errors import DataError, PlanMismatch, ScirError, StoreError
 
 ACCOUNT_KEY = b"scir.account"
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: SplitMix64's step
-HASH_BLOCK = 1 << 18  # bytes of text hashed at a time, so that what is computed on the way stays in a cache
+HASH_BLOCK = 1 << 17  # bytes of text hashed at a time, so that what is computed on the way stays in a cache
 Json = dict[str, Any]
 to_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
@@ -88,6 +89,12 @@ def digest_lists(*columns: Iterable[str]) -> list[str]:
 def digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def digest_part(path: Path) -> str:
+    """32 hex digits of XXH3 over a part: they tell parts apart and damage from none, ten times as fast as BLAKE2b, and are no seal against forgery."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def digest_path(path: Path) -> str:
@@ -380,7 +387,7 @@ def _finish(
         account = json.loads(table.schema.metadata[ACCOUNT_KEY])
         drops, rows_in = drops + Counter(account["drops"]), rows_in + account["rows_in"]
         nulls += count_nulls(table)
-        parts.append({"file": path.name, "rows": table.num_rows, "digest": digest_file(path)})
+        parts.append({"file": path.name, "rows": table.num_rows, "digest": digest_part(path)})
     made = Dataset(kind, paths, list(itertools.accumulate(part["rows"] for part in parts)))
     columns = schemas.schema(kind).names
     manifest = {
