@@ -143,6 +143,16 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.intp]:
+    """The rows of which an earlier one has the same numbers.  numbers: (…, rows)"""
+    order = np.lexsort(numbers)  # stable: the earliest of equals comes first
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for one in numbers:
+        one = one[order]
+        same &= one[1:] == one[:-1]
+    return order[1:][same]
+
+
 def read_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -534,21 +544,23 @@ class Scratch:
         weakref.finalize(self, os.close, descriptor)
         self.schema, self.path = schema, f"/dev/fd/{descriptor}"
         self.starts = np.cumsum(lengths)
-        self.rows = np.arange(self.starts[-1])
+        self.gone = self.kept_before = np.empty(0, np.int64)
 
-    def keep(self, rows: NDArray[np.int64]) -> Scratch:
-        """These rows alone, ascending."""
-        self.rows = rows
+    def without(self, rows: NDArray[np.int64]) -> Scratch:
+        """All rows but these."""
+        self.gone = np.sort(rows)
+        self.kept_before = self.gone - np.arange(len(rows))
         return self
 
     @property
     def num_rows(self) -> int:
-        return len(self.rows)
+        return int(self.starts[-1]) - len(self.gone)
 
     def slice(self, low: int, length: int) -> pa.Table:
-        rows = self.rows[low : low + length]
+        rows = np.arange(low, min(low + length, self.num_rows))
         if not len(rows):
             return self.schema.empty_table()
+        rows += np.searchsorted(self.kept_before, rows, side="right")
         first, last = np.searchsorted(self.starts, [rows[0], rows[-1]], side="right") - 1
         file = pa.ipc.open_file(pa.memory_map(self.path))
         table = pa.Table.from_batches([file.get_batch(int(i)) for i in range(first, last + 1)])

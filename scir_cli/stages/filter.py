@@ -122,12 +122,13 @@ class Labelling:
         """The rows of which an earlier one has the same two texts, either way round, under the same prompt."""
         glance = self._of_all(lambda table: _glance(_texts(table)))
         order = np.argsort(glance)
-        same = np.append(glance[order[1:]] == glance[order[:-1]], False)
+        glance = glance[order]
+        same = np.append(glance[1:] == glance[:-1], False)
         alike = np.zeros(len(glance), bool)  # few: of these alone whole texts are hashed
         alike[order[same | np.roll(same, 1)]] = True
         of_part = iter(np.split(alike, self.pairs.ends))
         known_by = self._of_all(lambda table: _known_by(_texts(table).filter(pa.array(next(of_part)))))
-        return np.flatnonzero(alike)[_later(known_by)]
+        return np.flatnonzero(alike)[store.repeated(known_by)]
 
     def votes(self, table: pa.Table) -> np.ndarray:
         votes = consistency.log_odds(table, self.rule.models)  # (models that label, pairs)
@@ -210,13 +211,6 @@ def _known_by(texts: pa.Table) -> np.ndarray:
     """Two numbers that are the same for pairs of the same two texts, either way round, under the same prompt.  -> (2, pairs)"""
     first, second = (store.mix(store.hash_texts(texts[side])) for side in ("first", "second"))
     return np.stack([_prompts(texts), first + second])
-
-
-def _later(known_by: np.ndarray) -> np.ndarray:
-    """The rows of which an earlier one has the same numbers.  known_by: (numbers, pairs)"""
-    order = np.lexsort(known_by)  # stable: the earliest of equals comes first
-    same = np.all([numbers[order][1:] == numbers[order][:-1] for numbers in known_by], axis=0)
-    return order[1:][same]
 
 
 def _preferences(part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, certainty: np.ndarray) -> pa.Table:
