@@ -91,6 +91,11 @@ def from_tables(tables: Iterable[pa.Table]) -> Verdicts:
     return join([from_table(table) for table in tables])
 
 
+def summary_of(tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """`summary` of several tables one after the other; of their rows nothing but the numbers it needs is kept."""
+    return summary(join([replace(from_table(table), subset=[], pair_ids=[]) for table in tables]))
+
+
 def join(parts: Sequence[Verdicts]) -> Verdicts:
     """The pairs of all parts, one part after the other."""
     names = list(dict.fromkeys(name for part in parts for name in part.names))
@@ -174,6 +179,8 @@ def length_difference(table: pa.Table) -> Array:
     """Length of first minus length of second, (pairs,): in tokens, or in characters where one of the two has no token ids."""
     sides = (table["first"], table["second"])
     tokens = [_floats(pc.list_value_length(pc.struct_field(side, "token_ids"))) for side in sides]
+    if np.min(tokens, initial=1) > 0:
+        return np.subtract(*tokens)
     characters = [_floats(pc.utf8_length(pc.struct_field(side, "text"))) for side in sides]
     return np.where(np.minimum(*tokens) > 0, np.subtract(*tokens), np.subtract(*characters))
 
@@ -224,15 +231,21 @@ def kappa_interval(a: Array, b: Array) -> tuple[float, float, float]:
 
 def spearman(a: Array, b: Array) -> float:
     """Rank correlation where neither is NaN, ties sharing their average rank; NaN when one side is constant.  a, b: (pairs,)"""
-    a, b = (_ranks(side) for side in _both(a, b))
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = _ranks(a[known]), _ranks(b[known])
     scale = math.sqrt((a @ a) * (b @ b))
     return float(a @ b) / scale if scale else math.nan
 
 
 def _ranks(values: Array) -> Array:
     """Ranks 1..n, ties averaged, less their mean (n + 1) / 2."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2
+    order = np.argsort(values)
+    values = values[order]
+    ends = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)]) + 1  # of runs of equals
+    counts = np.diff(ends, prepend=0)
+    ranks = np.empty(len(values))
+    ranks[order] = np.repeat(ends - (counts - 1) / 2 - (len(values) + 1) / 2, counts)
+    return ranks
 
 
 def _both(a: Array, b: Array) -> tuple[Array, Array]:
@@ -378,12 +391,10 @@ def _agreement_of(v: Verdicts, agree_on: Sequence[str] | None, min_confidence: f
 
 
 def _model(v: Verdicts, k: int) -> dict[str, Any]:
-    a = _known(v.log_odds[k])
-    seats = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: seat A
-    flips = np.where(np.isnan(seats).any(0), np.nan, seats[0] * seats[1] > 0)
-    correct = (1 + np.sign(v.log_odds[k]) * v.gold) / 2  # 1, 0, 1/2 for a tie
     length = spearman(v.log_odds[k], v.length_difference)
+    a = _known(v.log_odds[k])
     low, high = correlation_interval(length, len(a))
+    correct = (1 + np.sign(v.log_odds[k]) * v.gold) / 2  # 1, 0, 1/2 for a tie
     return {
         "verdicts": len(a),
         "ties": int((a == 0).sum()),
@@ -392,13 +403,21 @@ def _model(v: Verdicts, k: int) -> dict[str, Any]:
         "abs_log_odds_quantiles": {str(q): _quantile(np.abs(a), q) for q in QUANTILES},
         "mean_entropy": _mean(entropy(a)),
         "verdict_mass": _mean(v.verdict_mass[k]),
-        **rate("flip_rate", flips),  # both orders for the same seat: the seat decides, not the response
-        "order_kappa": cohen_kappa(v.forward[k], -v.swapped[k]),  # of the two orders' verdicts for the first response
-        "first_seat_rate": _mean((1 + seats) / 2),  # over both orders; a tie counts one half
+        **_seats(v, k),
         **{"length_correlation": length, "length_correlation_low": low, "length_correlation_high": high},
         **rate("accuracy", correct),
         "calibration_error": calibration_error(v.log_odds[k], correct),
         "labelled": len(_known(correct)),  # pairs with gold and a verdict
+    }
+
+
+def _seats(v: Verdicts, k: int) -> dict[str, Any]:
+    seats = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: seat A
+    flips = np.where(np.isnan(seats).any(0), np.nan, seats[0] * seats[1] > 0)
+    return {
+        **rate("flip_rate", flips),  # both orders for the same seat: the seat decides, not the response
+        "order_kappa": cohen_kappa(v.forward[k], -v.swapped[k]),  # of the two orders' verdicts for the first response
+        "first_seat_rate": _mean((1 + seats) / 2),  # over both orders; a tie counts one half
     }
 
 
