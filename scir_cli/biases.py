@@ -25,11 +25,12 @@ def properties(v: Verdicts, table: pa.Table, own: str | None = None) -> dict[str
     own: the author whose responses are the judge's own, as `author` names them; None: self-preference is not looked for. NaN: author unknown.
     """
     sides = {"longer": np.sign(v.length_difference)}
+    texts = _distinct(table, "text")
     sides |= {
-        name: _difference(table, lambda text, p=pattern: pc.match_substring_regex(text, p)) for name, pattern in FORMATS.items()
+        name: _difference(texts, lambda text, p=pattern: pc.match_substring_regex(text, p)) for name, pattern in FORMATS.items()
     }
     if own is not None and "author" in {field.name for field in table.schema.field("first").type}:
-        sides["own"] = _difference(table, lambda author: pc.equal(author, own), "author")
+        sides["own"] = _difference(_distinct(table, "author"), lambda author: pc.equal(author, own))
     return sides
 
 
@@ -41,9 +42,16 @@ def biases(v: Verdicts, sides: dict[str, Array]) -> dict[str, dict[str, Any]]:
     return to_json(found)
 
 
-def _difference(table: pa.Table, has: Any, field: str = "text") -> Array:
-    first, second = (pc.cast(has(pc.struct_field(table[side], field)), pa.float64()).to_numpy() for side in ("first", "second"))
-    return np.asarray(first - second, dtype=np.float64)
+def _distinct(table: pa.Table, field: str) -> pa.DictionaryArray:
+    """What the first and then the second responses have there; an answer that is in many pairs is looked at once.  -> (2 pairs,)"""
+    chunks = [chunk for side in ("first", "second") for chunk in pc.struct_field(table[side], field).chunks]
+    return pa.chunked_array(chunks, pa.string()).cast(pa.large_string()).dictionary_encode().combine_chunks()
+
+
+def _difference(encoded: pa.DictionaryArray, has: Any) -> Array:
+    found = pc.cast(has(encoded.dictionary), pa.float64()).take(encoded.indices)
+    first, second = np.split(np.asarray(found.to_numpy(zero_copy_only=False), dtype=np.float64), 2)
+    return first - second
 
 
 def _leanings(v: Verdicts, log_odds: Array, sides: dict[str, Array]) -> dict[str, Any]:

@@ -167,8 +167,8 @@ def gold_signs(gold: pa.ChunkedArray) -> Array:
 
 def _shared(texts: pa.ChunkedArray) -> list[str | None]:
     """The texts, equal ones as one object: a subset's name takes no more memory for a million rows than for one."""
-    known: dict[str | None, str | None] = {}
-    return [known.setdefault(text, text) for text in texts.to_pylist()]
+    encoded = texts.combine_chunks().dictionary_encode()
+    return np.array([*encoded.dictionary.to_pylist(), None], object)[encoded.indices.fill_null(-1).to_numpy()].tolist()
 
 
 def _floats(values: pa.Array | pa.ChunkedArray) -> Array:
