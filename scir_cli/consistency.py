@@ -43,15 +43,14 @@ class Verdicts:
     gold: Array  # (pairs,)
     length_difference: Array  # (pairs,) length of first minus length of second, tokens
     subset: list[str | None]
-    pair_ids: list[str]
+    pair_ids: list[str]  # [] where nobody asks for them
 
     def take(self, rows: NDArray[np.intp]) -> Verdicts:
         """The verdicts on some of the pairs, with all the models.  rows: (n,) indices"""
         matrices = {name: getattr(self, name)[:, rows] for name in ("log_odds", "forward", "swapped", "verdict_mass")}
         vectors = {name: getattr(self, name)[rows] for name in ("gold", "length_difference")}
-        return replace(
-            self, **matrices, **vectors, subset=[self.subset[i] for i in rows], pair_ids=[self.pair_ids[i] for i in rows]
-        )
+        pair_ids = [self.pair_ids[i] for i in rows] if self.pair_ids else []
+        return replace(self, **matrices, **vectors, subset=[self.subset[i] for i in rows], pair_ids=pair_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ class Agreement:
 # From a table
 
 
-def from_table(table: pa.Table) -> Verdicts:
+def from_table(table: pa.Table, ids: bool = True) -> Verdicts:
     """The verdicts in a judged, consistency or preferences table, joined by reward model's name and not by place in the list.
 
     Raises DataError for a missing column, a nameless or repeated reward model in one pair, and log-odds that are infinite.
@@ -82,7 +81,7 @@ def from_table(table: pa.Table) -> Verdicts:
         gold_signs(table["gold"]),
         length_difference(table),
         _shared(table["subset"]),
-        table["pair_id"].to_pylist(),
+        table["pair_id"].to_pylist() if ids else [],
     )
 
 
@@ -93,7 +92,7 @@ def from_tables(tables: Iterable[pa.Table]) -> Verdicts:
 
 def summary_of(tables: Iterable[pa.Table]) -> dict[str, Any]:
     """`summary` of several tables one after the other; of their rows nothing but the numbers it needs is kept."""
-    return summary(join([replace(from_table(table), subset=[], pair_ids=[]) for table in tables]))
+    return summary(join([replace(from_table(table, ids=False), subset=[]) for table in tables]))
 
 
 def join(parts: Sequence[Verdicts]) -> Verdicts:
@@ -345,10 +344,9 @@ def summary(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: 
     )
 
 
-def data_notes(v: Verdicts) -> list[str]:
-    """What a reader of the figures has to know of the rows, one sentence each."""
+def data_notes(v: Verdicts, repeated: int) -> list[str]:
+    """What a reader of the figures has to know of the rows, one sentence each.  repeated: rows whose pair_id an earlier one has"""
     known, notes = _known(v.gold), []
-    repeated = len(v.pair_ids) - len(set(v.pair_ids))
     if repeated:
         notes.append(f"{repeated} rows repeat the pair_id of another row; every row counts")
     if 0 < len(known) < len(v.gold):
