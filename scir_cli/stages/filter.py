@@ -122,7 +122,7 @@ class Labelling:
         """The rows of which an earlier one has the same two texts, either way round, under the same prompt."""
         glance = self._of_all(lambda table: _glance(_texts(table)))
         order = np.argsort(glance)
-        glance = glance[order]
+        glance.sort()
         same = np.append(glance[1:] == glance[:-1], False)
         alike = np.zeros(len(glance), bool)  # few: of these alone whole texts are hashed
         alike[order[same | np.roll(same, 1)]] = True
