@@ -92,7 +92,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_part(path: Path) -> str:
-    """32 hex digits of XXH3 over a part: they tell parts apart and damage from none, ten times as fast as BLAKE2b, and are no seal against forgery."""
+    """32 hex digits of XXH3 over a part: another content has others, as with BLAKE2b and ten times as fast, unless somebody means to forge it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
@@ -144,7 +144,7 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.intp]:
-    """The rows of which an earlier one has the same numbers.  numbers: (…, rows)"""
+    """The rows of which an earlier one has the same numbers.  numbers: (numbers, rows)"""
     order = np.lexsort(numbers)  # stable: the earliest of equals comes first
     same = np.ones(max(len(order) - 1, 0), bool)
     for one in numbers:
