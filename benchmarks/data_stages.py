@@ -3,7 +3,8 @@ a file of --form), `judge` with scores from outside, `check-consistency` and `fi
 
     python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages generate judge check-consistency filter --peer-python .venv-data/bin/python
 
-Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and writes those that `filter` wrote.
+Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and writes those that `filter` wrote; and the least
+that its promises cost: the rows to keep and their labels are given, so they are picked, written, synced and digested, and nothing else.
 Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
 no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (data_peers.py), and has to keep the same pairs.
 """
@@ -20,6 +21,8 @@ from typing import Any
 
 import common
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 
 PEERS = ("pandas", "polars")
 STAGES = ("generate", "judge", "check-consistency", "filter")
@@ -133,24 +136,48 @@ def child(given: dict[str, Any]) -> None:
 
 
 def copy(given: dict[str, Any]) -> None:
-    """Reads what `filter` read and writes what it wrote, part by part as it does, and does nothing with it."""
-    rows, found = common.measured(lambda: read_and_write(Path(given["input"]), Path(given["filtered"]), Path(given["out"])))
+    """Reads what `filter` read and writes what it wrote, part by part as it does; with `picked` it is made of what was read, and digested."""
+    parts = [sorted(Path(given[name]).glob("data-*.arrow")) for name in ("input", "filtered")]
+    files = list(zip(*parts, strict=True))
+    kept = [pc.is_in(mapped(one)["pair_id"], mapped(other)["pair_id"].combine_chunks()) for one, other in files if given["picked"]]
+    work = (
+        (lambda: pick_and_write(files, kept, Path(given["out"]))) if kept else (lambda: read_and_write(files, Path(given["out"])))
+    )
+    rows, found = common.measured(work)
     print(json.dumps({**found, "rows_out": rows, "kept": None}))
 
 
-def read_and_write(source: Path, filtered: Path, out: Path) -> int:
+def read_and_write(files: list[tuple[Path, Path]], out: Path) -> int:
     rows = 0
-    for path in sorted(source.glob("data-*.arrow")):
-        with pa.OSFile(str(path)) as file:
+    for source, filtered in files:
+        with pa.OSFile(str(source)) as file:
             pa.ipc.open_stream(file).read_all()
-    for path in sorted(filtered.glob("data-*.arrow")):
-        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-        with pa.OSFile(str(out / path.name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        with (out / path.name).open("rb") as written:
-            os.fsync(written.fileno())
-        rows += len(table)
+        rows += write(mapped(filtered), out / source.name)
     return rows
+
+
+def pick_and_write(files: list[tuple[Path, Path]], kept: list[Any], out: Path) -> int:
+    rows = 0
+    for (source, filtered), mask in zip(files, kept, strict=True):
+        table, made = mapped(source).filter(mask), mapped(filtered)
+        for name in made.column_names[table.num_columns :]:  # label, margin, chosen …
+            table = table.append_column(name, made[name])
+        rows += write(table, out / source.name)
+        with (out / source.name).open("rb") as written:
+            hashlib.file_digest(written, xxhash.xxh3_128)
+    return rows
+
+
+def mapped(path: Path) -> Any:
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+
+
+def write(table: Any, path: Path) -> int:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
+    return len(table)
 
 
 def digest(ids: Any) -> str:
@@ -177,11 +204,12 @@ def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any
     return line(rows, f"{peer} {found['version']}", source, found)
 
 
-def measure_copy(rows: int, root: Path) -> dict[str, Any]:
-    source, out = root / f"make_judged-{rows}", root / f"copy-{rows}"
+def measure_copy(rows: int, root: Path, picked: bool) -> dict[str, Any]:
+    source, out = root / f"make_judged-{rows}", root / f"copy-{rows}-{picked}"
     out.mkdir()
-    given = {"stage": "copy", "input": str(source), "filtered": str(root / f"filter-{rows}"), "out": str(out)}
-    return line(rows, "columns read and written", source, common.child("data_stages.py", given))
+    given = {"stage": "copy", "input": str(source), "filtered": str(root / f"filter-{rows}"), "out": str(out), "picked": picked}
+    work = "kept rows picked, written and digested" if picked else "columns read and written"
+    return line(rows, work, source, common.child("data_stages.py", given))
 
 
 def line(rows: int, work: str, source: Path, found: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +241,7 @@ def main() -> None:
         for rows in given.rows:
             results += [measure(stage, rows, root, model, given.form) for stage in given.stages]
             if "filter" in given.stages:
-                results.append(measure_copy(rows, root))
+                results += [measure_copy(rows, root, picked) for picked in (False, True)]
             if given.peer_python:
                 results += [measure_peer(peer, rows, root, given.peer_python) for peer in PEERS]
                 ours, *theirs = [

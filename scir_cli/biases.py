@@ -12,28 +12,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from scir_cli.consistency import Array, Verdicts, mean_interval, rate, to_json
 
+Side = NDArray[np.float16]  # (pairs,) +1, -1, 0, NaN
 #: Property -> regular expression that a text with it matches (RE2).
 FORMATS = {"lists": r"(?m)^[ \t]*(?:\d+\.|[-*+])[ \t]", "code": "```", "headers": r"(?m)^#{1,6}[ \t]"}
 
 
-def properties(v: Verdicts, table: pa.Table, own: str | None = None) -> dict[str, Array]:
+def properties(v: Verdicts, table: pa.Table, own: str | None = None) -> dict[str, Side]:
     """+1 where only the first response is longer, or has a format, or is the judge's own; -1 only the second; 0 neither or both.  name -> (pairs,)
 
     own: the author whose responses are the judge's own, as `author` names them; None: self-preference is not looked for. NaN: author unknown.
     """
-    sides = {"longer": np.sign(v.length_difference)}
+    sides = {"longer": np.sign(v.length_difference).astype(np.float16)}
+    texts = _distinct(table, "text")
     sides |= {
-        name: _difference(table, lambda text, p=pattern: pc.match_substring_regex(text, p)) for name, pattern in FORMATS.items()
+        name: _difference(texts, lambda text, p=pattern: pc.match_substring_regex(text, p)) for name, pattern in FORMATS.items()
     }
     if own is not None and "author" in {field.name for field in table.schema.field("first").type}:
-        sides["own"] = _difference(table, lambda author: pc.equal(author, own), "author")
+        sides["own"] = _difference(_distinct(table, "author"), lambda author: pc.equal(author, own))
     return sides
 
 
-def biases(v: Verdicts, sides: dict[str, Array]) -> dict[str, dict[str, Any]]:
+def biases(v: Verdicts, sides: dict[str, Side]) -> dict[str, dict[str, Any]]:
     """For each reward model: `position`, then the figures of each of `properties`; and under "gold" how the labels lean, where there are any."""
     found = {name: {"position": _position(v, k), **_leanings(v, v.log_odds[k], sides)} for k, name in enumerate(v.names)}
     if not np.isnan(v.gold).all():
@@ -41,16 +44,23 @@ def biases(v: Verdicts, sides: dict[str, Array]) -> dict[str, dict[str, Any]]:
     return to_json(found)
 
 
-def _difference(table: pa.Table, has: Any, field: str = "text") -> Array:
-    first, second = (pc.cast(has(pc.struct_field(table[side], field)), pa.float64()).to_numpy() for side in ("first", "second"))
-    return np.asarray(first - second, dtype=np.float64)
+def _distinct(table: pa.Table, field: str) -> pa.DictionaryArray:
+    """What the first and then the second responses have there; an answer that is in many pairs is looked at once.  -> (2 pairs,)"""
+    chunks = [chunk for side in ("first", "second") for chunk in pc.struct_field(table[side], field).chunks]
+    return pa.chunked_array(chunks, pa.string()).cast(pa.large_string()).dictionary_encode().combine_chunks()
 
 
-def _leanings(v: Verdicts, log_odds: Array, sides: dict[str, Array]) -> dict[str, Any]:
+def _difference(encoded: pa.DictionaryArray, has: Any) -> Side:
+    found = pc.cast(has(encoded.dictionary), pa.float32()).take(encoded.indices)
+    first, second = np.split(found.to_numpy(zero_copy_only=False).astype(np.float16), 2)
+    return first - second
+
+
+def _leanings(v: Verdicts, log_odds: Array, sides: dict[str, Side]) -> dict[str, Any]:
     return {name: _leaning(np.sign(log_odds), side, v.gold) for name, side in sides.items()}
 
 
-def _leaning(verdict: Array, side: Array, gold: Array) -> dict[str, Any]:
+def _leaning(verdict: Array, side: Side, gold: Array) -> dict[str, Any]:
     """Share of verdicts for the response that has the property (a tie: 1/2), over pairs where one has it, and its excess over the labels."""
     one = np.abs(side) == 1
     toward, labels = (1 + verdict[one] * side[one]) / 2, (1 + gold[one] * side[one]) / 2

@@ -43,15 +43,14 @@ class Verdicts:
     gold: Array  # (pairs,)
     length_difference: Array  # (pairs,) length of first minus length of second, tokens
     subset: list[str | None]
-    pair_ids: list[str]
+    pair_ids: list[str]  # [] where nobody asks for them
 
     def take(self, rows: NDArray[np.intp]) -> Verdicts:
         """The verdicts on some of the pairs, with all the models.  rows: (n,) indices"""
         matrices = {name: getattr(self, name)[:, rows] for name in ("log_odds", "forward", "swapped", "verdict_mass")}
         vectors = {name: getattr(self, name)[rows] for name in ("gold", "length_difference")}
-        return replace(
-            self, **matrices, **vectors, subset=[self.subset[i] for i in rows], pair_ids=[self.pair_ids[i] for i in rows]
-        )
+        pair_ids = [self.pair_ids[i] for i in rows] if self.pair_ids else []
+        return replace(self, **matrices, **vectors, subset=[self.subset[i] for i in rows], pair_ids=pair_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +66,7 @@ class Agreement:
 # From a table
 
 
-def from_table(table: pa.Table) -> Verdicts:
+def from_table(table: pa.Table, ids: bool = True) -> Verdicts:
     """The verdicts in a judged, consistency or preferences table, joined by reward model's name and not by place in the list.
 
     Raises DataError for a missing column, a nameless or repeated reward model in one pair, and log-odds that are infinite.
@@ -82,13 +81,18 @@ def from_table(table: pa.Table) -> Verdicts:
         gold_signs(table["gold"]),
         length_difference(table),
         _shared(table["subset"]),
-        table["pair_id"].to_pylist(),
+        table["pair_id"].to_pylist() if ids else [],
     )
 
 
 def from_tables(tables: Iterable[pa.Table]) -> Verdicts:
     """The verdicts of several tables one after the other; of their rows only numbers, subsets and ids are kept."""
     return join([from_table(table) for table in tables])
+
+
+def summary_of(tables: Iterable[pa.Table]) -> dict[str, Any]:
+    """`summary` of several tables one after the other; of their rows nothing but the numbers it needs is kept."""
+    return summary(join([replace(from_table(table, ids=False), subset=[]) for table in tables]))
 
 
 def join(parts: Sequence[Verdicts]) -> Verdicts:
@@ -162,8 +166,8 @@ def gold_signs(gold: pa.ChunkedArray) -> Array:
 
 def _shared(texts: pa.ChunkedArray) -> list[str | None]:
     """The texts, equal ones as one object: a subset's name takes no more memory for a million rows than for one."""
-    known: dict[str | None, str | None] = {}
-    return [known.setdefault(text, text) for text in texts.to_pylist()]
+    encoded = texts.combine_chunks().dictionary_encode()
+    return np.array([*encoded.dictionary.to_pylist(), None], object)[encoded.indices.fill_null(-1).to_numpy()].tolist()
 
 
 def _floats(values: pa.Array | pa.ChunkedArray) -> Array:
@@ -174,6 +178,8 @@ def length_difference(table: pa.Table) -> Array:
     """Length of first minus length of second, (pairs,): in tokens, or in characters where one of the two has no token ids."""
     sides = (table["first"], table["second"])
     tokens = [_floats(pc.list_value_length(pc.struct_field(side, "token_ids"))) for side in sides]
+    if np.min(tokens, initial=1) > 0:
+        return np.subtract(*tokens)
     characters = [_floats(pc.utf8_length(pc.struct_field(side, "text"))) for side in sides]
     return np.where(np.minimum(*tokens) > 0, np.subtract(*tokens), np.subtract(*characters))
 
@@ -224,15 +230,21 @@ def kappa_interval(a: Array, b: Array) -> tuple[float, float, float]:
 
 def spearman(a: Array, b: Array) -> float:
     """Rank correlation where neither is NaN, ties sharing their average rank; NaN when one side is constant.  a, b: (pairs,)"""
-    a, b = (_ranks(side) for side in _both(a, b))
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = _ranks(a[known]), _ranks(b[known])
     scale = math.sqrt((a @ a) * (b @ b))
     return float(a @ b) / scale if scale else math.nan
 
 
 def _ranks(values: Array) -> Array:
     """Ranks 1..n, ties averaged, less their mean (n + 1) / 2."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse] - (len(values) + 1) / 2
+    order = np.argsort(values)
+    values = values[order]
+    ends = np.flatnonzero(np.append(values[1:] != values[:-1], True)[: len(values)]) + 1  # of runs of equals
+    counts = np.diff(ends, prepend=0)
+    ranks = np.empty(len(values))
+    ranks[order] = np.repeat(ends - (counts - 1) / 2 - (len(values) + 1) / 2, counts)
+    return ranks
 
 
 def _both(a: Array, b: Array) -> tuple[Array, Array]:
@@ -332,10 +344,9 @@ def summary(v: Verdicts, agree_on: Sequence[str] | None = None, min_confidence: 
     )
 
 
-def data_notes(v: Verdicts) -> list[str]:
-    """What a reader of the figures has to know of the rows, one sentence each."""
+def data_notes(v: Verdicts, repeated: int) -> list[str]:
+    """What a reader of the figures has to know of the rows, one sentence each.  repeated: rows whose pair_id an earlier one has"""
     known, notes = _known(v.gold), []
-    repeated = len(v.pair_ids) - len(set(v.pair_ids))
     if repeated:
         notes.append(f"{repeated} rows repeat the pair_id of another row; every row counts")
     if 0 < len(known) < len(v.gold):
@@ -378,12 +389,10 @@ def _agreement_of(v: Verdicts, agree_on: Sequence[str] | None, min_confidence: f
 
 
 def _model(v: Verdicts, k: int) -> dict[str, Any]:
-    a = _known(v.log_odds[k])
-    seats = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: seat A
-    flips = np.where(np.isnan(seats).any(0), np.nan, seats[0] * seats[1] > 0)
-    correct = (1 + np.sign(v.log_odds[k]) * v.gold) / 2  # 1, 0, 1/2 for a tie
     length = spearman(v.log_odds[k], v.length_difference)
+    a = _known(v.log_odds[k])
     low, high = correlation_interval(length, len(a))
+    correct = (1 + np.sign(v.log_odds[k]) * v.gold) / 2  # 1, 0, 1/2 for a tie
     return {
         "verdicts": len(a),
         "ties": int((a == 0).sum()),
@@ -392,13 +401,21 @@ def _model(v: Verdicts, k: int) -> dict[str, Any]:
         "abs_log_odds_quantiles": {str(q): _quantile(np.abs(a), q) for q in QUANTILES},
         "mean_entropy": _mean(entropy(a)),
         "verdict_mass": _mean(v.verdict_mass[k]),
-        **rate("flip_rate", flips),  # both orders for the same seat: the seat decides, not the response
-        "order_kappa": cohen_kappa(v.forward[k], -v.swapped[k]),  # of the two orders' verdicts for the first response
-        "first_seat_rate": _mean((1 + seats) / 2),  # over both orders; a tie counts one half
+        **_seats(v, k),
         **{"length_correlation": length, "length_correlation_low": low, "length_correlation_high": high},
         **rate("accuracy", correct),
         "calibration_error": calibration_error(v.log_odds[k], correct),
         "labelled": len(_known(correct)),  # pairs with gold and a verdict
+    }
+
+
+def _seats(v: Verdicts, k: int) -> dict[str, Any]:
+    seats = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: seat A
+    flips = np.where(np.isnan(seats).any(0), np.nan, seats[0] * seats[1] > 0)
+    return {
+        **rate("flip_rate", flips),  # both orders for the same seat: the seat decides, not the response
+        "order_kappa": cohen_kappa(v.forward[k], -v.swapped[k]),  # of the two orders' verdicts for the first response
+        "first_seat_rate": _mean((1 + seats) / 2),  # over both orders; a tie counts one half
     }
 
 

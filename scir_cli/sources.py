@@ -21,6 +21,7 @@ import json
 import math
 import re
 import sys
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -119,7 +120,7 @@ def _collect(
 ) -> tuple[store.Scratch, Counter[str]]:
     """What `make` makes of each row, once per id; a word among it is the reason for a drop. Raises DataError where there is no row."""
     drops: Counter[str] = Counter()
-    ids: list[Any] = [np.empty(0, np.uint64)]
+    ids = array("Q")
 
     def tables() -> Iterator[pa.Table]:
         numbered = enumerate(itertools.islice(_read(source), limit), 1)
@@ -127,15 +128,15 @@ def _collect(
             made = [one for number, row in some for one in _made(source, number, row, make)]
             drops.update(one for one in made if isinstance(one, str))
             rows = [one for one in made if not isinstance(one, str)]
-            ids.append(np.array([int(row[f"{noun}_id"], 16) for row in rows], np.uint64))
+            ids.extend(int(row[f"{noun}_id"], 16) for row in rows)
             yield schemas.to_table(kind, rows)
-        if len(ids) == 1:
+        if not (ids or drops):
             raise DataError(f"{source.where} is empty; expected at least one row")
 
     found = store.Scratch(schemas.schema(kind), tables())
-    first = np.sort(np.unique(np.concatenate(ids), return_index=True)[1])
-    drops[f"duplicate_{noun}"] += found.num_rows - len(first)
-    return found.keep(first), +drops
+    again = store.repeated(np.asarray(ids)[None])
+    drops[f"duplicate_{noun}"] += len(again)
+    return found.without(again), +drops
 
 
 def _made(source: _Source, number: int, row: Row, make: Callable[[Row], Iterable[Row | str]]) -> list[Row | str]:

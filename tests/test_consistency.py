@@ -272,12 +272,12 @@ def test_the_curves_do_not_depend_on_the_order_of_the_rows():
 
 
 def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
-    assert c.data_notes(verdicts([[1.0, 1.0]], gold=[1, -1])) == c.data_notes(verdicts([[1.0, 1.0]])) == []
-    (missing,) = c.data_notes(verdicts([[1.0, 1.0, 1.0]], gold=[1, -1, NAN]))
+    assert c.data_notes(verdicts([[1.0, 1.0]], gold=[1, -1]), 0) == c.data_notes(verdicts([[1.0, 1.0]]), 0) == []
+    (missing,) = c.data_notes(verdicts([[1.0, 1.0, 1.0]], gold=[1, -1, NAN]), 0)
     assert missing.startswith("1 of 3 pairs have no gold label")
-    (equal,) = c.data_notes(verdicts([[1.0, 1.0]], gold=[-1, -1]))
+    (equal,) = c.data_notes(verdicts([[1.0, 1.0]], gold=[-1, -1]), 0)
     assert equal.startswith("all 2 gold labels say 'second'")
-    (repeated,) = c.data_notes(replace(verdicts([[1.0, 1.0, 1.0]]), pair_ids=["p", "q", "p"]))
+    (repeated,) = c.data_notes(verdicts([[1.0, 1.0, 1.0]]), 1)
     assert repeated.startswith("1 rows repeat the pair_id")
 
 

@@ -31,14 +31,14 @@ def run(settings: CheckConsistencySettings) -> Json:
     def summarise(made: Dataset) -> Json:
         v, sides = _verdicts(pairs, settings)
         leanings = biases.biases(v, sides)
-        notes = {"biases": leanings, "notes": _notes(v, leanings, settings.own)}
+        notes = {"biases": leanings, "notes": _notes(v, _repeated(pairs), leanings, settings.own)}
         return consistency.summary(v, settings.agree_on, settings.min_confidence) | notes
 
     with progress("check-consistency", pairs.num_rows) as advance:
 
         def make(low: int, high: int) -> Part:
             part = pairs.slice(low, high - low)
-            columns = consistency.row_columns(consistency.from_table(part), settings.agree_on, settings.min_confidence)
+            columns = consistency.row_columns(consistency.from_table(part, ids=False), settings.agree_on, settings.min_confidence)
             for name, values in columns.items():
                 part = part.append_column(name, values)
             return Part(part, high - low, Counter())
@@ -65,8 +65,13 @@ def run(settings: CheckConsistencySettings) -> Json:
     return manifest
 
 
-def _notes(v: consistency.Verdicts, leanings: dict[str, Json], own: str | None) -> list[str]:
-    notes = consistency.data_notes(v)
+def _repeated(pairs: Dataset) -> int:
+    """Rows whose pair_id an earlier one has."""
+    return len(store.repeated(np.concatenate([store.hash_texts(table["pair_id"]) for table in pairs.tables()])[None]))
+
+
+def _notes(v: consistency.Verdicts, repeated: int, leanings: dict[str, Json], own: str | None) -> list[str]:
+    notes = consistency.data_notes(v, repeated)
     if own and not next(iter(leanings.values()), {}).get("own", {}).get("pairs"):
         notes.append(f"no pair has one response by '{own}' and one by another known author")
     return notes
@@ -82,11 +87,11 @@ def _judged(path: Path) -> Dataset:
     return store.open_dataset(path, "judged", "consistency", "preferences")
 
 
-def _verdicts(pairs: Dataset, settings: CheckConsistencySettings) -> tuple[consistency.Verdicts, dict[str, consistency.Array]]:
+def _verdicts(pairs: Dataset, settings: CheckConsistencySettings) -> tuple[consistency.Verdicts, dict[str, biases.Side]]:
     """The verdicts, and what they should not depend on; of the texts no more than one part is in memory."""
     own, parts, sides = settings.own or judge_of(place(settings.input)), [], []
     for table in pairs.tables():
-        parts.append(consistency.from_table(table))
+        parts.append(consistency.from_table(table, ids=False))
         sides.append(biases.properties(parts[-1], table, own))
     return consistency.join(parts), {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
 

@@ -58,7 +58,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
         v = consistency.from_table(pairs)
         by_subset = consistency.by_subset(v)
         figures = {"by_subset": by_subset, "curves": consistency.curves(v), "benchmark": _benchmark(pairs, v, by_subset)}
-        return consistency.summary(v) | figures | {"notes": consistency.data_notes(v)}
+        return consistency.summary(v) | figures | {"notes": consistency.data_notes(v, len(v.pair_ids) - len(set(v.pair_ids)))}
 
     manifest = store.write_dataset(out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, summarise=summarise)
     if settings.report:

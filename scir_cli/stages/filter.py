@@ -25,6 +25,7 @@ REASONS = ("", "no_verdict", "tie", "disagree", "below_confidence", "below_margi
            "duplicate", "over_prompt_cap")  # fmt: skip
 LAST_UNLABELLED = REASONS.index("not_sampled")
 TRL_ROWS = 10_000  # written at a time
+GLANCE = 15  # bytes of a text by which most are told apart
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Labelling:
         self.certainty = self._certainty(place(settings.previous)) if settings.previous else None
         self.dropped = np.zeros(pairs.num_rows, np.int8)  # for what other rows hold, by place in REASONS
         if settings.dedup:
-            self.dropped[_repeated(self._of_all(_known_by))] = REASONS.index("duplicate")
+            self.dropped[self._repeated()] = REASONS.index("duplicate")
         if settings.max_pairs_per_prompt is not None:
             self.dropped[self._beyond(settings.max_pairs_per_prompt)] = REASONS.index("over_prompt_cap")
 
@@ -116,6 +117,18 @@ class Labelling:
 
     def _of_all(self, numbers: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
         return np.concatenate([numbers(table) for table in self.pairs.tables()], axis=-1)  # (…, pairs)
+
+    def _repeated(self) -> np.ndarray:
+        """The rows of which an earlier one has the same two texts, either way round, under the same prompt."""
+        glance = self._of_all(lambda table: _glance(_texts(table)))
+        order = np.argsort(glance)
+        glance.sort()
+        same = np.append(glance[1:] == glance[:-1], False)
+        alike = np.zeros(len(glance), bool)  # few: of these alone whole texts are hashed
+        alike[order[same | np.roll(same, 1)]] = True
+        of_part = iter(np.split(alike, self.pairs.ends))
+        known_by = self._of_all(lambda table: _known_by(_texts(table).filter(pa.array(next(of_part)))))
+        return np.flatnonzero(alike)[store.repeated(known_by)]
 
     def votes(self, table: pa.Table) -> np.ndarray:
         votes = consistency.log_odds(table, self.rule.models)  # (models that label, pairs)
@@ -180,17 +193,24 @@ def _prompts(table: pa.Table) -> np.ndarray:
     return store.hash_texts(table["prompt_id"])
 
 
-def _known_by(table: pa.Table) -> np.ndarray:
+def _texts(table: pa.Table) -> pa.Table:
+    return pa.table(
+        {"prompt_id": table["prompt_id"]} | {side: pc.struct_field(table[side], "text") for side in ("first", "second")}
+    )
+
+
+def _glance(texts: pa.Table) -> np.ndarray:
+    """As `_known_by`, of the beginnings and lengths of the texts, in one number.  -> (pairs,)"""
+    whole = [texts[side].cast(pa.binary()) for side in ("first", "second")]
+    begins = [store.hash_texts(pc.binary_slice(side, 0, GLANCE)) for side in whole]
+    lengths = [pc.binary_length(side).to_numpy().astype(np.uint64) for side in whole]
+    return store.mix(_prompts(texts)) + store.mix(begins[0] + lengths[0]) + store.mix(begins[1] + lengths[1])
+
+
+def _known_by(texts: pa.Table) -> np.ndarray:
     """Two numbers that are the same for pairs of the same two texts, either way round, under the same prompt.  -> (2, pairs)"""
-    first, second = (store.mix(store.hash_texts(pc.struct_field(table[side], "text"))) for side in ("first", "second"))
-    return np.stack([_prompts(table), first + second])
-
-
-def _repeated(known_by: np.ndarray) -> np.ndarray:
-    """The rows of which an earlier one has the same numbers.  known_by: (numbers, pairs)"""
-    order = np.lexsort(known_by)  # stable: the earliest of equals comes first
-    same = np.all([numbers[order][1:] == numbers[order][:-1] for numbers in known_by], axis=0)
-    return order[1:][same]
+    first, second = (store.mix(store.hash_texts(texts[side])) for side in ("first", "second"))
+    return np.stack([_prompts(texts), first + second])
 
 
 def _preferences(part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, certainty: np.ndarray) -> pa.Table:

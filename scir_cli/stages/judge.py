@@ -136,7 +136,7 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
 
 
 def summarise(made: store.Dataset) -> Json:
-    return consistency.summary(consistency.from_tables(made.tables()))
+    return consistency.summary_of(made.tables())
 
 
 def unseen(made: store.Dataset, scorer: Scorer) -> Json:
