@@ -257,7 +257,7 @@ def _train(
     objective = objective_for(settings, start, reward_key)
     trainer = Trainer(policy, objective, examples, settings, Path(settings.output_dir), watch if validation else None, ranks)
     if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
-        objective.penalty_weight = fitted_weight(trainer, settings.penalty_ratio)
+        objective.penalty_weight = ranks.first(fitted_weight(trainer, settings.penalty_ratio))
     with watching(View(f"train {settings.objective}", trainer.n_steps)) if ranks.main else nullcontext(lambda *_: None) as see:
         final = trainer.train(see)
     if start.sharded:
