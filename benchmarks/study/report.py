@@ -466,7 +466,12 @@ bold means that the interval does not hold 0; fewer than three seeds have none. 
 
 #: Experiment -> its heading and what has to be said of it first; the others have their name.
 ABOUT = {
-    "main": ("main", ""),
+    "main": (
+        "main",
+        """`scir` is SCIR at its defaults: the implicit reward's scale s fitted to the judge's sizes at M_1, lambda such that the penalty's gradient begins at twice the preference
+loss's. `-r1` has the ratio 1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-s5` and `-s25` that s; `scir-likelihood` has the policy's likelihood as a third model, at ratio 1. `filter-only` has the mask alone,
+`penalty-only` the penalty alone.""",
+    ),
     "ablation": (
         "Ablations",
         """SCIR as it was by default (`scir-l3`: sizes of its reward models matched at M_1, lambda 3), and one setting changed at a time.""",
