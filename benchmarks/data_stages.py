@@ -5,6 +5,7 @@ a file of --form), `judge` with scores from outside, `check-consistency` and `fi
 
 Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and writes those that `filter` wrote; and the least
 that its promises cost: the rows to keep and their labels are given, so they are picked, written, synced and digested, and nothing else.
+With --cold an input is read from the disk and not from memory: see the wall time then.
 Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
 no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (data_peers.py), and has to keep the same pairs.
 """
@@ -185,7 +186,15 @@ def digest(ids: Any) -> str:
     return hashlib.blake2b("\n".join(ids.to_pylist()).encode(), digest_size=16).hexdigest()
 
 
-def measure(stage: str, rows: int, root: Path, model: Path | None, form: str) -> dict[str, Any]:
+def forget(source: Path) -> None:
+    """Takes a file, or a dataset's parts, out of the page cache."""
+    for path in [source] if source.is_file() else source.glob("*.arrow"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(stage: str, rows: int, root: Path, model: Path | None, form: str, cold: bool) -> dict[str, Any]:
     make = {"generate": make_prompts, "judge": make_candidates}.get(stage, make_judged)
     source = root / f"{make.__name__}-{rows}{f'.{form}' if stage == 'generate' else ''}"
     if not source.exists():
@@ -195,6 +204,8 @@ def measure(stage: str, rows: int, root: Path, model: Path | None, form: str) ->
         given["settings"] = {"model": str(model), "backend": "fake", "n": 1}
     if stage == "judge":
         given["settings"] = {"model": str(model), "reward_models": ["external"], "external": "score", "rows_per_part": 2000}
+    if cold:
+        forget(source)
     return line(rows, f"scir {stage}", source, common.child("data_stages.py", given))
 
 
@@ -204,10 +215,12 @@ def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any
     return line(rows, f"{peer} {found['version']}", source, found)
 
 
-def measure_copy(rows: int, root: Path, picked: bool) -> dict[str, Any]:
-    source, out = root / f"make_judged-{rows}", root / f"copy-{rows}-{picked}"
+def measure_copy(rows: int, root: Path, picked: bool, cold: bool) -> dict[str, Any]:
+    source, out, filtered = root / f"make_judged-{rows}", root / f"copy-{rows}-{picked}", root / f"filter-{rows}"
     out.mkdir()
-    given = {"stage": "copy", "input": str(source), "filtered": str(root / f"filter-{rows}"), "out": str(out), "picked": picked}
+    given = {"stage": "copy", "input": str(source), "filtered": str(filtered), "out": str(out), "picked": picked}
+    if cold:
+        forget(source)
     work = "kept rows picked, written and digested" if picked else "columns read and written"
     return line(rows, work, source, common.child("data_stages.py", given))
 
@@ -227,6 +240,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["filter"])
     parser.add_argument("--form", choices=["jsonl", "csv", "parquet"], default="jsonl")
     parser.add_argument("--peer-python", help="the python of an environment with pandas, polars and pyarrow (make bench-env)")
+    parser.add_argument("--cold", action="store_true", help="take inputs out of the page cache first (not for peers)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child")
     given = parser.parse_args()
@@ -239,9 +253,9 @@ def main() -> None:
         root = Path(folder)
         model = common.make_model(root / "model", "tiny") if {"generate", "judge"} & {*given.stages} else None
         for rows in given.rows:
-            results += [measure(stage, rows, root, model, given.form) for stage in given.stages]
+            results += [measure(stage, rows, root, model, given.form, given.cold) for stage in given.stages]
             if "filter" in given.stages:
-                results += [measure_copy(rows, root, picked) for picked in (False, True)]
+                results += [measure_copy(rows, root, picked, given.cold) for picked in (False, True)]
             if given.peer_python:
                 results += [measure_peer(peer, rows, root, given.peer_python) for peer in PEERS]
                 ours, *theirs = [
