@@ -141,6 +141,8 @@ def copy(given: dict[str, Any]) -> None:
     parts = [sorted(Path(given[name]).glob("data-*.arrow")) for name in ("input", "filtered")]
     files = list(zip(*parts, strict=True))
     kept = [pc.is_in(mapped(one)["pair_id"], mapped(other)["pair_id"].combine_chunks()) for one, other in files if given["picked"]]
+    if given["cold"]:
+        forget(Path(given["input"]))
     work = (
         (lambda: pick_and_write(files, kept, Path(given["out"]))) if kept else (lambda: read_and_write(files, Path(given["out"])))
     )
@@ -218,9 +220,7 @@ def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any
 def measure_copy(rows: int, root: Path, picked: bool, cold: bool) -> dict[str, Any]:
     source, out, filtered = root / f"make_judged-{rows}", root / f"copy-{rows}-{picked}", root / f"filter-{rows}"
     out.mkdir()
-    given = {"stage": "copy", "input": str(source), "filtered": str(filtered), "out": str(out), "picked": picked}
-    if cold:
-        forget(source)
+    given = {"stage": "copy", "input": str(source), "filtered": str(filtered), "out": str(out), "picked": picked, "cold": cold}
     work = "kept rows picked, written and digested" if picked else "columns read and written"
     return line(rows, work, source, common.child("data_stages.py", given))
 
