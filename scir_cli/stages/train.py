@@ -49,8 +49,9 @@ from scir_cli.trainer import Trainer
 LABEL = {"first": 1, "second": -1, None: 0}
 FITTED_ON = 4  # steps whose gradients lambda is fitted on
 #: Settings under which what was fitted in one iteration holds in the next
-FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "penalty", "penalty_ratio",
-              "entropy_weight", "preference_loss", "beta")  # fmt: skip
+FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "voters", "confidence_threshold",
+              "penalty", "penalty_ratio", "entropy_weight", "entropy_floor", "stop_gradient", "balance", "preference_loss", "beta",
+              "target_margin")  # fmt: skip
 REFERENCE_ROWS = 256  # pairs between two moves of the progress bar
 
 
