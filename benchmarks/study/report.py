@@ -301,7 +301,7 @@ def why(results: dict[str, Json], iteration: int) -> str:
         held = [mean(m, "implicit_abs", of, 1) for m in (RIVAL, "scir-l0.1", OURS, "scir-l3")]
         points.append(
             "**On a real model it loses in the implicit reward, the more of the penalty the more.** Means on unseen kinds of damage, less `srlm`: {:+.3f} with lambda 0.1, {:+.3f} by default, {:+.3f} with lambda 3. There "
-            "DPO has not yet spoilt the model, and what the penalty does is to shorten its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under `srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
+            "DPO still improves the implicit reward, and what the penalty does is to shorten its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under `srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
         )  # fmt: skip
     return "\n\n".join([f"Means over the {len(seeds)} seeds that all methods have.", "\n".join(f"- {point}" for point in points)])
 
