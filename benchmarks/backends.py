@@ -107,7 +107,7 @@ def candidates(rows: list[Json]) -> list[Json]:
     return [
         {
             "candidate_id": f"{i}-{k}", "prompt_id": str(i), "messages": [{"role": "user", "content": row["question"]}], "subset": None,
-            "response": text, "token_ids": ids, "finish_reason": "stop", "duplicate_of": None, "model": "m", "seed": 0,
+            "response": text, "token_ids": ids, "finish_reason": "stop", "duplicate_of": None, "weights_key": "m", "seed": 0,
         }
         for i, row in enumerate(rows)
         for k, (text, ids) in enumerate(zip(row["answers"], row["answer_ids"], strict=True))

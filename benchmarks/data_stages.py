@@ -69,7 +69,7 @@ def make_candidates(folder: Path, pairs: int) -> Path:
         columns = prompt_columns(index // 5) | {
             "candidate_id": [f"{i:016x}" for i in index], "response": [answer(i // 5, a) for i, a in zip(index, answers, strict=True)],
             "token_ids": [[int(a)] * 40 for a in answers], "finish_reason": ["stop"] * len(index), "duplicate_of": [None] * len(index),
-            "model": ["m"] * len(index), "seed": index,
+            "weights_key": ["m"] * len(index), "seed": index,
         }  # fmt: skip
         table = as_table(columns, schemas.schema("candidates")).append_column("score", pa.array(draw.normal(size=len(index))))
         return store.Part(table, len(index))
@@ -89,7 +89,7 @@ def make_judged(folder: Path, rows: int) -> Path:
     def make(low: int, high: int) -> Any:
         n, index = high - low, np.arange(low, high)
         columns = prompt_columns(index // 10) | {
-            "pair_id": [f"{i:016x}" for i in index], "gold": [None] * n, "reference_logps": [[]] * n
+            "pair_id": [f"{i:016x}" for i in index], "gold_label": [None] * n, "reference_logps": [[]] * n
         }  # fmt: skip
         for side in ("first", "second"):
             answers = draw.integers(0, 8, n)
@@ -111,7 +111,8 @@ def make_judged(folder: Path, rows: int) -> Path:
 def prompt_columns(prompts: Any) -> dict[str, Any]:
     names = [f"{i:016x}" for i in prompts]
     return {
-        "prompt_id": names, "subset": [None] * len(names), "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in names]
+        "prompt_id": names, "subset": [None] * len(names), "extra": [None] * len(names),
+        "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in names],
     }  # fmt: skip
 
 

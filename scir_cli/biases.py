@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from scir_cli.consistency import Array, Verdicts, mean_interval, rate, to_json
+from scir_cli.consistency import Array, Verdicts, mean_interval, rate, seat_signs, to_json
 
 Side = NDArray[np.float16]  # (pairs,) +1, -1, 0, NaN
 #: Property -> regular expression that a text with it matches (RE2).
@@ -31,7 +31,7 @@ def properties(v: Verdicts, table: pa.Table, own: str | None = None) -> dict[str
     sides |= {
         name: _difference(texts, lambda text, p=pattern: pc.match_substring_regex(text, p)) for name, pattern in FORMATS.items()
     }
-    if own is not None and "author" in {field.name for field in table.schema.field("first").type}:
+    if own is not None:
         sides["own"] = _difference(_distinct(table, "author"), lambda author: pc.equal(author, own))
     return sides
 
@@ -69,5 +69,5 @@ def _leaning(verdict: Array, side: Side, gold: Array) -> dict[str, Any]:
 
 def _position(v: Verdicts, k: int) -> dict[str, Any]:
     """Share of verdicts for seat A over both orders of a pair; 1/2 without bias."""
-    first = (1 + np.sign([v.forward[k], v.swapped[k]])).mean(0) / 2  # (pairs,) 0, 1/2, 1
+    first = (1 + seat_signs(v, k)).mean(0) / 2  # (pairs,) 0, 1/2, 1
     return {"pairs": int((~np.isnan(first)).sum()), **rate("rate", first)}

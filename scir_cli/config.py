@@ -267,7 +267,7 @@ class CheckConsistencySettings(ReportSettings):
 
 
 class FilterSettings(StageSettings):
-    input: str = setting(..., "A judged or consistency dataset.", free=True)
+    input: str = setting(..., "A judged dataset.", free=True)
     rule: str = setting(
         "agree", "Who labels: agree, majority, random:RATE (labels of --random-label), or the name of a reward model."
     )

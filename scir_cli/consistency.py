@@ -1,10 +1,10 @@
 """Log-odds -> agreement and statistics, as pure functions of arrays (numpy and pyarrow only; what METHOD 6 asks to be reported).
 
-    log_odds           (models, pairs) nats, positive: first better, 0: a tie, NaN: no verdict
-    forward, swapped   (models, pairs) nats, log-odds *for seat A* with first, then second, in seat A; NaN: the model has no seats
+    log_odds           (models, pairs) nats, positive: first better (as in every log-odds here), 0: a tie, NaN: no verdict
+    forward, swapped   (models, pairs) nats, log-odds as read with first, then with second, in seat A; NaN: the model has no seats
     gold               (pairs,) +1 first better, -1 second better, NaN unlabelled
 
-Swapping first and second negates log_odds, gold and length difference, exchanges forward and swapped, and changes no statistic.
+Swapping first and second negates log_odds, gold and length difference, makes forward -swapped and swapped -forward, and changes no statistic.
 A missing verdict is left out of a statistic and lowers its count: it is never a tie, a disagreement or a guess.
 """
 
@@ -67,7 +67,7 @@ class Agreement:
 
 
 def from_table(table: pa.Table, ids: bool = True) -> Verdicts:
-    """The verdicts in a judged, consistency or preferences table, joined by reward model's name and not by place in the list.
+    """The verdicts in a judged or preferences table, joined by reward model's name and not by place in the list.
 
     Raises DataError for a missing column, a nameless or repeated reward model in one pair, and log-odds that are infinite.
     """
@@ -78,7 +78,7 @@ def from_table(table: pa.Table, ids: bool = True) -> Verdicts:
         matrix("forward_log_odds"),
         matrix("swapped_log_odds"),
         matrix("verdict_mass"),
-        gold_signs(table["gold"]),
+        gold_signs(table["gold_label"]),
         length_difference(table),
         _shared(table["subset"]),
         table["pair_id"].to_pylist() if ids else [],
@@ -410,13 +410,18 @@ def _model(v: Verdicts, k: int) -> dict[str, Any]:
 
 
 def _seats(v: Verdicts, k: int) -> dict[str, Any]:
-    seats = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: seat A
-    flips = np.where(np.isnan(seats).any(0), np.nan, seats[0] * seats[1] > 0)
+    signs = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: first better
+    flips = np.where(np.isnan(signs).any(0), np.nan, signs[0] * signs[1] < 0)
     return {
-        **rate("flip_rate", flips),  # both orders for the same seat: the seat decides, not the response
-        "order_kappa": cohen_kappa(v.forward[k], -v.swapped[k]),  # of the two orders' verdicts for the first response
-        "first_seat_rate": _mean((1 + seats) / 2),  # over both orders; a tie counts one half
+        **rate("flip_rate", flips),  # the orders have opposite signs: the seat decides, not the response
+        "order_kappa": cohen_kappa(v.forward[k], v.swapped[k]),
+        "first_seat_rate": _mean((1 + seat_signs(v, k)) / 2),  # over both orders; a tie counts one half
     }
+
+
+def seat_signs(v: Verdicts, k: int) -> Array:
+    """+1 where model k prefers seat A, -1 seat B, 0 a tie, in the forward and the swapped order.  -> (2, pairs)"""
+    return np.sign([v.forward[k], -v.swapped[k]])  # in the swapped order the first response has seat B
 
 
 def _between(v: Verdicts, i: int, j: int) -> dict[str, Any]:

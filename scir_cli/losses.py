@@ -119,12 +119,12 @@ def simpo(mean_logps: Tensor, label: Tensor, beta: float, target_margin: float =
     return -F.logsigmoid(beta * label * (mean_logps[0] - mean_logps[1]) - target_margin)
 
 
-def hedged(loss: Callable[[Tensor], Tensor], label: Tensor, certainty: Tensor) -> Tensor:
+def hedged(loss: Callable[[Tensor], Tensor], label: Tensor, label_probability: Tensor) -> Tensor:
     """A preference loss under labels that are right with probability C.  C l(label) + (1 - C) l(-label): CREAM's loss (arXiv 2410.12735)
 
-    loss: label (pairs,) -> (pairs,); certainty: (pairs,) C, 1 for a sure label.
+    loss: label (pairs,) -> (pairs,); label_probability: (pairs,) C, 1 for a sure label.
     """
-    return certainty * loss(label) + (1 - certainty) * loss(-label)
+    return label_probability * loss(label) + (1 - label_probability) * loss(-label)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Example:
 
     pair: Pair
     label: int = 0
-    certainty: float = 1.0  # probability that the label is right
+    label_probability: float = 1.0  # that the label is correct
     n_tokens: int = 0  # of the forest of its branches; 0: not counted yet
 
 
@@ -130,8 +130,8 @@ class Dpo(_Base):
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         label, ratios = self.labels(examples, logps), self.log_ratios(logps, examples)
-        certainty = torch.tensor([e.certainty for e in examples], device=logps.device)
-        loss = losses.hedged(self.preference(logps, ratios, examples), label, certainty).mean()
+        probability = torch.tensor([e.label_probability for e in examples], device=logps.device)
+        loss = losses.hedged(self.preference(logps, ratios, examples), label, probability).mean()
         return loss, dpo_metrics(logps, ratios, label, self.settings.beta)
 
 
@@ -214,15 +214,15 @@ class Scir(_Base):
 
     def _orders(self, name: str, answer: Odds) -> dict[str, Tensor]:
         """A reward model as the penalty sees it: one that seats responses as its two orders, their average, or the first order alone."""
-        if answer.seats is None or self.settings.orders == "averaged":
+        if answer.orders is None or self.settings.orders == "averaged":
             return {name: answer.log_odds}
-        both = {f"{name}_forward": answer.seats[0], f"{name}_swapped": -answer.seats[1]}  # both: log-odds that the first is better
-        return both if self.settings.orders == "separate" else {f"{name}_forward": answer.seats[0]}
+        both = {f"{name}_forward": answer.orders[0], f"{name}_swapped": answer.orders[1]}
+        return both if self.settings.orders == "separate" else {f"{name}_forward": answer.orders[0]}
 
     def _metrics(
         self, t: losses.Scir, models: dict[str, Tensor], averaged: Tensor, judge: Odds, ratios: Tensor, logps: Tensor
     ) -> Metrics:
-        assert judge.seats is not None and judge.verdict_mass is not None
+        assert judge.orders is not None and judge.verdict_mass is not None
         n = t.mask.sum().clamp(min=1)
         label = t.label * t.mask  # 0 where the mask is off
         kept = (
@@ -236,7 +236,7 @@ class Scir(_Base):
             "scir/entropy": float(t.conf.detach().mean()),
             "scir/mask_rate": float(t.mask.float().mean()),
             "scir/agreement": float((averaged.sign() == averaged[0].sign()).all(0).float().mean()),
-            "scir/flip_rate": float((judge.seats[0].sign() == judge.seats[1].sign()).float().mean()),
+            "scir/flip_rate": float((judge.orders[0].sign() == -judge.orders[1].sign()).float().mean()),
             "scir/verdict_mass": float(judge.verdict_mass.detach().mean()),
             **{f"abs_log_odds/{name}": float(a.detach().abs().mean()) for name, a in models.items()},
             "abs_log_odds/judge": float(judge.log_odds.detach().abs().mean()),  # of the averaged orders

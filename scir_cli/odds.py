@@ -16,10 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Odds:
-    """What a reward model says of each pair; `seats` is None for models that do not seat the responses as A and B."""
+    """What a reward model says of each pair; `orders` is None for models that do not seat the responses as A and B."""
 
     log_odds: Tensor  # (pairs,) nats
-    seats: Tensor | None = None  # (2, pairs): log-odds for seat A with first, then with second, in seat A
+    # (2, pairs) nats, read with first, then with second, in seat A; both rows positive if first is better
+    orders: Tensor | None = None
     verdict_mass: Tensor | None = None  # (pairs,) probability on the verdict tokens, mean over what was asked
 
 
@@ -28,9 +29,10 @@ def two_orders(verdict_logps: Tensor) -> Odds:
 
     a = 1/2 [l(y1,y2) - l(y2,y1)],  l = log P(A) - log P(B): a constant preference for a seat cancels exactly.
     """
-    seats = verdict_logps[:, 0] - verdict_logps[:, 1]  # (2, pairs)
+    forward, swapped = verdict_logps[:, 0] - verdict_logps[:, 1]  # log-odds for seat A in each order, (pairs,)
+    orders = torch.stack([forward, -swapped])  # log-odds for first: the other seat in the second order
     mass = verdict_logps.exp().sum(1).mean(0)  # (pairs,)
-    return Odds(0.5 * (seats[0] - seats[1]), seats, mass)
+    return Odds(0.5 * (orders[0] + orders[1]), orders, mass)
 
 
 def expected_score(score_logps: Tensor) -> tuple[Tensor, Tensor]:

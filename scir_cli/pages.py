@@ -27,6 +27,7 @@ from rich.table import Table
 
 from scir_cli import __version__, consistency, plots, report, store
 from scir_cli.consistency import Array, Verdicts
+from scir_cli.places import place
 from scir_cli.plots import Picture
 from scir_cli.store import Json
 
@@ -139,13 +140,13 @@ def _grid(table: Table) -> Json:
 # ---------------------------------------------------------------------------------------------------------------------- pages
 
 
-def checked(out: Path, judged: Path | None = None, across: Json | None = None) -> Page:
-    """The page of a folder that `check-consistency` wrote, or `eval rewards` with the verdicts it is made from in `judged`.
+def checked(out: Path, judged: Path, across: Json | None = None) -> Page:
+    """The page of a folder that `check-consistency` or `eval rewards` wrote, with the verdicts that it was made from in `judged`.
 
     across: what stays of the verdicts in other datasets, which the folder does not keep.
     """
     plan, manifest = _made(out)
-    table = store.read_dataset(judged or out, "judged", "consistency", "preferences")
+    table = _checked_pairs(out, judged)
     verdicts, settings = consistency.from_table(table), plan.get("settings", {})
     agreement = {"agree_on": settings.get("agree_on"), "min_confidence": settings.get("min_confidence", consistency.MIN_CONFIDENCE)}
     summary = manifest["summary"]
@@ -172,6 +173,13 @@ def checked(out: Path, judged: Path | None = None, across: Json | None = None) -
         _facts(plan, manifest),
         summary.get("notes", ()),
     )
+
+
+def _checked_pairs(out: Path, judged: Path) -> pa.Table:
+    """The pairs in `judged` that the folder `out` has figures of: with --limit, `check-consistency` reads the first rows only."""
+    table = store.read_dataset(judged, "judged", "preferences")
+    manifest = store.read_json(out / "manifest.json")
+    return table.slice(0, manifest["rows_out"]) if manifest["kind"] == "consistency" else table
 
 
 def winrate(out: Path) -> Page:
@@ -306,7 +314,8 @@ def story(folders: Sequence[tuple[str, Path]]) -> Page:
         Section("Stages", "Rows in = rows out + drops.", tables=[_stages([(stage, short[out], m) for stage, out, _, m in made])])
     )
     newest = [members[-1][0] for members in groups.values()]
-    browsers = [_read_browser(out, short[out], PAIRS // len(newest)) for out in newest if _verdicts_of(out)]
+    readable = [(out, judged) for out in newest if (judged := _verdicts_of(out))]
+    browsers = [_read_browser(out, judged, short[out], PAIRS // len(newest)) for out, judged in readable]
     return Page(
         "The story of a run",
         ", ".join(sorted({str(out.parent) for _, out in folders})),
@@ -318,7 +327,11 @@ def story(folders: Sequence[tuple[str, Path]]) -> Page:
 
 
 def _made(out: Path) -> tuple[Json, Json]:
-    return store.read_json(out / "plan.json"), store.read_json(out / "manifest.json")
+    """Plan and manifest of a finished folder; raises DataError if it is a dataset of another schema version."""
+    plan, manifest = store.read_json(out / "plan.json"), store.read_json(out / "manifest.json")
+    if manifest["kind"] != "model":
+        store.check_version(out, store.version_of(manifest))
+    return plan, manifest
 
 
 def _facts(plan: Json, manifest: Json) -> Json:
@@ -574,7 +587,11 @@ def browser(table: pa.Table, v: Verdicts, title: str = "Read some pairs", most: 
     """Some pairs with every verdict: those most disagreed about, the most confident mistakes, and some at random.  The table's rows are those of `v`."""
     disagreement, mistake = _disagreement(v.log_odds), _mistake(v)
     chosen = _choose(disagreement, mistake, most)
-    rows = table.select(["pair_id", "messages", "subset", "first", "second", "gold"]).take(pa.array(chosen, pa.int64())).to_pylist()
+    rows = (
+        table.select(["pair_id", "messages", "subset", "first", "second", "gold_label"])
+        .take(pa.array(chosen, pa.int64()))
+        .to_pylist()
+    )
     pairs, used = [], 0
     for i, row in zip(chosen, rows, strict=True):
         pair = _pair(v, i, row) | {"disagreement": float(disagreement[i]), "mistake": float(mistake[i])}
@@ -587,14 +604,19 @@ def browser(table: pa.Table, v: Verdicts, title: str = "Read some pairs", most: 
 
 
 def _verdicts_of(out: Path) -> Path | None:
-    """Where the verdicts are that a checked folder was made from; None: in a dataset it only read."""
-    return next(
-        (p for p in (out / "judged", out) if store.is_dataset(p) and store.read_json(p / "manifest.json")["kind"] != "scores"), None
-    )
+    """The judged dataset that a checked folder was made from; None if it has moved or changed, or if `eval rewards` only read it."""
+    if store.is_dataset(out / "judged"):
+        return out / "judged"
+    plan, manifest = _made(out)
+    if manifest["kind"] != "consistency":
+        return None
+    judged = place(manifest["inputs"]["input"])
+    unchanged = (judged / "manifest.json").is_file() and store.digest_path(judged) == plan["input"]
+    return judged if unchanged else None
 
 
-def _read_browser(out: Path, name: str, most: int) -> Browser:
-    table = store.read_dataset(_verdicts_of(out) or out, "judged", "consistency", "preferences")
+def _read_browser(out: Path, judged: Path, name: str, most: int) -> Browser:
+    table = _checked_pairs(out, judged)
     return browser(table, consistency.from_table(table), f"Read some pairs: {name}", most)
 
 
@@ -633,7 +655,12 @@ def _pair(v: Verdicts, i: int, row: Json) -> Json:
     ]
     texts = [{"role": m["role"], "text": _cut(m["content"])} for m in row["messages"]]
     sides = [
-        {"name": name, "text": _cut(row[name]["text"]), "tokens": len(row[name]["token_ids"] or ()), "gold": row["gold"] == name}
+        {
+            "name": name,
+            "text": _cut(row[name]["text"]),
+            "tokens": len(row[name]["token_ids"] or ()),
+            "gold": row["gold_label"] == name,
+        }
         for name in ("first", "second")
     ]
     last = next((m["content"] for m in reversed(row["messages"]) if m["role"] == "user"), "")
@@ -650,10 +677,10 @@ def _pair(v: Verdicts, i: int, row: Json) -> Json:
 
 def _verdict(v: Verdicts, k: int, i: int) -> Json:
     a, gold = float(v.log_odds[k, i]), v.gold[i]
-    seats = v.forward[k, i] * v.swapped[k, i]
+    orders = v.forward[k, i] * v.swapped[k, i]
     return {
         "model": v.names[k], "log_odds": a, "p": 1 / (1 + math.exp(-max(-500.0, min(500.0, a)))), "right": None if np.isnan(gold) or a == 0 else bool(a * gold > 0),
-        "flips": bool(seats > 0), "forward": float(v.forward[k, i]), "swapped": float(v.swapped[k, i]), "mass": float(v.verdict_mass[k, i]),
+        "flips": bool(orders < 0), "forward": float(v.forward[k, i]), "swapped": float(v.swapped[k, i]), "mass": float(v.verdict_mass[k, i]),
     }  # fmt: skip
 
 

@@ -35,9 +35,8 @@ class Pair:
     texts: tuple[str, str]
     external: float | None = None  # log-odds somebody else gave, nats
     reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)  # weights key -> summed logps of first, second
-    written: dict[str, Sequence[Sequence[int]]] = field(
-        default_factory=dict
-    )  # reward model -> its answers to `requests`, token ids
+    # reward model -> the token ids of its answers to `requests`
+    rationale_token_ids: dict[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class RewardModel(Protocol):
         """Prompts that have to be answered in text before `branches` can be asked."""
 
     def branches(self, pair: Pair) -> list[Branch]:
-        """Token paths to score; where there are `requests`, their answers are in `pair.written`."""
+        """Token paths to score; where there are `requests`, their answers are in `pair.rationale_token_ids`."""
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
         """Log-odds from summed branch log-probabilities.  logps: (branches, pairs), nats"""
@@ -134,7 +133,7 @@ class Rationale(Judge):
 
     def branches(self, pair: Pair) -> list[Branch]:
         cue = self._verdicts[0][:-1]
-        if not (reasons := pair.written.get("rationale")):
+        if not (reasons := pair.rationale_token_ids.get("rationale")):
             raise DataError("these pairs hold no rationales: have `scir judge --reward-models …,rationale` write them first")
         prompts = [[*p, *self._reasons(w), *cue] for p, w in zip(self._prompts(pair), reasons, strict=True)]
         return [verdict(prompt, token) for prompt in prompts for token in self.tokens]

@@ -5,7 +5,8 @@
               text with "\\n\\nHuman:" and "\\n\\nAssistant:" as hh-rlhf has it); lists of texts (RewardBench 2) are every chosen one
               beside every rejected one, and `id` goes into the candidate ids
     authors   optional: `chosen_model` and `rejected_model` (as RewardBench has them)
-    subset    optional (or `dataset`, as AlpacaEval has it), kept; every other column is ignored
+    subset    optional (or `dataset`, as AlpacaEval has it)
+    extra     every other column, `id` among them, as one JSON object per row (`extra_of`); no stage reads it, every stage keeps it
 
 A spec is a path, `FOLDER:SPLIT` for a saved folder, or `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train unless
 given. Rows are read some at a time, whoever brings them (but a JSON list is parsed whole), and kept on disk (`store.Scratch`).
@@ -14,7 +15,9 @@ Left out on purpose: images and tools in messages.
 
 from __future__ import annotations
 
+import base64
 import csv
+import datetime
 import io
 import itertools
 import json
@@ -23,7 +26,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -39,6 +42,10 @@ from scir_cli.places import place
 Row = dict[str, Any]
 Message = dict[str, str]
 PROMPT_COLUMNS = ("messages", "prompt", "instruction")  # the first that is not null is the prompt
+TEXT_COLUMNS = frozenset((*PROMPT_COLUMNS, "chosen", "rejected"))  # never carried along: a pair's texts are large, and no news
+AUTHOR_COLUMNS = ("chosen_model", "rejected_model")
+OUR_PROMPTS = frozenset(schemas.schema("prompts").names)
+OUR_COLUMNS = frozenset(column.name for columns in schemas.COLUMNS.values() for column in columns)
 DEFAULT_SPLIT = "train"
 ROWS_AT_A_TIME = 1000
 BUFFER = 1 << 20  # bytes of a Parquet column read at a time
@@ -64,7 +71,7 @@ def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter
 
 
 def open_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[store.Rows, Counter[str]]:
-    """The pairs of `spec`, rows of kind "judged" to be read a slice at a time, without token ids, `gold` naming the chosen side; and drops by reason.
+    """The pairs of `spec`, rows of kind "judged" to be read a slice at a time, without token ids, `gold_label` naming the chosen side; and drops by reason.
 
     Which response is `first` follows from a hash of the pair, so the side does not tell the label.
     external: "COLUMN" (log-odds in nats that `chosen` is better) or "CHOSEN_COLUMN,REJECTED_COLUMN" (scores whose difference is the
@@ -75,7 +82,7 @@ def open_pairs(spec: str, limit: int | None = None, external: str | None = None)
     if not isinstance(source.where, str) and store.is_dataset(source.where):
         if external is not None:
             raise DataError(f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected")
-        return store.open_dataset(source.where, "judged", "consistency", "preferences").seen_as("judged").head(limit), Counter()
+        return store.open_dataset(source.where, "judged", "preferences").seen_as("judged").head(limit), Counter()
     scores = _score_columns(external)
     present: dict[str, None] = {}
 
@@ -154,10 +161,68 @@ def _prompt_row(row: Row) -> Row | str:
     return "empty_prompt" if _is_empty(messages) else _prompt_columns(row, messages)
 
 
-def _prompt_columns(row: Row, messages: list[Message]) -> Row:
-    subset = row.get("subset", row.get("dataset"))
+def _prompt_columns(row: Row, messages: list[Message], used: Collection[str] = ()) -> Row:
+    """The columns of a prompt.  used: columns of `row` that the caller has stored elsewhere"""
+    column = "subset" if "subset" in row else "dataset"
+    subset = row.get(column)
     subset = None if subset in (None, "") else str(subset)
-    return {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": subset}
+    extra = extra_of(row, {column, *used})
+    return {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": subset, "extra": extra}
+
+
+def extra_of(row: Row, used: Collection[str]) -> str | None:
+    """The columns of an input row that are stored nowhere else, as a JSON object; None if there is no such column.
+
+    used: columns that are stored elsewhere; texts of prompts and responses are left out in any case, and so are nulls.
+    Dates and times become ISO 8601 text, bytes base64, NaN and infinities null, and other values that JSON lacks their text.
+    A row of our own dataset that another tool has written keeps the `extra` it has.
+    """
+    left_out = {*TEXT_COLUMNS, *used}
+    if "instruction" in row:
+        left_out.add("input")
+    extra: Row = {}
+    if row.keys() >= OUR_PROMPTS and (before := _json_object(row["extra"])) is not None:
+        extra = before
+        left_out |= OUR_COLUMNS
+    extra |= {name: value for name, value in row.items() if name not in left_out and value is not None}
+    if not extra:
+        return None
+    try:
+        text = json.dumps(extra, ensure_ascii=False, allow_nan=False, default=_json_value)
+    except ValueError:
+        text = json.dumps(_finite(extra), ensure_ascii=False, default=_json_value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character, which only JSON's escapes can hold
+        text = json.dumps(json.loads(text))
+    return text
+
+
+def _json_object(value: Any) -> Row | None:
+    """The object in a cell of `extra`, {} for null; None if the cell holds anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    return {} if value is None else dict(value) if isinstance(value, dict) else None
+
+
+def _json_value(value: Any) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None in place of NaN and infinities, however deep."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _pair_rows(row: Row, scores: list[str]) -> Iterator[Row | str]:
@@ -196,10 +261,10 @@ def _pair_row(row: Row, scores: list[str], candidate_ids: Mapping[str, str] = Ma
     authors = {text: _author(row.get(f"{side}_model")) for text, side in ((chosen, "chosen"), (rejected, "rejected"))}
     return {
         "pair_id": store.digest_json([messages, first, second])[:16],
-        **_prompt_columns(row, messages),
+        **_prompt_columns(row, messages, (*AUTHOR_COLUMNS, *scores)),
         "first": _response(first, candidate_ids.get(first), authors.get(first)),
         "second": _response(second, candidate_ids.get(second), authors.get(second)),
-        "gold": "first" if first == chosen else "second",
+        "gold_label": "first" if first == chosen else "second",
         "rewards": [_external_reward(row, scores, 1 if first == chosen else -1)] if scores else [],
         "reference_logps": [],
     }

@@ -3,6 +3,7 @@
     OUT/plan.json          all that determines the rows (settings, seed, digests of inputs and weights); nothing that only changes speed
     OUT/data-00000.arrow   an Arrow IPC stream, written in a folder of drafts, fsynced, renamed; its own counts ride in its metadata
     OUT/state.json, dataset_info.json   so that `datasets.load_from_disk` opens the folder
+    OUT/README.md          the dataset card: columns, where the rows came from, drops (cards.py)
     OUT/manifest.json      written last: it exists if and only if the dataset is complete
 
 The same plan resumes; another plan in the same folder is refused. On another file system (a URL) parts are put whole, nothing is locked, and what is
@@ -31,6 +32,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,10 +41,11 @@ import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 
-from scir_cli import __version__, places, schemas
+from scir_cli import __version__, cards, places, schemas
 from scir_cli.errors import DataError, PlanMismatch, ScirError, StoreError
 
 ACCOUNT_KEY = b"scir.account"
+FIRST_VERSION = "1"  # of the columns of plans that do not name one
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, odd: SplitMix64's step
 HASH_BLOCK = 1 << 17  # bytes of text hashed at a time, so that what is computed on the way stays in a cache
 Json = dict[str, Any]
@@ -288,12 +291,32 @@ def _start(out: Path, plan: Json) -> Json | None:
         raise PlanMismatch(
             f"{out} was made by 'scir {old.get('stage')}', and this is 'scir {plan.get('stage')}'; choose another --output-dir"
         )
+    if version_of(old) != version_of(plan):
+        raise PlanMismatch(_outdated(out, old, version_of(old)))
     changes = _differences(old, json.loads(json.dumps(plan)))
     if changes:
         raise PlanMismatch(
             f"{out} was started with other settings: {'; '.join(changes)}. Use --overwrite to replace it, or another --output-dir"
         )
     return _done(out)
+
+
+def version_of(document: Json) -> str:
+    """The schema version that a plan or a manifest names; the first one if it names none."""
+    return str(document.get("schema_version", FIRST_VERSION))
+
+
+def _outdated(path: Path, plan: Json, version: str) -> str:
+    return (
+        f"{path} was written by 'scir {plan.get('stage')}' with schema version {version}, and this scir has version {schemas.VERSION}; "
+        "run that command again with --overwrite"
+    )
+
+
+def check_version(path: Path, version: str) -> None:
+    """Raises DataError if a dataset folder, or a part of it, has columns of another schema version than this program."""
+    if version != schemas.VERSION:
+        raise DataError(_outdated(path, read_json(path / "plan.json"), version))
 
 
 def _done(out: Path) -> Json | None:
@@ -320,15 +343,19 @@ def write_dataset(
     advance: Callable[[int], None] = lambda rows: None,
     share: Callable[[str, list[Todo], Callable[[int], None]], None] | None = None,
     work: Callable[[], Json] | None = None,
+    inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Json:
     """Writes a dataset of `kind` part by part and returns its manifest; does nothing but return it when the plan is already done.
 
     bounds: row ranges of the input, one a part. make(lo, hi): the part; it must depend on the plan and the range only.
     dropped_before: input rows that never reached a part, by reason. summarise: figures of the whole dataset, kept in the manifest under
     "summary". advance: told of input rows whose part is on disk. share: has the parts made elsewhere (workers.py), in place of `make`.
-    work: figures of what this run computed, kept under "work".
+    work: figures of what this run computed, kept under "work". inputs: setting -> path or model as the user named it, kept under "inputs";
+    it only tells where the rows came from, and None is left out.
     """
     started = time.monotonic()
+    plan = {**plan, "schema_version": schemas.VERSION}
+    named = {name: str(value) for name, value in inputs.items() if value is not None}
     with claim(out, plan, overwrite) as done:
         if done is not None:
             return {**done, "reused": True}
@@ -346,7 +373,7 @@ def write_dataset(
             write_part(Todo(out / "data-00000.arrow", drafts, 0, 0), kind, Part([], 0))
         if drafts:
             places.remove(drafts)
-        return _finish(out, kind, dropped_before or Counter(), summarise, started, work)
+        return _finish(out, kind, dropped_before or Counter(), summarise, started, work, plan, named)
 
 
 def _new_drafts(out: Path, plan: Json) -> Path | None:
@@ -389,6 +416,8 @@ def _finish(
     summarise: Callable[[Dataset], Json],
     started: float,
     work: Callable[[], Json] | None,
+    plan: Json,
+    inputs: Mapping[str, str],
 ) -> Json:
     paths = sorted(out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))  # six digits come after five
     parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
@@ -402,11 +431,12 @@ def _finish(
     columns = schemas.schema(kind).names
     manifest = {
         "kind": kind,
-        "version": schemas.VERSION,
+        "schema_version": schemas.VERSION,
         "digest": digest_json([part["digest"] for part in parts]),
         "rows_in": rows_in,
         "rows_out": made.num_rows,
         "drops": dict(drops),
+        "inputs": dict(inputs),
         "nulls": dict(sorted(nulls.items(), key=lambda item: columns.index(item[0]) if item[0] in columns else len(columns))),
         "parts": parts,
         "seconds": round(time.monotonic() - started, 3),
@@ -418,6 +448,8 @@ def _finish(
     state |= {"_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
     write_json(out / "state.json", state)
     write_json(out / "dataset_info.json", {"description": f"scir {kind} dataset", "citation": "", "homepage": "", "license": ""})
+    with writing(out / "README.md") as temporary:
+        temporary.write_text(cards.render(plan, manifest), encoding="utf-8")
     write_json(out / "manifest.json", manifest)
     return manifest
 
@@ -588,10 +620,11 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
     manifest = read_json(path / "manifest.json")
     kind = manifest.get("kind", "unknown")
     if kinds and kind not in kinds:
-        holds = "a model" if kind == "model" else f"a '{kind}' dataset"
-        raise DataError(f"{path} holds {holds}; this command needs a {needed} dataset")
+        raise DataError(_wrong_kind(path, manifest, needed))
+    check_version(path, version_of(manifest))
     for part in manifest["parts"]:
         table = _read_part(path / part["file"])
+        check_version(path, (table.schema.metadata or {}).get(schemas.VERSION_KEY, schemas.VERSION.encode()).decode())
         if table.num_rows != part["rows"]:
             raise DataError(
                 f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete it and run the stage that made it again"
@@ -599,6 +632,18 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
         schemas.check_nulls(table, kind)
     paths = [path / part["file"] for part in manifest["parts"]]
     return Dataset(kind, paths, list(itertools.accumulate(part["rows"] for part in manifest["parts"])))
+
+
+def _wrong_kind(path: Path, manifest: Json, needed: str) -> str:
+    kind = manifest.get("kind", "unknown")
+    if kind == "consistency":
+        source = manifest.get("inputs", {}).get("input")
+        return (
+            f"{path} holds a 'consistency' dataset: figures about pairs, without their verdicts; "
+            f"pass the judged dataset that it was made from{f', {source}' if source else ''}"
+        )
+    holds = "a model" if kind == "model" else f"a '{kind}' dataset"
+    return f"{path} holds {holds}; this command needs a {needed} dataset"
 
 
 def part_bounds(n_rows: int, rows_per_part: int) -> list[tuple[int, int]]:

@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scored(world: Path) -> Path:
     """The world with the pairs' scores beside it: the judged pairs, given a gold label, as `eval rewards` takes them."""
     table = store.read_dataset(world / "judged")
-    labelled = table.set_column(table.column_names.index("gold"), "gold", pa.array(["first"] * table.num_rows))
+    labelled = table.set_column(table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows))
     store.write_dataset(world / "labelled", "judged", {"stage": "judge"}, [(0, 1)], lambda *_: store.Part(labelled, table.num_rows))
     run("eval rewards", input=str(world / "labelled"), output_dir=world / "scores")
     return world

@@ -44,7 +44,7 @@ def pair(i, rewards, gold=None, subset=None, first=None, second=None):
         "prompt_id": "q",
         "messages": [],
         "subset": subset,
-        "gold": gold,
+        "gold_label": gold,
         "rewards": rewards,
         "reference_logps": [],
     }
@@ -76,14 +76,14 @@ def three_rows():
     return judged(
         pair(
             0,
-            [verdict("judge", 1.0, 3.0, 1.0, 0.9), verdict("implicit", -0.5)],
+            [verdict("judge", 1.0, 3.0, -1.0, 0.9), verdict("implicit", -0.5)],
             "first",
             "chat",
             response("abc", 3),
             response("a", 1),
         ),
         pair(1, [verdict("implicit", 0.25), verdict("judge", None)], "second", None, response("abcde", 0), response("ab", 7)),
-        pair(2, [verdict("judge", 2.0, 1.0, -3.0, 0.7)], None, "code", response("a", 4), response("a", 9)),
+        pair(2, [verdict("judge", 2.0, 1.0, 3.0, 0.7)], None, "code", response("a", 4), response("a", 9)),
     )
 
 
@@ -95,7 +95,7 @@ def test_verdicts_are_joined_by_the_name_of_the_reward_model_and_nulls_become_na
     assert v.names == ["judge", "implicit"]
     np.testing.assert_array_equal(v.log_odds, [[1.0, NAN, 2.0], [-0.5, 0.25, NAN]])
     np.testing.assert_array_equal(v.forward, [[3.0, NAN, 1.0], [NAN, NAN, NAN]])
-    np.testing.assert_array_equal(v.swapped, [[1.0, NAN, -3.0], [NAN, NAN, NAN]])
+    np.testing.assert_array_equal(v.swapped, [[-1.0, NAN, 3.0], [NAN, NAN, NAN]])
     np.testing.assert_array_equal(v.verdict_mass, [[0.9, NAN, 0.7], [NAN, NAN, NAN]])
     np.testing.assert_array_equal(v.gold, [1, -1, NAN])
     assert (v.subset, v.pair_ids) == (["chat", None, "code"], ["p0", "p1", "p2"])
@@ -287,7 +287,7 @@ def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
 def test_a_judge_flips_where_both_orders_go_to_the_same_seat():
     # (forward, swapped): A A flips; A B agrees; B B flips; tie A does not; the last has one order and is not counted: 2 of 4.
     # Seat A over the nine verdicts A A, A B, B B, tie A, A: 5.5 of 9
-    forward, swapped = [1.0, 2.0, -1.0, 0.0, 1.0], [3.0, -2.0, -2.0, 1.0, NAN]
+    forward, swapped = [1.0, 2.0, -1.0, 0.0, 1.0], [-3.0, 2.0, 2.0, -1.0, NAN]
     v = verdicts([[-1.0, 2.0, 0.5, -0.5, NAN]], [forward], [swapped])
     model = c.summary(v)["models"]["judge"]
     assert model["flip_rate"] == 0.5
@@ -376,16 +376,16 @@ GOLD = st.sampled_from([1.0, -1.0, NAN])
 
 @given(n=st.integers(0, 12), data=st.data())
 def test_swapping_every_pair_negates_the_log_odds_and_changes_no_statistic(n, data):
-    seats = data.draw(hnp.arrays(float, (2, 2, n), elements=NUMBERS))
+    orders = data.draw(hnp.arrays(float, (2, 2, n), elements=NUMBERS))
     others = data.draw(hnp.arrays(float, (1, n), elements=NUMBERS))
-    judges = (seats[0] - seats[1]) / 2
+    judges = (orders[0] + orders[1]) / 2
     no_seats = np.full((1, n), NAN)
     gold = data.draw(hnp.arrays(float, n, elements=GOLD))
     length = data.draw(hnp.arrays(float, n, elements=st.integers(-3, 3)))
     v = verdicts(
-        np.concatenate([judges, others]), np.concatenate([seats[0], no_seats]), np.concatenate([seats[1], no_seats]), gold, length
+        np.concatenate([judges, others]), np.concatenate([orders[0], no_seats]), np.concatenate([orders[1], no_seats]), gold, length
     )
-    swapped = replace(v, log_odds=-v.log_odds, forward=v.swapped, swapped=v.forward, gold=-gold, length_difference=-length)
+    swapped = replace(v, log_odds=-v.log_odds, forward=-v.swapped, swapped=-v.forward, gold=-gold, length_difference=-length)
     assert c.summary(v) == c.summary(swapped)
     one, other = c.agreement(v.log_odds), c.agreement(swapped.log_odds)
     for name, sign in (("agree", 1), ("margin", 1), ("mean", -1), ("spread", 1)):
@@ -397,14 +397,14 @@ def test_swapping_the_responses_of_a_table_swaps_its_verdicts():
     rows = three_rows().to_pylist()
     swapped = [
         row
-        | {"first": row["second"], "second": row["first"], "gold": flipped[row["gold"]]}
+        | {"first": row["second"], "second": row["first"], "gold_label": flipped[row["gold_label"]]}
         | {
             "rewards": [
                 verdict(
                     r["reward_model"],
                     r["log_odds"] and -r["log_odds"],
-                    r["swapped_log_odds"],
-                    r["forward_log_odds"],
+                    r["swapped_log_odds"] and -r["swapped_log_odds"],
+                    r["forward_log_odds"] and -r["forward_log_odds"],
                     r["verdict_mass"],
                 )
                 for r in row["rewards"]

@@ -56,9 +56,9 @@ def odd_pairs(seed: int, rows: int) -> list[dict[str, Any]]:
                 "subset": draw.choice([None, "s", "t"]),
                 "first": response(texts[0], f"c{row}a"),
                 "second": response(texts[1], f"c{row}b"),
-                "gold": draw.choice([None, "first", "second"]),
+                "gold_label": draw.choice([None, "first", "second"]),
                 "rewards": [verdict(name) for name in known],
-                "reference_logps": [{"weights": "w", "first": -1.5, "second": -2.0}] if row % 3 else [],
+                "reference_logps": [{"weights_key": "w", "first": -1.5, "second": -2.0}] if row % 3 else [],
             }
         )
     return out
@@ -81,14 +81,34 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def content(manifest: dict[str, Any], out: Path) -> str:
-    """A digest of rows and manifest that no version of a library is part of."""
-    rows = store.read_dataset(out).to_pylist()
+#: Names of columns -> those that the digests below were taken under
+BEFORE = {"gold_label": "gold", "label_probability": "certainty"}
+
+
+def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> str:
+    """A digest of rows and manifest that no version of a library is part of, with names and signs of the first schema version.
+
+    pairs: the judged dataset whose columns a consistency dataset had beside its own then.
+    """
+    rows, nulls = store.read_dataset(out).to_pylist(), manifest["nulls"]
+    if pairs is not None:
+        wide = store.read_dataset(pairs).to_pylist()
+        assert [row["pair_id"] for row in rows] == [row["pair_id"] for row in wide]
+        rows = [{**pair, **row} for pair, row in zip(wide, rows, strict=True)]
+        nulls = store.read_json(pairs / "manifest.json")["nulls"] | nulls
     for row in rows:
-        if row.get("certainty") is not None:
-            row["certainty"] = round(row["certainty"], 12)
-        row["rewards"] = [{name: value for name, value in reward.items() if name != "written"} for reward in row["rewards"]]
-    counts = {name: manifest[name] for name in ("rows_in", "rows_out", "drops", "nulls", "summary")}
+        row["gold"] = row.pop("gold_label")
+        assert row.pop("extra") is None
+        if "label_probability" in row:
+            probability = row.pop("label_probability")
+            row["certainty"] = probability if probability is None else round(probability, 12)
+        for reward in row["rewards"]:
+            del reward["rationale_token_ids"]
+            swapped = reward["swapped_log_odds"]
+            reward["swapped_log_odds"] = swapped if swapped is None else -swapped
+        row["reference_logps"] = [{"weights": r.pop("weights_key"), **r} for r in row["reference_logps"]]
+    counts = {name: manifest[name] for name in ("rows_in", "rows_out", "drops", "summary")}
+    counts["nulls"] = {BEFORE.get(name, name): count for name, count in nulls.items() if name != "extra"}
     return store.digest_json([rows, counts, [part["rows"] for part in manifest["parts"]]])
 
 
@@ -155,7 +175,7 @@ def test_the_repeats_are_those_that_a_set_of_whole_texts_finds(tmp_path: Path, b
 def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_path: Path):
     more = {"by_subset": True, "against": [str(world / "before")]}
     manifest = run("check-consistency", input=str(world / "judged"), output_dir=tmp_path / "out", **PARTS, **more)
-    assert content(manifest, tmp_path / "out") == "2f5d0eaa4b7f34155caa022400363c67"
+    assert content(manifest, tmp_path / "out", world / "judged") == "2f5d0eaa4b7f34155caa022400363c67"
     stays = {name: figures for name, figures in manifest["across"]["against"][0].items() if name != "dataset"}
     assert store.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
 
@@ -181,7 +201,7 @@ def odd_candidates(folder: Path) -> Path:
                 "token_ids": [5] * draw.randrange(1, 9),
                 "finish_reason": "stop",
             }
-            rows.append(row | {"duplicate_of": draw.choice([None, None, None, "", "other"]), "model": f"m{number % 2}"})
+            rows.append(row | {"duplicate_of": draw.choice([None, None, None, "", "other"]), "weights_key": f"m{number % 2}"})
             scores.append(draw.choice([None, 1.0, 0.1 * len(rows), draw.gauss()]))
 
     def make(low: int, high: int) -> store.Part:
@@ -219,7 +239,8 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
     for stage, settings in (("filter", rules), ("check-consistency", PARTS)):
         outs = [tmp_path / stage / name for name in ("whole", "gaps")]
         one, other = (run(stage, input=str(tmp_path / out.name), output_dir=out, **settings) for out in outs)
-        assert content(one, outs[0]) == content(other, outs[1])
+        wide = [tmp_path / out.name if stage == "check-consistency" else None for out in outs]
+        assert content(one, outs[0], wide[0]) == content(other, outs[1], wide[1])
     starts = store.group_bounds(store.open_dataset(tmp_path / "gaps"), "subset", 1)
     assert starts == store.group_bounds(store.open_dataset(tmp_path / "whole"), "subset", 1)
     subsets = [row["subset"] for row in rows]
@@ -228,9 +249,11 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
 
 
 def test_the_hundred_thousandth_part_comes_after_the_one_before_it(tmp_path: Path):
-    for index in (100_000, 99_999):
-        store.write_part(store.Todo(tmp_path / f"data-{index:05d}.arrow", None, 0, 0), "prompts", store.Part([], 0))
-    manifest = store._finish(tmp_path, "prompts", Counter(), lambda made: {}, 0.0, None)
+    def elsewhere(kind: str, todo: list[store.Todo], advance: Any) -> None:
+        for index in (100_000, 99_999):
+            store.write_part(store.Todo(tmp_path / f"data-{index:05d}.arrow", None, 0, 0), kind, store.Part([], 0))
+
+    manifest = store.write_dataset(tmp_path, "prompts", {}, [(0, 0)], lambda low, high: store.Part([], 0), share=elsewhere)
     assert [part["file"] for part in manifest["parts"]] == ["data-99999.arrow", "data-100000.arrow"]
 
 
@@ -258,7 +281,7 @@ def written(folder: Path, table: pa.Table, parts: int) -> Path:
         prompts = pa.array([f"{low}/{name}" for name in table["prompt_id"].to_pylist()])
         return store.Part(table.set_column(table.column_names.index("prompt_id"), "prompt_id", prompts), PART)
 
-    kind = str(schemas.kind_of(table.schema))
+    kind = table.schema.metadata[schemas.KIND_KEY].decode()
     plan = {"stage": "generate" if kind == "candidates" else "judge", "parts": parts}
     store.write_dataset(folder, kind, plan, [(i * PART, (i + 1) * PART) for i in range(parts)], make)
     return folder
@@ -273,7 +296,7 @@ def long_pairs() -> pa.Table:
 
 
 def long_candidates() -> pa.Table:
-    common = {"messages": [{"role": "user", "content": "Go."}], "finish_reason": "stop", "model": "m", "seed": 0}
+    common = {"messages": [{"role": "user", "content": "Go."}], "finish_reason": "stop", "weights_key": "m", "seed": 0}
     rows = [
         {"candidate_id": f"{i}", "prompt_id": f"{i // 2}", "response": f"{i}" + "x" * LETTERS, "token_ids": [5], **common}
         for i in range(PART)

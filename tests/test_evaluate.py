@@ -109,7 +109,7 @@ def test_pairs_without_any_label_are_refused_and_counted(models: Path, tmp_path:
     run("judge", model=str(models / "m1"), reward_models=["judge"], input=str(tmp_path / "pairs.jsonl"), output_dir=tmp_path / "j")
     (row,) = store.read_dataset(tmp_path / "j", "judged").to_pylist()
     plan = {"stage": "judge", "unlabelled": True}
-    store.write_dataset(tmp_path / "u", "judged", plan, [(0, 1)], lambda low, high: store.Part([row | {"gold": None}], 1))
+    store.write_dataset(tmp_path / "u", "judged", plan, [(0, 1)], lambda low, high: store.Part([row | {"gold_label": None}], 1))
     with pytest.raises(DataError, match="0 of 1 pairs have a gold label"):
         run("eval rewards", input=str(tmp_path / "u"), output_dir=tmp_path / "o")
 

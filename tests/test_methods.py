@@ -28,7 +28,7 @@ def settings(**values: Any) -> config.TrainSettings:
     return config.build(config.TrainSettings, base, values, where="test")
 
 
-def example(label: int = 0, certainty: float = 1.0) -> Example:
+def example(label: int = 0, label_probability: float = 1.0) -> Example:
     """A pair of 2 and 4 tokens whose references say -1 and -2 for both models."""
     pair = Pair(
         "p",
@@ -39,7 +39,7 @@ def example(label: int = 0, certainty: float = 1.0) -> Example:
         None,
         {"start": (-1.0, -2.0), "base": (-1.0, -2.0)},
     )
-    return Example(pair, label, certainty)
+    return Example(pair, label, label_probability)
 
 
 def objective(chat: Chat, **values: Any) -> Any:
@@ -81,7 +81,7 @@ def test_each_preference_loss_reads_the_rewards_it_is_defined_on(
 
 def test_a_label_that_is_less_than_sure_is_hedged(tiny_policy: Policy):
     dpo = objective(tiny_policy.chat, objective="dpo", beta=0.1)
-    loss, _ = dpo.loss(logps([1.0, -2.0]), [example(1, certainty=0.75)])
+    loss, _ = dpo.loss(logps([1.0, -2.0]), [example(1, label_probability=0.75)])
     assert float(loss.detach()) == pytest.approx(0.75 * math.log(1 + math.exp(-0.2)) + 0.25 * math.log(1 + math.exp(0.2)), rel=1e-5)
 
 
@@ -222,8 +222,8 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(chain: 
     run("filter", **common, output_dir=tmp_path / "average")
     run("filter", **common, certainty="prompt", output_dir=tmp_path / "prompt")
     rows = store.read_dataset(tmp_path / "prompt", "preferences").to_pylist()
-    (one,) = set(store.read_dataset(tmp_path / "average", "preferences")["certainty"].to_pylist())
-    by_prompt = {row["prompt_id"]: row["certainty"] for row in rows}
+    (one,) = set(store.read_dataset(tmp_path / "average", "preferences")["label_probability"].to_pylist())
+    by_prompt = {row["prompt_id"]: row["label_probability"] for row in rows}
     assert {round(3 * c, 9) for c in by_prompt.values()} <= {0, 1, 2, 3}  # three pairs a prompt: tau is -1, -1/3, 1/3 or 1
     assert one == pytest.approx(sum(by_prompt.values()) / len(by_prompt))
     train(chain, tmp_path / "m", objective="dpo", input=str(tmp_path / "prompt"), max_steps=1)
@@ -310,7 +310,9 @@ def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(
     common = {"model": str(chain / "policy"), "reward_reference": str(chain / "base"), "reward_models": names}
     run("judge", **common, input=str(chain / "candidates"), rationale_max_tokens=4, output_dir=tmp_path / "judged")
     row = store.read_dataset(tmp_path / "judged").to_pylist()[0]
-    assert [len(r["written"]) for r in row["rewards"] if r["written"]] == [2]  # the rationale's, in both orders
+    assert [len(r["rationale_token_ids"]) for r in row["rewards"] if r["rationale_token_ids"]] == [
+        2
+    ]  # the rationale's, in both orders
     train(chain, tmp_path / "m", input=str(tmp_path / "judged"), reward_models=names, max_steps=1)
     first = json.loads((tmp_path / "m" / "metrics.jsonl").read_text().splitlines()[0])
     rows = store.read_dataset(tmp_path / "judged").to_pylist()

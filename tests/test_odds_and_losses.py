@@ -44,11 +44,11 @@ def close(a: Tensor, b: Tensor | float | list[float]) -> bool:
 
 
 def test_two_orders_average_the_two_seatings_in_logit_space():
-    # first as A: P(A) = 0.6, P(B) = 0.2, l = ln 3; first as B: P(A) = 0.3, P(B) = 0.6, l = -ln 2
+    # first as A: P(A) = 0.6, P(B) = 0.2, a = ln 3; first as B: P(A) = 0.3, P(B) = 0.6, a = ln 2
     verdict_logps = f64([math.log(0.6), math.log(0.2)], [math.log(0.3), math.log(0.6)])[:, :, None]
     said = odds.two_orders(verdict_logps)
     assert close(said.log_odds, [0.5 * (math.log(3) + math.log(2))])
-    assert close(said.seats, [[math.log(3)], [-math.log(2)]])
+    assert close(said.orders, [[math.log(3)], [math.log(2)]])
     assert close(said.verdict_mass, [0.85])  # (0.8 + 0.9) / 2
 
 
@@ -56,7 +56,7 @@ def test_a_constant_preference_for_a_seat_cancels():
     verdict_logps = f64([[-1.0, -2.0], [-1.5, -0.5]], [[-3.0, -0.25], [-0.5, -4.0]])  # (orders, tokens, pairs)
     biased = verdict_logps + f64(2.5, 0.0)[None, :, None]  # whoever sits in seat A gains 2.5 nats
     assert close(odds.two_orders(biased).log_odds, odds.two_orders(verdict_logps).log_odds)
-    assert close(odds.two_orders(biased).seats, odds.two_orders(verdict_logps).seats + 2.5)
+    assert close(odds.two_orders(biased).orders, odds.two_orders(verdict_logps).orders + f64([2.5], [-2.5]))
 
 
 def test_a_judge_that_always_says_a_has_no_log_odds():
@@ -65,11 +65,11 @@ def test_a_judge_that_always_says_a_has_no_log_odds():
 
 
 @given(matrices(4))
-def test_swapping_the_pair_negates_two_orders_and_exchanges_the_seats(m: Tensor):
+def test_swapping_the_pair_negates_two_orders_and_exchanges_them(m: Tensor):
     asked = odds.two_orders(m.unflatten(0, (2, 2)))
     swapped = odds.two_orders(m.unflatten(0, (2, 2)).flip(0))
     assert torch.equal(swapped.log_odds, -asked.log_odds)
-    assert torch.equal(swapped.seats, asked.seats.flip(0))
+    assert torch.equal(swapped.orders, -asked.orders.flip(0))
     assert torch.equal(swapped.verdict_mass, asked.verdict_mass)
 
 
@@ -78,10 +78,10 @@ def test_swapping_the_pair_negates_a_difference(m: Tensor, scale: float):
     assert torch.equal(odds.difference(m.flip(0), scale).log_odds, -odds.difference(m, scale).log_odds)
 
 
-def test_a_difference_is_scaled_and_has_no_seats_and_no_mass():
+def test_a_difference_is_scaled_and_has_no_orders_and_no_mass():
     said = odds.difference(f64([3.0, 1.0], [1.0, 1.5]), 5.0)
     assert close(said.log_odds, [10.0, -2.5])
-    assert said.seats is None
+    assert said.orders is None
     assert said.verdict_mass is None
 
 

@@ -44,9 +44,9 @@ def rows(n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}"
         made.append(
             {
                 "pair_id": f"p{i:06d}", "prompt_id": f"q{i}", "messages": [{"role": "user", "content": text(i, "?")}], "subset": f"s{i % 3}",
-                "first": sides[0], "second": sides[1], "gold": {1: "first", -1: "second"}[gold] if labelled else None, "reference_logps": [],
+                "first": sides[0], "second": sides[1], "gold_label": {1: "first", -1: "second"}[gold] if labelled else None, "reference_logps": [],
                 "rewards": [
-                    {"reward_model": "judge", "log_odds": judge, "forward_log_odds": judge + seat, "swapped_log_odds": -judge + seat, "verdict_mass": 0.9},
+                    {"reward_model": "judge", "log_odds": judge, "forward_log_odds": judge + seat, "swapped_log_odds": judge - seat, "verdict_mass": 0.9},
                     {"reward_model": "implicit", "log_odds": implicit if i % 7 else None, "forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None},
                 ],
             }

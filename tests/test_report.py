@@ -20,7 +20,7 @@ def verdicts(names: list[str], n: int = 200) -> Verdicts:
     subsets: list[str | None] = [f"[/red] subset-number-{i % 3}" for i in range(n)]
     seats = np.full_like(odds, 0.7)
     return Verdicts(
-        names, odds, odds + seats, -odds + seats, seats, np.ones(n), rng.normal(0, 9, n), subsets, [str(i) for i in range(n)]
+        names, odds, odds + seats, odds - seats, seats, np.ones(n), rng.normal(0, 9, n), subsets, [str(i) for i in range(n)]
     )
 
 

@@ -79,7 +79,7 @@ def said(
 
 
 def with_written(policy: Policy, pair: Pair, texts: Sequence[str]) -> Pair:
-    return replace(pair, written={"rationale": [policy.chat.tokenizer(text)["input_ids"] for text in texts]})
+    return replace(pair, rationale_token_ids={"rationale": [policy.chat.tokenizer(text)["input_ids"] for text in texts]})
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +121,15 @@ def test_swapping_first_and_second_negates_the_log_odds(name: str, tiny_policy: 
 
 
 @pytest.mark.parametrize("name", ["judge", "rationale"])
-def test_swapping_first_and_second_exchanges_the_seats(name: str, tiny_policy: Policy, pairs: list[Pair]):
+def test_swapping_first_and_second_negates_and_exchanges_the_orders(name: str, tiny_policy: Policy, pairs: list[Pair]):
     there = said(tiny_policy, [name], pairs)[name]
     back = said(tiny_policy, [name], [swapped(p) for p in pairs], written=[RATIONALES[::-1]] * len(pairs))[name]
-    assert there.seats is not None
-    assert back.seats is not None
-    assert there.seats.shape == (2, len(pairs))
-    assert (there.seats[0] - there.seats[1]).abs().min() > 1e-3
-    assert torch.allclose(back.seats, there.seats.flip(0), rtol=0, atol=1e-4)
-    assert torch.allclose(there.log_odds, 0.5 * (there.seats[0] - there.seats[1]))
+    assert there.orders is not None
+    assert back.orders is not None
+    assert there.orders.shape == (2, len(pairs))
+    assert (there.orders[0] + there.orders[1]).abs().min() > 1e-3
+    assert torch.allclose(back.orders, -there.orders.flip(0), rtol=0, atol=1e-4)
+    assert torch.allclose(there.log_odds, 0.5 * (there.orders[0] + there.orders[1]))
 
 
 @pytest.mark.parametrize("name", BRANCHES)
@@ -161,7 +161,7 @@ def test_models_that_compare_or_score_have_a_verdict_mass_and_the_others_none(ti
             assert odds.verdict_mass.max() < 1
         else:
             assert odds.verdict_mass is None
-            assert odds.seats is None
+            assert odds.orders is None
 
 
 def test_gradients_reach_the_policy_through_every_model_it_scores(tiny_llama: Path):
@@ -185,7 +185,7 @@ def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then
     tokenizer = tiny_policy.chat.tokenizer
     a, b = tokenizer("A")["input_ids"] + tokenizer("B")["input_ids"]
     odds = said(tiny_policy, ["judge"], pairs)["judge"]
-    assert odds.seats is not None
+    assert odds.orders is not None
     assert odds.verdict_mass is not None
     for number, (question, first, second, _) in enumerate(TEXTS):
         masses = []
@@ -195,7 +195,8 @@ def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then
                 f"Reply with A or B.{END}\n{START}assistant\n"
             )
             logps = next_logps(plain, tokenizer(text)["input_ids"])
-            assert odds.seats[order, number].item() == pytest.approx((logps[a] - logps[b]).item(), abs=1e-4)
+            sign = 1 if order == 0 else -1  # the first response has seat A, then seat B
+            assert odds.orders[order, number].item() == pytest.approx(sign * (logps[a] - logps[b]).item(), abs=1e-4)
             masses.append((logps[a].exp() + logps[b].exp()).item())
         assert odds.verdict_mass[number].item() == pytest.approx(sum(masses) / 2, rel=1e-4)
 
@@ -218,7 +219,7 @@ def test_each_way_of_judging_has_its_own_prompt(tiny_policy: Policy, pairs: list
     models = reward_models.make(
         ["judge", "rationale", "rubric"], tiny_policy.chat, settings(**{k: str(v) for k, v in files.items()})
     )
-    pair = replace(pairs[1], written={"rationale": [[5], [6]]})
+    pair = replace(pairs[1], rationale_token_ids={"rationale": [[5], [6]]})
     said = {
         name: {tiny_policy.chat.tokenizer.decode(b.ids).split("\n")[1].split(END)[0] for b in model.branches(pair)}
         for name, model in models.items()
@@ -236,7 +237,7 @@ def test_a_prompt_without_a_field_is_a_settings_error(
     path.write_text("{question} {a}")
     model = reward_models.make([name], tiny_policy.chat, settings(**{f"{name}_prompt": str(path)}))[name]
     with pytest.raises(ConfigError, match=rf"has no \{{{field}\}}"):
-        model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
+        model.branches(replace(pairs[0], rationale_token_ids={"rationale": [[5], [6]]}))
 
 
 def test_other_verdicts_are_read_where_they_are_named(tiny_policy: Policy, pairs: list[Pair]):
@@ -249,14 +250,14 @@ def test_other_verdicts_are_read_where_they_are_named(tiny_policy: Policy, pairs
 def test_verdicts_of_several_tokens_are_refused(name: str, tiny_policy: Policy, pairs: list[Pair]):
     model = reward_models.make([name], tiny_policy.chat, settings(verdict_tokens=["Zq", "Qz"]))[name]
     with pytest.raises(ModelError, match="'Zq'.*--verdict-tokens"):
-        model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
+        model.branches(replace(pairs[0], rationale_token_ids={"rationale": [[5], [6]]}))
 
 
 @pytest.mark.parametrize("name", ["judge", "rationale"])
 def test_two_verdicts_that_are_one_token_are_refused(name: str, tiny_policy: Policy, pairs: list[Pair]):
     model = reward_models.make([name], tiny_policy.chat, settings(verdict_tokens=["A", "A"]))[name]
     with pytest.raises(ConfigError, match="are the same token"):
-        model.branches(replace(pairs[0], written={"rationale": [[5], [6]]}))
+        model.branches(replace(pairs[0], rationale_token_ids={"rationale": [[5], [6]]}))
 
 
 # ------------------------------------------------------------------------------------------------------------------ rationale

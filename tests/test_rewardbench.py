@@ -102,7 +102,9 @@ def write(path: Path, rows: list[dict]) -> str:
 def sides(row):
     """(chosen, rejected) texts of a pair."""
     return (
-        (row["first"]["text"], row["second"]["text"]) if row["gold"] == "first" else (row["second"]["text"], row["first"]["text"])
+        (row["first"]["text"], row["second"]["text"])
+        if row["gold_label"] == "first"
+        else (row["second"]["text"], row["first"]["text"])
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import tempfile
 import tracemalloc
@@ -15,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from scir_cli import schemas, sources, store
+from scir_cli import config, schemas, sources, stages, store
 from scir_cli.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -32,10 +34,14 @@ def jsonl(path: Path, rows: Rows) -> str:
     return str(path)
 
 
+def kind_of(table: pa.Table) -> str:
+    """The kind that a table's metadata names."""
+    return table.schema.metadata[schemas.KIND_KEY].decode()
+
+
 def own(path: Path, table: pa.Table) -> str:
     """A finished dataset folder of ours that holds `table`."""
-    kind = schemas.kind_of(table.schema)
-    assert kind
+    kind = kind_of(table)
     store.write_dataset(path, kind, {"made": "here"}, [(0, table.num_rows)], lambda lo, hi: store.Part(table, table.num_rows))
     return str(path)
 
@@ -43,8 +49,8 @@ def own(path: Path, table: pa.Table) -> str:
 def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
     """Messages, chosen text and rejected text of a table with one pair."""
     (row,) = table.to_pylist()
-    other = {"first": "second", "second": "first"}[row["gold"]]
-    return row["messages"], row[row["gold"]]["text"], row[other]["text"]
+    other = {"first": "second", "second": "first"}[row["gold_label"]]
+    return row["messages"], row[row["gold_label"]]["text"], row[other]["text"]
 
 
 @pytest.mark.parametrize(
@@ -65,8 +71,9 @@ def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
 def test_each_prompt_layout_gives_its_messages(tmp_path: Path, row: dict[str, Any], messages: Rows) -> None:
     table, drops = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [row]))
     (got,) = table.to_pylist()
-    assert got == {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": None}
-    assert schemas.kind_of(table.schema) == "prompts"
+    extra = '{"unrelated": 1}' if "unrelated" in row else None
+    assert got == {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": None, "extra": extra}
+    assert kind_of(table) == "prompts"
     assert not drops
 
 
@@ -140,11 +147,11 @@ def test_the_side_follows_from_the_pair_and_gold_follows_the_side(tmp_path: Path
     swapped = [{"prompt": row["prompt"], "chosen": "b", "rejected": "a"} for row in rows]
     table = sources.load_pairs(jsonl(tmp_path / "p.jsonl", rows))[0].to_pylist()
     other = sources.load_pairs(jsonl(tmp_path / "q.jsonl", swapped))[0].to_pylist()
-    assert all(row[row["gold"]]["text"] == "a" for row in table)
-    assert all(row[row["gold"]]["text"] == "b" for row in other)
+    assert all(row[row["gold_label"]]["text"] == "a" for row in table)
+    assert all(row[row["gold_label"]]["text"] == "b" for row in other)
     assert [row["pair_id"] for row in table] == [row["pair_id"] for row in other]  # so the label has no say in the side
     # 400 fair coins: mean 200, standard deviation 10; the hash is fixed, so this cannot flicker
-    assert 160 < sum(row["gold"] == "first" for row in table) < 240
+    assert 160 < sum(row["gold_label"] == "first" for row in table) < 240
 
 
 @pytest.mark.parametrize("external", ["odds", "good,bad", "good, bad"])
@@ -152,10 +159,10 @@ def test_external_scores_become_log_odds_for_the_first_response(tmp_path: Path, 
     scores = {"odds": 1.5, "good": 2.0, "bad": 0.5}  # 2.0 - 0.5 = 1.5 nats that chosen is better
     rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", **scores} for i in range(20)]
     table, _ = sources.load_pairs(jsonl(tmp_path / "p.jsonl", rows), external=external)
-    assert set(table.column("gold").to_pylist()) == {"first", "second"}
-    others = {"forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None, "written": None}
+    assert set(table.column("gold_label").to_pylist()) == {"first", "second"}
+    others = {"forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None, "rationale_token_ids": None}
     for row in table.to_pylist():
-        log_odds = 1.5 if row["gold"] == "first" else -1.5
+        log_odds = 1.5 if row["gold_label"] == "first" else -1.5
         assert row["rewards"] == [{"reward_model": "external", "log_odds": log_odds, **others}]
 
 
@@ -274,7 +281,7 @@ def test_a_csv_file_is_read_with_long_cells_line_breaks_and_scores(tmp_path: Pat
     table, drops = sources.load_pairs(str(tmp_path / "p.csv"), external="odds")
     assert pair(table.slice(0, 1)) == ([{"role": "user", "content": "a, b"}], long, "two\nlines")
     rows = table.to_pylist()
-    assert rows[0]["rewards"][0]["log_odds"] == (-2.0 if rows[0]["gold"] == "first" else 2.0)
+    assert rows[0]["rewards"][0]["log_odds"] == (-2.0 if rows[0]["gold_label"] == "first" else 2.0)
     assert rows[1]["rewards"][0]["log_odds"] is None
     assert not drops
 
@@ -390,16 +397,16 @@ def test_our_own_prompts_folder_comes_back_as_it_was_written(tmp_path: Path) -> 
     folder = own(tmp_path / "prompts", table)
     back, drops = sources.load_prompts(folder)
     assert back.equals(table)
-    assert schemas.kind_of(back.schema) == "prompts"
+    assert kind_of(back) == "prompts"
     assert not drops
     assert sources.load_prompts(folder, limit=1)[0].num_rows == 1
 
 
-@pytest.mark.parametrize("kind", ["judged", "consistency", "preferences"])
+@pytest.mark.parametrize("kind", ["judged", "preferences"])
 def test_our_own_pairs_come_back_as_judged_whatever_their_kind(tmp_path: Path, kind: str) -> None:
     pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "odds": 1} for i in range(3)]
     table, _ = sources.load_pairs(jsonl(tmp_path / "p.jsonl", pairs), external="odds")
-    more = {"judged": {}, "consistency": {"agree": True}, "preferences": {"prompt": [USER], "margin": 0.5}}[kind]
+    more = {"judged": {}, "preferences": {"prompt": [USER], "margin": 0.5}}[kind]
     folder = own(tmp_path / kind, schemas.to_table(kind, [{**row, **more} for row in table.to_pylist()]))
     back, drops = sources.load_pairs(folder)
     assert back.equals(table)
@@ -408,6 +415,101 @@ def test_our_own_pairs_come_back_as_judged_whatever_their_kind(tmp_path: Path, k
     assert sources.load_pairs(folder, limit=2)[0].num_rows == 2
     with pytest.raises(DataError, match="rewards of its own"):
         sources.load_pairs(folder, external="odds")
+
+
+def extra(table: pa.Table) -> dict[str, Any]:
+    """The carried columns of a table with one row."""
+    (text,) = table["extra"].to_pylist()
+    return json.loads(text or "{}")
+
+
+def test_columns_that_nothing_uses_are_carried_along_and_those_that_are_stored_are_not_repeated(tmp_path: Path) -> None:
+    source = {
+        "id": 7,
+        "source": {"url": "x", "tags": ["a", "b"]},
+        "rewards": "ours has this name too",
+        "extra": "and this",
+        "empty": None,
+    }
+    left = {name: value for name, value in source.items() if value is not None}
+    prompt = {"prompt": "Why?", "subset": "math", "dataset": "gsm", **source}
+    table, _ = sources.load_prompts(jsonl(tmp_path / "prompts.jsonl", [prompt]))
+    assert extra(table) == {"dataset": "gsm", **left}  # `subset` is the subset, so `dataset` is not
+    scored = {
+        "prompt": "Why?",
+        "chosen": "a",
+        "rejected": "b",
+        "chosen_model": "m",
+        "dataset": "gsm",
+        "good": 2,
+        "bad": 1,
+        **source,
+    }
+    table, _ = sources.load_pairs(jsonl(tmp_path / "pairs.jsonl", [scored]), external="good,bad")
+    assert extra(table) == left
+    assert (table["subset"].to_pylist(), table["rewards"].to_pylist()[0][0]["reward_model"]) == (["gsm"], "external")
+    table, _ = sources.load_pairs(jsonl(tmp_path / "pairs.jsonl", [scored]))
+    assert extra(table) == {"good": 2, "bad": 1, **left}  # without --external nobody has used the scores
+    instruction = {"instruction": "Translate.", "input": "bleu", "output": "blue"}
+    assert extra(sources.load_prompts(jsonl(tmp_path / "i.jsonl", [instruction]))[0]) == {"output": "blue"}
+
+
+def test_values_that_json_lacks_are_carried_along_as_text_and_nan_as_null(tmp_path: Path) -> None:
+    values = {
+        "day": pa.array([datetime.date(2026, 11, 25)]),
+        "moment": pa.array([datetime.datetime(2026, 11, 25, 8, 30)], pa.timestamp("us", "UTC")),
+        "price": pa.array([decimal.Decimal("1.50")]),
+        "image": pa.array([b"\x00\xff"]),
+        "score": pa.array([float("nan")]),
+        "nested": pa.array([[{"x": float("inf"), "y": 1.5}]]),
+        "pairs": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+    }
+    pq.write_table(pa.table({"prompt": ["Why?"], **values}), tmp_path / "p.parquet")
+    assert extra(sources.load_prompts(str(tmp_path / "p.parquet"))[0]) == {
+        "day": "2026-11-25",
+        "moment": "2026-11-25T08:30:00+00:00",
+        "price": "1.50",
+        "image": "AP8=",  # base64
+        "score": None,
+        "nested": [{"x": None, "y": 1.5}],
+        "pairs": [["k", 1]],
+    }
+
+
+def test_half_a_character_in_a_carried_column_stays_as_it_was_escaped(tmp_path: Path) -> None:
+    spec = jsonl(tmp_path / "p.jsonl", [{"prompt": "Zürich", "note": "\ud83d", "city": "Zürich"}])
+    table, _ = sources.load_prompts(spec)
+    assert extra(table) == {"note": "\ud83d", "city": "Zürich"}
+    table["extra"][0].as_py().encode()  # the column itself is UTF-8
+
+
+def test_a_dataset_of_ours_that_another_tool_has_saved_keeps_the_columns_it_carries(tmp_path: Path) -> None:
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b", "id": 3}]
+    table, _ = sources.load_pairs(jsonl(tmp_path / "p.jsonl", pairs))
+    more = {"label": "first", "prompt": [USER], "chosen": [answer("a")], "rejected": [answer("b")]}
+    own(tmp_path / "preferences", schemas.to_table("preferences", [{**row, **more} for row in table.to_pylist()]))
+    saved = datasets.load_from_disk(str(tmp_path / "preferences")).add_column("checked_by", ["Ann"])
+    saved.to_parquet(str(tmp_path / "saved.parquet"))
+    again, _ = sources.load_pairs(str(tmp_path / "saved.parquet"))
+    assert extra(again) == {"id": 3, "checked_by": "Ann"}
+
+
+def test_a_consistency_folder_is_refused_and_the_judged_dataset_is_named(tmp_path: Path) -> None:
+    table, _ = sources.load_pairs(
+        jsonl(tmp_path / "p.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "odds": 1}]), external="odds"
+    )
+    judged, out = own(tmp_path / "judged", table), tmp_path / "consistency"
+    stages.load("check-consistency")(
+        config.build(config.CheckConsistencySettings, {"input": judged, "output_dir": out}, where="test")
+    )
+    assert store.read_dataset(out).column_names == ["pair_id", "agree", "margin", "mean_log_odds", "spread"]
+    assert store.read_dataset(out)["pair_id"].to_pylist() == table["pair_id"].to_pylist()
+    with pytest.raises(DataError, match=rf"consistency holds a 'consistency' dataset.*pass the judged dataset .* from, {judged}$"):
+        sources.load_pairs(str(out))
+    for stage, values in (("filter", {}), ("eval rewards", {}), ("check-consistency", {"against": [str(out)]})):
+        given = {"input": judged if values else str(out), "output_dir": tmp_path / "refused", **values}
+        with pytest.raises(DataError, match="pass the judged dataset"):
+            stages.load(stage)(config.build(config.STAGES[stage], given, where="test"))
 
 
 def test_our_own_folder_of_another_kind_or_unfinished_is_refused(tmp_path: Path) -> None:

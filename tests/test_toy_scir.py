@@ -72,11 +72,11 @@ def figures(policy: Policy, data: list[tuple[Pair, int]], chosen: config.TrainSe
     logps = torch.stack(list(policy.score([reward_models.ask(models, p) for p in items], 4096)))
     odds = reward_models.answer(models, logps, Context.of(items, "M_0"))
     stacked = np.stack([o.log_odds.numpy().astype(float) for o in odds.values()])
-    seats = odds["judge"].seats
-    assert seats is not None
+    orders = odds["judge"].orders
+    assert orders is not None
     return {
         "agreement": float(np.mean(consistency.agreement(stacked).agree)),
-        "flips": float((seats[0].sign() == seats[1].sign()).float().mean()),
+        "flips": float((orders[0].sign() == -orders[1].sign()).float().mean()),
         "judge": float(np.mean(stacked[0] * gold > 0)),
         "implicit": float(np.mean(stacked[1] * gold > 0)),
     }

@@ -107,7 +107,7 @@ def measure_pairs(judged: Path, gold: Gold) -> Json:
             for row in table.select(["messages", "first", "second"]).to_pylist()
         ]
     labels = pa.array([None if d == 0 else "first" if d > 0 else "second" for d in better], pa.string())
-    table = table.set_column(table.schema.get_field_index("gold"), "gold", labels)
+    table = table.set_column(table.schema.get_field_index("gold_label"), "gold_label", labels)
     verdicts = consistency.from_table(table)
     if not {"judge", "implicit"} <= set(verdicts.names):
         return {}

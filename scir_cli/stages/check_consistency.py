@@ -1,4 +1,4 @@
-"""check-consistency: how far the internal reward models agree, as figures, and as columns beside each pair."""
+"""check-consistency: how far the internal reward models agree, as figures, and as a narrow dataset of one row per pair."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from scir_cli import across, biases, consistency, pages, schemas, store
 from scir_cli.config import CheckConsistencySettings
@@ -39,9 +40,7 @@ def run(settings: CheckConsistencySettings) -> Json:
         def make(low: int, high: int) -> Part:
             part = pairs.slice(low, high - low)
             columns = consistency.row_columns(consistency.from_table(part, ids=False), settings.agree_on, settings.min_confidence)
-            for name, values in columns.items():
-                part = part.append_column(name, values)
-            return Part(part, high - low, Counter())
+            return Part(pa.table({"pair_id": part["pair_id"], **columns}), high - low, Counter())
 
         bounds = store.part_bounds(pairs.num_rows, settings.rows_per_part)
         manifest = store.write_dataset(
@@ -53,13 +52,14 @@ def run(settings: CheckConsistencySettings) -> Json:
             overwrite=settings.overwrite,
             summarise=summarise,
             advance=advance,
+            inputs={"input": settings.input},
         )
     if stays:
         manifest["across"] = stays
     if settings.by_subset:
         manifest["by_subset"] = _by_subset(pairs, settings)
     if settings.report:
-        pages.write(settings.report, pages.checked(settings.output_dir, across=stays))
+        pages.write(settings.report, pages.checked(settings.output_dir, path, across=stays))
     if settings.fail_under is not None:
         _check(manifest["summary"]["agreed"]["rate"], settings.fail_under, path)
     return manifest
@@ -84,7 +84,7 @@ def _check(rate: float | None, least: float, path: Path) -> None:
 
 
 def _judged(path: Path) -> Dataset:
-    return store.open_dataset(path, "judged", "consistency", "preferences")
+    return store.open_dataset(path, "judged", "preferences")
 
 
 def _verdicts(pairs: Dataset, settings: CheckConsistencySettings) -> tuple[consistency.Verdicts, dict[str, biases.Side]]:

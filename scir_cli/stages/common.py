@@ -61,8 +61,8 @@ def encode_pair(row: Mapping[str, Any], chat: Chat) -> Pair:
         (ids[0], ids[1]),
         (sides[0]["text"], sides[1]["text"]),
         external[0] if external else None,
-        {r["weights"]: (r["first"], r["second"]) for r in row["reference_logps"]},
-        {r["reward_model"]: r["written"] for r in row["rewards"] if r.get("written")},
+        {r["weights_key"]: (r["first"], r["second"]) for r in row["reference_logps"]},
+        {r["reward_model"]: ids for r in row["rewards"] if (ids := r.get("rationale_token_ids"))},
     )
 
 

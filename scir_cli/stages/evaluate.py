@@ -24,7 +24,7 @@ from scir_cli.stages.judge import Scorer, Work, given_pairs, judge_table
 from scir_cli.store import Json, Part
 
 Row = dict[str, Any]
-JUDGED = ("judged", "consistency", "preferences")  # kinds that hold verdicts
+JUDGED = ("judged", "preferences")  # kinds that hold verdicts
 
 
 def rewards(settings: EvalRewardsSettings) -> Json:
@@ -33,6 +33,8 @@ def rewards(settings: EvalRewardsSettings) -> Json:
     judged = store.is_dataset(path) and not settings.model
     if not judged and not settings.model:
         raise ConfigError("--model is needed: the input has no verdicts yet (give a judged dataset, or a model to judge with)")
+    if store.is_dataset(path):
+        store.open_dataset(path, *JUDGED)  # refused before the output folder is claimed
     scorer = None if judged else Scorer(settings)
     digest = sources.digest(settings.input)
     plan = {"stage": "eval rewards", "settings": settings.plan(), "input": digest, **(scorer.keys if scorer else {})}
@@ -60,7 +62,10 @@ def rewards(settings: EvalRewardsSettings) -> Json:
         figures = {"by_subset": by_subset, "curves": consistency.curves(v), "benchmark": _benchmark(pairs, v, by_subset)}
         return consistency.summary(v) | figures | {"notes": consistency.data_notes(v, len(v.pair_ids) - len(set(v.pair_ids)))}
 
-    manifest = store.write_dataset(out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, summarise=summarise)
+    inputs = {"input": settings.input, "model": settings.model, "reward_reference": settings.reward_reference}
+    manifest = store.write_dataset(
+        out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, summarise=summarise, inputs=inputs
+    )
     if settings.report:
         pages.write(settings.report, pages.checked(out, path if judged else out / "judged"))
     return manifest

@@ -66,7 +66,7 @@ def _rate(number: str) -> float:
 def run(settings: FilterSettings) -> Json:
     """Writes a preferences dataset and returns its manifest."""
     path = place(settings.input)
-    pairs = store.open_dataset(path, "judged", "consistency").head(settings.limit).select(schemas.schema("judged").names)
+    pairs = store.open_dataset(path, "judged").head(settings.limit).select(schemas.schema("judged").names)
     if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
     rule = Rule.of(settings, consistency.model_names(pairs.tables()))
@@ -85,6 +85,7 @@ def run(settings: FilterSettings) -> Json:
             overwrite=settings.overwrite,
             advance=advance,
             summarise=_summary,
+            inputs={"input": settings.input, "previous": settings.previous},
         )
     if settings.format == "trl" and not (out / "trl.jsonl").exists():
         write_trl(store.open_dataset(out, "preferences"), out / "trl.jsonl")
@@ -100,7 +101,7 @@ class Labelling:
         if settings.length_neutral:
             *votes, lengths = self._of_all(lambda table: np.vstack([self.votes(table), consistency.length_difference(table)]))
             self.per_token = np.array([[labels.length_neutral(a, lengths)[1]] for a in votes])
-        self.certainty = self._certainty(place(settings.previous)) if settings.previous else None
+        self.label_probability = self._label_probability(place(settings.previous)) if settings.previous else None
         self.dropped = np.zeros(pairs.num_rows, np.int8)  # for what other rows hold, by place in REASONS
         if settings.dedup:
             self.dropped[self._repeated()] = REASONS.index("duplicate")
@@ -112,8 +113,8 @@ class Labelling:
         reasons, sign, margin = self.decide(table, low)
         kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
         drops = {REASONS[one["values"]]: one["counts"] for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()}
-        certainty = np.full(len(kept), np.nan) if self.certainty is None else self.certainty[low:high]
-        return Part(_preferences(table, kept, np.where(reasons, 0.0, sign), margin, certainty), high - low, Counter(drops))
+        probability = np.full(len(kept), np.nan) if self.label_probability is None else self.label_probability[low:high]
+        return Part(_preferences(table, kept, np.where(reasons, 0.0, sign), margin, probability), high - low, Counter(drops))
 
     def _of_all(self, numbers: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
         return np.concatenate([numbers(table) for table in self.pairs.tables()], axis=-1)  # (…, pairs)
@@ -161,9 +162,9 @@ class Labelling:
         drawn = store.digest_lists(itertools.repeat(str(self.settings.seed)), map(store.to_json, table["pair_id"].to_pylist()))
         return np.array([int(digest[:15], 16) for digest in drawn]) / 16**15 < self.rule.rate
 
-    def _certainty(self, previous: Path) -> np.ndarray:
-        """How sure each label is, (pairs,): from how alike --previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
-        before, settings = store.open_dataset(previous, "judged", "consistency"), self.settings
+    def _label_probability(self, previous: Path) -> np.ndarray:
+        """How probably each label is correct, (pairs,): from how alike --previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
+        before, settings = store.open_dataset(previous, "judged"), self.settings
         names, name = consistency.model_names(before.tables()), settings.previous_model or self.rule.models[0]
         if name not in names:
             raise ConfigError(f"--previous {previous} has no verdicts of '{name}'.{suggest(name, names)}")
@@ -213,16 +214,16 @@ def _known_by(texts: pa.Table) -> np.ndarray:
     return np.stack([_prompts(texts), first + second])
 
 
-def _preferences(part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, certainty: np.ndarray) -> pa.Table:
-    """The kept rows with label, margin, certainty, prompt, chosen and rejected columns."""
-    part, sign, margin, certainty = part.filter(pa.array(kept)), sign[kept], margin[kept], certainty[kept]
+def _preferences(part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, probability: np.ndarray) -> pa.Table:
+    """The kept rows with label, margin, label_probability, prompt, chosen and rejected columns."""
+    part, sign, margin, probability = part.filter(pa.array(kept)), sign[kept], margin[kept], probability[kept]
     known = pa.array(sign != 0)
     first_better = pa.array(sign > 0)
     texts = [pc.struct_field(part[side], "text").combine_chunks() for side in ("first", "second")]
     words = pc.if_else(first_better, pa.scalar("first"), pa.scalar("second"))
     part = part.append_column("label", pc.if_else(known, words, pa.scalar(None, pa.string())))
     part = part.append_column("margin", pa.array(margin, mask=np.isnan(margin) | (sign == 0)))
-    part = part.append_column("certainty", pa.array(certainty, mask=np.isnan(certainty) | (sign == 0)))
+    part = part.append_column("label_probability", pa.array(probability, mask=np.isnan(probability) | (sign == 0)))
     part = part.append_column("prompt", part["messages"])
     part = part.append_column("chosen", _assistant(pc.if_else(first_better, *texts), sign != 0))
     return part.append_column("rejected", _assistant(pc.if_else(first_better, *reversed(texts)), sign != 0))
@@ -241,7 +242,7 @@ def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
 def _summary(made: Dataset) -> Json:
     counts = np.zeros(4, int)
     for table in made.tables():
-        label, gold = (consistency.gold_signs(table[name]) for name in ("label", "gold"))
+        label, gold = (consistency.gold_signs(table[name]) for name in ("label", "gold_label"))
         both = label * gold
         counts += [(~np.isnan(label)).sum(), np.isnan(label).sum(), (~np.isnan(both)).sum(), (both > 0).sum()]
     labelled, unlabelled, with_gold, right = counts.tolist()

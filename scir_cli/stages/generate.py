@@ -40,6 +40,7 @@ def run(settings: GenerateSettings) -> Json:
             advance=lambda rows: advance(rows * settings.n),
             share=workers.share("scir_cli.stages.generate:opened", settings, model.meter),
             work=model.meter.figures,
+            inputs={"input": settings.input, "model": settings.model},
         )
 
 
@@ -98,11 +99,12 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
                 "prompt_id": row["prompt_id"],
                 "messages": row["messages"],
                 "subset": row["subset"],
+                "extra": row["extra"],
                 "response": text,
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "duplicate_of": None if duplicate_of == candidate_id else duplicate_of,
-                "model": model.key,
+                "weights_key": model.key,
                 "seed": seed,
             }
         )

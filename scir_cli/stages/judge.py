@@ -131,6 +131,7 @@ def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, s
             advance=advance,
             share=share,
             work=scorer.meter.figures,
+            inputs={name: getattr(settings, name, None) for name in ("input", "model", "reward_reference")},
             summarise=lambda made: summarise(made) | unseen(made, scorer),
         )
 
@@ -210,17 +211,17 @@ def _unusable(candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 def _paired(candidates: pa.Table, first: Index, second: Index, prompt: Index, external: str | None) -> pa.Table:
     """The pairs of these candidates, under the prompts of these."""
-    names = {"text": "response", "author": "model"}
+    names = {"text": "response", "author": "weights_key"}
     response = pa.StructArray.from_arrays(
         [candidates[names.get(field.name, field.name)].combine_chunks() for field in schemas.RESPONSE],
         fields=list(schemas.RESPONSE),
     )
-    under = candidates.select(["prompt_id", "messages", "subset"]).take(pa.array(prompt))
+    under = candidates.select(schemas.schema("prompts").names).take(pa.array(prompt))
     columns = {name: under[name].combine_chunks() for name in under.column_names} | {
         "pair_id": pa.array(_pair_ids(candidates["candidate_id"].to_pylist(), first, second), pa.string()),
         "first": response.take(pa.array(first)),
         "second": response.take(pa.array(second)),
-        "gold": pa.nulls(len(first), pa.string()),
+        "gold_label": pa.nulls(len(first), pa.string()),
         "rewards": _given(candidates, first, second, external),
         "reference_logps": pa.array([[]] * len(first), schemas.REFERENCE_LOGPS),
     }
@@ -388,13 +389,13 @@ class Scorer:
             if not requests:
                 continue
             for pair in pairs:
-                pair.written[name] = []
+                pair.rationale_token_ids[name] = []
             seeds = [sample_seed(self.settings.seed, pairs[i].pair_id, 0) for i, _ in requests]
             backend = self.backend
             with self.meter.working():
                 answers = backend.generate([Request(prompt, seed) for (_, prompt), seed in zip(requests, seeds, strict=True)])
             for (i, _), completion in zip(requests, answers, strict=True):
-                pairs[i].written[name] = [*pairs[i].written[name], completion.token_ids]
+                pairs[i].rationale_token_ids[name] = [*pairs[i].rationale_token_ids[name], completion.token_ids]
 
     def _answered(self, table: pa.Table, pairs: list[Pair], logps: torch.Tensor) -> pa.Table:
         """The table with what the reward models say; `pairs` may be left out where none of them asks anything."""
@@ -406,9 +407,9 @@ class Scorer:
         if own is not None:
             for pair, (first, second) in zip(pairs, own.tolist(), strict=True):
                 pair.reference_logps[self.model.key] = (first, second)
-        written = [pair.written.get(name) for pair in pairs for name in answers]
-        table = _with_column(table, "rewards", _rewards(answers, written, self.settings.min_verdict_mass))
-        known = [[{"weights": k, "first": a, "second": b} for k, (a, b) in sorted(p.reference_logps.items())] for p in pairs]
+        rationales = [pair.rationale_token_ids.get(name) for pair in pairs for name in answers]
+        table = _with_column(table, "rewards", _rewards(answers, rationales, self.settings.min_verdict_mass))
+        known = [[{"weights_key": k, "first": a, "second": b} for k, (a, b) in sorted(p.reference_logps.items())] for p in pairs]
         return _with_column(table, "reference_logps", pa.array(known, schemas.REFERENCE_LOGPS)) if pairs else table
 
     def _logps(self, asked: list[list[Branch]]) -> torch.Tensor:
@@ -457,10 +458,10 @@ def _own_logps(models: dict[str, Any], logps: torch.Tensor) -> torch.Tensor | No
     return next((logps[:, parts[name]][:, :2] for name in ("implicit", "likelihood", "pmi") if name in parts), None)
 
 
-def _rewards(answers: dict[str, Odds], written: list[Any], min_mass: float) -> pa.Array:
+def _rewards(answers: dict[str, Odds], rationales: list[Any], min_mass: float) -> pa.Array:
     """The verdicts of each pair, one reward model after the other; no verdict where the judge is not answering the question.
 
-    written: what each model wrote about each pair, in that order; empty where none wrote.
+    rationales: token ids of what each model wrote about each pair, in that order; empty if none wrote.
     """
     n = len(next(iter(answers.values())).log_odds)
 
@@ -471,9 +472,11 @@ def _rewards(answers: dict[str, Odds], written: list[Any], min_mass: float) -> p
     said = answers.values()
     silent = [None if one.verdict_mass is None else one.verdict_mass.double() < min_mass for one in said]
     odds = [one.log_odds if no is None else one.log_odds.masked_fill(no, torch.nan) for one, no in zip(said, silent, strict=True)]
-    seats = [column([None if one.seats is None else one.seats[seat] for one in said]) for seat in range(2)]
-    columns = [pa.array([*answers] * n, pa.string()), column(odds), *seats, column([one.verdict_mass for one in said])]
-    columns.append(pa.array(written or [None] * (n * len(answers)), schemas.REWARDS.value_type.field("written").type))
+    orders = [column([None if one.orders is None else one.orders[order] for one in said]) for order in range(2)]
+    columns = [pa.array([*answers] * n, pa.string()), column(odds), *orders, column([one.verdict_mass for one in said])]
+    columns.append(
+        pa.array(rationales or [None] * (n * len(answers)), schemas.REWARDS.value_type.field("rationale_token_ids").type)
+    )
     verdicts = pa.StructArray.from_arrays(columns, fields=list(schemas.REWARDS.value_type))
     ends = pa.array(np.arange(n + 1) * len(answers), pa.int32())
     return pa.ListArray.from_arrays(ends, verdicts, type=schemas.REWARDS)

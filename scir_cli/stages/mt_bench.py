@@ -68,7 +68,15 @@ def run(settings: EvalMtBenchSettings) -> Json:
         return summary([row for table in made.tables() for row in table.to_pylist()])
 
     manifest = store.write_dataset(
-        out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, dropped_before=dropped, summarise=summarise
+        out,
+        "scores",
+        plan,
+        [(0, 1)],
+        make,
+        overwrite=settings.overwrite,
+        dropped_before=dropped,
+        summarise=summarise,
+        inputs={"input": settings.input, "model": settings.model or None, "answers": settings.answers, "judge": settings.judge},
     )
     if settings.report:
         pages.write(settings.report, pages.grades(out))

@@ -201,14 +201,14 @@ def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], 
     """The training rows, each with a `label`; which columns count as labels depends on the kind of dataset, never on the objective."""
     path = place(settings.input)
     if store.is_dataset(path):
-        table, dropped = store.read_dataset(path, "preferences", "consistency", "judged").slice(0, settings.limit), Counter[str]()
+        table, dropped = store.read_dataset(path, "preferences", "judged").slice(0, settings.limit), Counter[str]()
     else:
         table, dropped = sources.load_pairs(settings.input, settings.limit)
     if not table.num_rows:
         raise DataError(f"{settings.input} holds no pair to train on ({dict(dropped) or 'it has no rows'})")
     rows = table.to_pylist()
     for row in rows:
-        row["label"] = row["label"] if "label" in row else row["gold"]
+        row["label"] = row["label"] if "label" in row else row["gold_label"]
     others = {
         name: spec and sources.digest(spec) for name, spec in (("validation", settings.validation), ("anchors", settings.anchors))
     }
@@ -218,7 +218,7 @@ def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], 
 
 def _labelled_rows(spec: str | None) -> list[dict[str, Any]]:
     rows = sources.load_pairs(spec)[0].to_pylist() if spec else []
-    return [{**row, "label": row["gold"]} for row in rows if row["gold"]]
+    return [{**row, "label": row["gold_label"]} for row in rows if row["gold_label"]]
 
 
 def _examples(
@@ -240,8 +240,8 @@ def _examples(
         elif max(len(b.ids) for b in branches) > start.context_length:
             drops["too_long"] += 1
         else:
-            certainty = row.get("certainty")
-            examples.append(Example(pair, label, 1.0 if certainty is None else certainty, trees.size(branches)))
+            probability = row.get("label_probability")
+            examples.append(Example(pair, label, 1.0 if probability is None else probability, trees.size(branches)))
     if rows and not examples:
         raise DataError(f"{settings.input} leaves no pair to train on: {dict(drops)}")
     return examples, drops
@@ -314,8 +314,8 @@ class Watch:
         for name, values in zip(answers, odds, strict=True):
             figures[f"validation/accuracy/{name}"] = float(np.mean(np.where(values == 0, 0.5, values * self.gold > 0)))
             figures[f"validation/abs_log_odds/{name}"] = float(np.abs(values).mean())
-        if "judge" in answers and (seats := answers["judge"].seats) is not None:
-            figures["validation/flip_rate"] = float((seats[0].sign() == seats[1].sign()).float().mean())
+        if "judge" in answers and (orders := answers["judge"].orders) is not None:
+            figures["validation/flip_rate"] = float((orders[0].sign() == -orders[1].sign()).float().mean())
             self.guard(figures["validation/abs_log_odds/judge"], figures["validation/flip_rate"])
         if len(odds) > 1:
             figures["validation/agreement"] = float(np.nanmean(consistency.agreement(odds).agree))

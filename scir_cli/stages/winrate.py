@@ -63,27 +63,27 @@ def run(settings: EvalWinrateSettings) -> Json:
     n = sum(len(match.rows) for match in matches)
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
-    found: list[Match] = []  # what `make` leaves for the summary
 
     def make(low: int, high: int) -> Part:
-        found.extend(_judged(matches, settings, scorer, store.digest_json(digests)) if scorer else matches)
-        scored = [row for match in found for row in _score_rows(match)]
+        scored = _judged(matches, settings, scorer, store.digest_json(digests)) if scorer else matches
+        rows = [row for match in scored for row in _score_rows(match)]
         if scorer:
-            store.write_json(out / "annotations.json", [row for match in found for row in _annotation_rows(match)])
-        return Part(scored, len(scored))
+            store.write_json(out / "annotations.json", [row for match in scored for row in _annotation_rows(match)])
+        return Part(rows, len(rows))
 
     def summarise(made: store.Dataset) -> Json:
-        values = iter(
-            [value for table in made.tables() for value in table["value"].to_pylist()]
-        )  # also where the rows were there already
-        done = [
-            replace(m, preference=np.array([math.nan if v is None else v for v in itertools.islice(values, len(m.rows))]))
-            for m in matches
-        ]
-        return summary(done, dropped, gamed, settings.seed)
+        return summary(_with_scores(matches, made), dropped, gamed, settings.seed)
 
     manifest = store.write_dataset(
-        out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, dropped_before=dropped, summarise=summarise
+        out,
+        "scores",
+        plan,
+        [(0, 1)],
+        make,
+        overwrite=settings.overwrite,
+        dropped_before=dropped,
+        summarise=summarise,
+        inputs={"inputs": ", ".join(inputs), "model": settings.model},
     )
     if settings.report:
         pages.write(settings.report, pages.winrate(out))
@@ -124,8 +124,9 @@ def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -
     found: dict[str, Row] = {}
     if store.is_dataset(path):
         for row in store.read_dataset(path, "candidates").to_pylist():
-            made = {"messages": row["messages"], "output": row["response"], "generator": None, "author": row["model"]}
-            found.setdefault(chat.question_text(row["messages"]), made | {"place": None, "index": None, "subset": row["subset"]})
+            made = {"messages": row["messages"], "output": row["response"], "generator": None, "author": row["weights_key"]}
+            made |= {"place": None, "index": None, "subset": row["subset"], "extra": row["extra"]}
+            found.setdefault(chat.question_text(row["messages"]), made)
         return dict(itertools.islice(found.items(), limit))
     rows = _json_list(spec, ("instruction", "output"))[:limit]
     for i, row in enumerate(rows):
@@ -135,7 +136,8 @@ def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -
         messages = [{"role": "user", "content": row["instruction"]}]
         generator = row["generator"] if isinstance(row.get("generator"), str) else None
         made = {"messages": messages, "output": row["output"], "generator": generator, "author": generator}
-        found[row["instruction"]] = made | {"place": (i, len(rows)), "index": row.get("index"), "subset": row.get("dataset")}
+        made |= {"place": (i, len(rows)), "index": row.get("index"), "subset": row.get("dataset")}
+        found[row["instruction"]] = made | {"extra": sources.extra_of(row, ("output", "generator", "dataset"))}
     return found
 
 
@@ -244,15 +246,29 @@ def _pair(row: Row) -> Row:
     ]
     return {
         "pair_id": _pair_id(row), "prompt_id": store.digest_json(row["messages"])[:16], "messages": row["messages"],
-        "subset": row["subset"], "first": sides[0], "second": sides[1], "gold": None, "rewards": [], "reference_logps": [],
+        "subset": row["subset"], "first": sides[0], "second": sides[1], "gold_label": None, "rewards": [], "reference_logps": [], "extra": row["extra"],
     }  # fmt: skip
+
+
+def _example_id(row: Row) -> str:
+    return store.digest_json([row["instruction"], row["output"], row["other_output"]])[:16]
+
+
+def _with_scores(matches: list[Match], scores: store.Dataset) -> list[Match]:
+    """The matches with the preferences that a scores dataset holds of them, joined by both models' names and the example's id."""
+    found: dict[tuple[str, str, str], float] = {}
+    for table in scores.tables():
+        for row in table.select(["example_id", "value", "detail"]).to_pylist():
+            names = json.loads(row["detail"])
+            found[names["model"], names["other"], row["example_id"]] = math.nan if row["value"] is None else row["value"]
+    return [replace(m, preference=np.array([found[m.model, m.other, _example_id(row)] for row in m.rows])) for m in matches]
 
 
 def _score_rows(match: Match) -> list[Row]:
     detail = json.dumps({"model": match.model, "other": match.other}, ensure_ascii=False)
     return [
         {
-            "example_id": store.digest_json([row["instruction"], row["output"], row["other_output"]])[:16],
+            "example_id": _example_id(row),
             "subset": row["subset"], "metric": "preference", "value": None if math.isnan(value) else float(value), "detail": detail,
         }
         for row, value in zip(match.rows, match.preference, strict=True)
