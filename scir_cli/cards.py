@@ -1,7 +1,8 @@
-"""Dataset cards: the README.md of a dataset folder, made from its plan, its manifest and the columns in schemas.py.
+"""Dataset cards: the README.md of a dataset folder, from plan, manifest and schemas.py.
 
-The YAML front matter is what the Hugging Face hub reads: tags, size, and the files of the one split, so that `datasets.load_dataset` opens an
-uploaded folder. A card depends on plan and manifest alone: the same dataset has the same card.
+The YAML front matter is what the Hugging Face hub reads: tags, size, and the files of the one split,
+so that `datasets.load_dataset` opens an uploaded folder. A card depends on plan and manifest alone:
+the same dataset has the same card.
 """
 
 from __future__ import annotations
@@ -15,30 +16,38 @@ from scir_cli import schemas
 from scir_cli.schemas import Column
 
 Json = Mapping[str, Any]
-SIZES = (  # the hub's size categories: rows below the limit, name
-    (1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"),
-)  # fmt: skip
+#: The hub's size categories: fewer rows than -> name
+SIZES = {
+    1_000: "n<1K",
+    10_000: "1K<n<10K",
+    100_000: "10K<n<100K",
+    1_000_000: "100K<n<1M",
+    10_000_000: "1M<n<10M",
+}
+ABSENT: tuple[Any, ...] = (None, "", [], {})
 
 
 def render(plan: Json, manifest: Json) -> str:
     """The card of a dataset whose manifest is about to be written, as Markdown."""
     kind = manifest["kind"]
-    settings = {name: value for name, value in plan.get("settings", {}).items() if value not in (None, "", [], {})}
+    settings = {k: v for k, v in plan.get("settings", {}).items() if v not in ABSENT}
     drops = manifest["drops"].items() or [("none", 0)]
     sections = [
         _front_matter(kind, manifest["rows_out"]),
         f"# A {kind} dataset, written by `scir {plan.get('stage')}`\n\n{schemas.ROWS[kind]}",
         _table(("", ""), _facts(plan, manifest)),
-        "## Columns\n\n" + _table(("column", "type", "meaning"), _columns(schemas.COLUMNS[kind])),
-        "## Dropped rows\n\nRows read = rows written + rows dropped.\n\n" + _table(("reason", "rows"), drops),
-        "## Settings\n\nSettings that determine the rows; those without a value are left out.\n\n"
-        + _table(("setting", "value"), settings.items()),
+        "## Columns",
+        _table(("column", "type", "meaning"), _columns(schemas.COLUMNS[kind])),
+        "## Dropped rows\n\nRows read = rows written + rows dropped.",
+        _table(("reason", "rows"), drops),
+        "## Settings\n\nSettings that determine the rows; those without a value are left out.",
+        _table(("setting", "value"), settings.items()),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter(kind: str, rows: int) -> str:
-    size = next((name for limit, name in SIZES if rows < limit), "n>10M")
+    size = next((name for limit, name in SIZES.items() if rows < limit), "n>10M")
     lines = [
         "---",
         f"pretty_name: scir {kind}",
@@ -55,21 +64,26 @@ def _front_matter(kind: str, rows: int) -> str:
 
 
 def _facts(plan: Json, manifest: Json) -> Iterable[tuple[str, Any]]:
-    """What the dataset is and where it came from: names as they were given, digests and weights keys from the plan."""
+    """What the dataset is and where it came from.
+
+    A model or an input has the name that the user gave it, and its weights key or digest from the plan.
+    """
     yield "kind", f"{manifest['kind']}, schema version {manifest['schema_version']}"
     yield "rows", f"{manifest['rows_out']:,} of {manifest['rows_in']:,} read"
     yield "digest", manifest["digest"]
     names = dict(manifest["inputs"])
-    keys = {
-        name: value for name, value in plan.items() if name not in ("stage", "settings", "schema_version") and value is not None
-    }
+    described = ("stage", "settings", "schema_version")
+    keys = {k: v for k, v in plan.items() if k not in described and v is not None}
     for name in dict.fromkeys([*names, *keys]):
         yield name.replace("_", " "), "; ".join(str(of[name]) for of in (names, keys) if name in of)
-    yield "versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    yield "versions", ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
 
 
 def _columns(columns: Sequence[Column], prefix: str = "") -> Iterable[tuple[str, str, str]]:
-    """Rows of the table of columns, the fields of structs below their column; fields that were listed before are not repeated."""
+    """Rows of the table of columns, the fields of a struct below their column.
+
+    Fields that were listed before are not repeated.
+    """
     listed: list[tuple[Column, ...]] = []
     for column in columns:
         is_list = pa.types.is_list(column.dtype)

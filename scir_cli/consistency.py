@@ -1,10 +1,12 @@
 """Log-odds -> agreement and statistics, as pure functions of arrays (numpy and pyarrow only; what METHOD 6 asks to be reported).
 
-    log_odds           (models, pairs) nats, positive: first better (as in every log-odds here), 0: a tie, NaN: no verdict
-    forward, swapped   (models, pairs) nats, log-odds as read with first, then with second, in seat A; NaN: the model has no seats
+    log_odds           (models, pairs) nats, positive: first better, 0: a tie, NaN: no verdict
+    forward, swapped   (models, pairs) the same, read with first, then with second, in seat A;
+                       NaN: the model has no seats
     gold               (pairs,) +1 first better, -1 second better, NaN unlabelled
 
-Swapping first and second negates log_odds, gold and length difference, makes forward -swapped and swapped -forward, and changes no statistic.
+Swapping first and second negates log_odds, gold and length difference, makes forward -swapped and
+swapped -forward, and changes no statistic.
 A missing verdict is left out of a statistic and lowers its count: it is never a tie, a disagreement or a guess.
 """
 
@@ -413,15 +415,16 @@ def _seats(v: Verdicts, k: int) -> dict[str, Any]:
     signs = np.sign([v.forward[k], v.swapped[k]])  # (2, pairs) +1: first better
     flips = np.where(np.isnan(signs).any(0), np.nan, signs[0] * signs[1] < 0)
     return {
-        **rate("flip_rate", flips),  # the orders have opposite signs: the seat decides, not the response
+        **rate("flip_rate", flips),  # opposite signs: the seat decides, not the response
         "order_kappa": cohen_kappa(v.forward[k], v.swapped[k]),
         "first_seat_rate": _mean((1 + seat_signs(v, k)) / 2),  # over both orders; a tie counts one half
     }
 
 
 def seat_signs(v: Verdicts, k: int) -> Array:
-    """+1 where model k prefers seat A, -1 seat B, 0 a tie, in the forward and the swapped order.  -> (2, pairs)"""
-    return np.sign([v.forward[k], -v.swapped[k]])  # in the swapped order the first response has seat B
+    """+1 where model k prefers seat A, -1 seat B, 0 a tie, in both orders.  -> (2, pairs)"""
+    # in the swapped order the first response has seat B
+    return np.sign([v.forward[k], -v.swapped[k]])
 
 
 def _between(v: Verdicts, i: int, j: int) -> dict[str, Any]:

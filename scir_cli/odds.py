@@ -19,7 +19,7 @@ class Odds:
     """What a reward model says of each pair; `orders` is None for models that do not seat the responses as A and B."""
 
     log_odds: Tensor  # (pairs,) nats
-    # (2, pairs) nats, read with first, then with second, in seat A; both rows positive if first is better
+    # (2, pairs) nats, read with first, then with second, in seat A; positive: first better, in both
     orders: Tensor | None = None
     verdict_mass: Tensor | None = None  # (pairs,) probability on the verdict tokens, mean over what was asked
 
@@ -29,8 +29,10 @@ def two_orders(verdict_logps: Tensor) -> Odds:
 
     a = 1/2 [l(y1,y2) - l(y2,y1)],  l = log P(A) - log P(B): a constant preference for a seat cancels exactly.
     """
-    forward, swapped = verdict_logps[:, 0] - verdict_logps[:, 1]  # log-odds for seat A in each order, (pairs,)
-    orders = torch.stack([forward, -swapped])  # log-odds for first: the other seat in the second order
+    # log-odds for seat A in each order, (pairs,)
+    forward, swapped = verdict_logps[:, 0] - verdict_logps[:, 1]
+    # log-odds for first, which has the other seat in the second order, (2, pairs)
+    orders = torch.stack([forward, -swapped])
     mass = verdict_logps.exp().sum(1).mean(0)  # (pairs,)
     return Odds(0.5 * (orders[0] + orders[1]), orders, mass)
 

@@ -141,7 +141,9 @@ def _grid(table: Table) -> Json:
 
 
 def checked(out: Path, judged: Path, across: Json | None = None) -> Page:
-    """The page of a folder that `check-consistency` or `eval rewards` wrote, with the verdicts that it was made from in `judged`.
+    """The page of a folder that `check-consistency` or `eval rewards` wrote.
+
+    judged: the verdicts that it was made from.
 
     across: what stays of the verdicts in other datasets, which the folder does not keep.
     """
@@ -176,7 +178,10 @@ def checked(out: Path, judged: Path, across: Json | None = None) -> Page:
 
 
 def _checked_pairs(out: Path, judged: Path) -> pa.Table:
-    """The pairs in `judged` that the folder `out` has figures of: with --limit, `check-consistency` reads the first rows only."""
+    """The pairs in `judged` that the folder `out` has figures of.
+
+    Under --limit, `check-consistency` reads the first rows only.
+    """
     table = store.read_dataset(judged, "judged", "preferences")
     manifest = store.read_json(out / "manifest.json")
     return table.slice(0, manifest["rows_out"]) if manifest["kind"] == "consistency" else table
@@ -327,7 +332,7 @@ def story(folders: Sequence[tuple[str, Path]]) -> Page:
 
 
 def _made(out: Path) -> tuple[Json, Json]:
-    """Plan and manifest of a finished folder; raises DataError if it is a dataset of another schema version."""
+    """Plan and manifest of a finished folder; raises DataError for another schema version."""
     plan, manifest = store.read_json(out / "plan.json"), store.read_json(out / "manifest.json")
     if manifest["kind"] != "model":
         store.check_version(out, store.version_of(manifest))
@@ -604,7 +609,10 @@ def browser(table: pa.Table, v: Verdicts, title: str = "Read some pairs", most: 
 
 
 def _verdicts_of(out: Path) -> Path | None:
-    """The judged dataset that a checked folder was made from; None if it has moved or changed, or if `eval rewards` only read it."""
+    """The judged dataset that a checked folder was made from.
+
+    None if it has moved or changed since, or if `eval rewards` only read it.
+    """
     if store.is_dataset(out / "judged"):
         return out / "judged"
     plan, manifest = _made(out)

@@ -1,9 +1,11 @@
-"""The columns of every dataset kind, checked on write and on read; each with its meaning, unit and sign, from which dataset cards are made.
+"""The columns of every dataset kind, checked on write and on read.
 
-A pair is `first`/`second` until something labels it; `chosen`/`rejected` exist only after that. A missing verdict is null, never a number.
-Every log-odds is log P(first better) - log P(second better) in nats, whichever order it was read in.
-pyarrow does not enforce `nullable=False` and `Table.from_pylist` drops a misspelt key in silence, so both are checked here.
-`datasets` cannot read map columns: lists of structs are used instead.
+Each has its meaning, unit and sign beside it; dataset cards are made from them (cards.py).
+A pair is `first`/`second` until something labels it; `chosen`/`rejected` exist only after that.
+A missing verdict is null, never a number. Every log-odds is log P(first better) - log P(second
+better) in nats, whichever order it was read in.
+pyarrow does not enforce `nullable=False`, and `Table.from_pylist` drops a misspelt key in silence,
+so both are checked here. `datasets` cannot read map columns: lists of structs are used instead.
 """
 
 from __future__ import annotations
@@ -147,6 +149,11 @@ def schema(kind: str) -> pa.Schema:
     """The Arrow schema of a dataset kind, with kind and version in its metadata."""
     fields = [pa.field(column.name, column.dtype, column.nullable) for column in COLUMNS[kind]]
     return pa.schema(fields, metadata={KIND_KEY: kind.encode(), VERSION_KEY: VERSION.encode()})
+
+
+def version_of(table: pa.Table) -> str:
+    """The schema version in a table's metadata; ours if it names none: its columns are checked anyway."""
+    return (table.schema.metadata or {}).get(VERSION_KEY, VERSION.encode()).decode()
 
 
 def to_table(kind: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:

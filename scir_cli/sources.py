@@ -6,7 +6,8 @@
               beside every rejected one, and `id` goes into the candidate ids
     authors   optional: `chosen_model` and `rejected_model` (as RewardBench has them)
     subset    optional (or `dataset`, as AlpacaEval has it)
-    extra     every other column, `id` among them, as one JSON object per row (`extra_of`); no stage reads it, every stage keeps it
+    extra     every other column, `id` among them, as one JSON object per row (`extra_of`):
+              no stage reads it, every stage keeps it
 
 A spec is a path, `FOLDER:SPLIT` for a saved folder, or `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train unless
 given. Rows are read some at a time, whoever brings them (but a JSON list is parsed whole), and kept on disk (`store.Scratch`).
@@ -42,7 +43,8 @@ from scir_cli.places import place
 Row = dict[str, Any]
 Message = dict[str, str]
 PROMPT_COLUMNS = ("messages", "prompt", "instruction")  # the first that is not null is the prompt
-TEXT_COLUMNS = frozenset((*PROMPT_COLUMNS, "chosen", "rejected"))  # never carried along: a pair's texts are large, and no news
+#: Never carried along: texts of prompts and responses are large
+TEXT_COLUMNS = frozenset((*PROMPT_COLUMNS, "chosen", "rejected"))
 AUTHOR_COLUMNS = ("chosen_model", "rejected_model")
 OUR_PROMPTS = frozenset(schemas.schema("prompts").names)
 OUR_COLUMNS = frozenset(column.name for columns in schemas.COLUMNS.values() for column in columns)
@@ -171,10 +173,11 @@ def _prompt_columns(row: Row, messages: list[Message], used: Collection[str] = (
 
 
 def extra_of(row: Row, used: Collection[str]) -> str | None:
-    """The columns of an input row that are stored nowhere else, as a JSON object; None if there is no such column.
+    """The columns of an input row that are stored nowhere else, as JSON; None if there are none.
 
-    used: columns that are stored elsewhere; texts of prompts and responses are left out in any case, and so are nulls.
-    Dates and times become ISO 8601 text, bytes base64, NaN and infinities null, and other values that JSON lacks their text.
+    used: columns that are stored elsewhere. Texts of prompts and responses, and nulls, are left out
+    in any case. Dates and times become ISO 8601 text, bytes base64, NaN and infinities null, and
+    other values that JSON lacks their text.
     A row of our own dataset that another tool has written keeps the `extra` it has.
     """
     left_out = {*TEXT_COLUMNS, *used}
@@ -184,7 +187,7 @@ def extra_of(row: Row, used: Collection[str]) -> str | None:
     if row.keys() >= OUR_PROMPTS and (before := _json_object(row["extra"])) is not None:
         extra = before
         left_out |= OUR_COLUMNS
-    extra |= {name: value for name, value in row.items() if name not in left_out and value is not None}
+    extra |= {k: value for k, value in row.items() if k not in left_out and value is not None}
     if not extra:
         return None
     try:

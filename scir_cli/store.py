@@ -308,13 +308,13 @@ def version_of(document: Json) -> str:
 
 def _outdated(path: Path, plan: Json, version: str) -> str:
     return (
-        f"{path} was written by 'scir {plan.get('stage')}' with schema version {version}, and this scir has version {schemas.VERSION}; "
-        "run that command again with --overwrite"
+        f"{path} was written by 'scir {plan.get('stage')}' with schema version {version}, "
+        f"and this scir has version {schemas.VERSION}; run that command again with --overwrite"
     )
 
 
 def check_version(path: Path, version: str) -> None:
-    """Raises DataError if a dataset folder, or a part of it, has columns of another schema version than this program."""
+    """Raises DataError if `version`, that of a dataset folder or a part of it, is not ours."""
     if version != schemas.VERSION:
         raise DataError(_outdated(path, read_json(path / "plan.json"), version))
 
@@ -350,8 +350,8 @@ def write_dataset(
     bounds: row ranges of the input, one a part. make(lo, hi): the part; it must depend on the plan and the range only.
     dropped_before: input rows that never reached a part, by reason. summarise: figures of the whole dataset, kept in the manifest under
     "summary". advance: told of input rows whose part is on disk. share: has the parts made elsewhere (workers.py), in place of `make`.
-    work: figures of what this run computed, kept under "work". inputs: setting -> path or model as the user named it, kept under "inputs";
-    it only tells where the rows came from, and None is left out.
+    work: figures of what this run computed, kept under "work".
+    inputs: setting -> path or model as the user named it, kept under "inputs"; None is left out.
     """
     started = time.monotonic()
     plan = {**plan, "schema_version": schemas.VERSION}
@@ -624,7 +624,7 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
     check_version(path, version_of(manifest))
     for part in manifest["parts"]:
         table = _read_part(path / part["file"])
-        check_version(path, (table.schema.metadata or {}).get(schemas.VERSION_KEY, schemas.VERSION.encode()).decode())
+        check_version(path, schemas.version_of(table))
         if table.num_rows != part["rows"]:
             raise DataError(
                 f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete it and run the stage that made it again"

@@ -41,7 +41,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "policy", seed=2)
     words = ["cat", "dog", "sun", "sea", "map", "key"]
     (root / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Tell me of the {w}."}) + "\n" for w in words), encoding="utf-8"
+        "".join(json.dumps({"prompt": f"Tell me of the {w}.", "id": w}) + "\n" for w in words), encoding="utf-8"
     )
     gold = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in words]
     (root / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8")
@@ -101,6 +101,15 @@ def test_rows_in_are_rows_out_plus_drops_and_the_folder_opens_in_datasets(scored
     files = [str(path) for path in sorted((world / name).glob("data-*.arrow"))]
     loaded = load_dataset("arrow", data_files=files, split="train", cache_dir=str(world / "cache"))
     assert loaded.num_rows == manifest["rows_out"]
+
+
+def test_a_column_of_the_prompts_is_in_the_preferences_at_the_end_of_the_chain(world: Path):
+    for name in ("candidates", "judged", "preferences"):
+        rows = store.read_dataset(world / name).select(["messages", "extra"]).to_pylist()
+        assert rows
+        for row in rows:
+            (word,) = json.loads(row["extra"]).values()
+            assert row["messages"] == [{"role": "user", "content": f"Tell me of the {word}."}]
 
 
 def test_an_end_token_is_there_if_and_only_if_the_answer_finished(world: Path):

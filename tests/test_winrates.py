@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy.optimize import minimize
 from toy import make_model
@@ -405,6 +406,28 @@ def test_three_files_are_judged_two_by_two_and_their_annotations_give_the_same_r
     assert (
         run(model=str(judge), dtype="fp32", responses=files, output_dir=tmp_path / "o")["summary"] == first["summary"]
     )  # already done
+
+
+def test_win_rates_are_joined_to_their_examples_by_id_and_not_by_place(tmp_path: Path, judge: Path):
+    files = [
+        write(
+            tmp_path / f"{name}.json", [{"instruction": f"q{i}", "output": f"{name} {i}", "dataset": f"d{i % 2}"} for i in range(6)]
+        )
+        for name in "abc"
+    ]
+    given = {"model": str(judge), "dtype": "fp32", "responses": files, "output_dir": tmp_path / "o"}
+    first = run(**given)
+    part = tmp_path / "o" / "data-00000.arrow"
+    with pa.ipc.open_stream(part.read_bytes()) as stream:
+        table = stream.read_all()
+    backwards = table.take(pa.array(range(len(table)))[::-1])
+    assert backwards["value"].to_pylist() != table["value"].to_pylist()
+    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(backwards)
+    (tmp_path / "o" / "manifest.json").unlink()
+    again = run(**given)
+    assert [m["by_subset"] for m in again["summary"]["matches"]] == [m["by_subset"] for m in first["summary"]["matches"]]
+    assert again["summary"]["matches"] == first["summary"]["matches"]
 
 
 def test_two_files_with_nothing_in_common_are_refused_with_the_counts(tmp_path: Path, judge: Path):

@@ -255,13 +255,18 @@ def _example_id(row: Row) -> str:
 
 
 def _with_scores(matches: list[Match], scores: store.Dataset) -> list[Match]:
-    """The matches with the preferences that a scores dataset holds of them, joined by both models' names and the example's id."""
+    """The matches with the preferences that a scores dataset holds of them.
+
+    Joined by the names of both models and the id of the example.
+    """
     found: dict[tuple[str, str, str], float] = {}
     for table in scores.tables():
         for row in table.select(["example_id", "value", "detail"]).to_pylist():
             names = json.loads(row["detail"])
-            found[names["model"], names["other"], row["example_id"]] = math.nan if row["value"] is None else row["value"]
-    return [replace(m, preference=np.array([found[m.model, m.other, _example_id(row)] for row in m.rows])) for m in matches]
+            value = math.nan if row["value"] is None else row["value"]
+            found[names["model"], names["other"], row["example_id"]] = value
+    values = [[found[m.model, m.other, _example_id(row)] for row in m.rows] for m in matches]
+    return [replace(m, preference=np.array(of)) for m, of in zip(matches, values, strict=True)]
 
 
 def _score_rows(match: Match) -> list[Row]:
