@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fp32
+from helpers import load_fp32
 from safetensors.torch import load_file
 from toy import make_model
 

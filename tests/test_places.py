@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from test_chain import run
+from helpers import run
 
 from scir_cli import config, places, store
 from scir_cli.errors import ConfigError, DataError, PlanMismatch, StoreError

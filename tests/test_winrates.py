@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import shown
 from scipy.optimize import minimize
 from toy import make_model
 
@@ -432,8 +433,6 @@ def test_responses_are_candidates_datasets_too(tmp_path: Path):
 
 
 def test_the_tables_are_whole_at_eighty_columns(tmp_path: Path):
-    from test_evaluate import shown
-
     files = [
         write(
             tmp_path / f"{k}.json",
