@@ -141,7 +141,7 @@ def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
 
 def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^--executor ray needs the package ray: pip install 'scir\[ray\]'$"):
+    with pytest.raises(ConfigError, match=r"^--executor ray needs the package ray: pip install 'scir-cli\[ray\]'$"):
         generate(tiny_llama, prompts, tmp_path / "out", "fake", executor="ray")
 
 

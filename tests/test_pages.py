@@ -237,7 +237,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     with pytest.raises(ConfigError, match="folder"):
         config.build(config.CheckConsistencySettings, common, {"report": tmp_path}, where="test")
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'scir\[report\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'scir-cli\[report\]'"):
         config.build(config.CheckConsistencySettings, common, {"report": "page.html"}, where="test")
 
 

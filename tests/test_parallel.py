@@ -336,7 +336,7 @@ def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ConfigError, match=r"pip install 'scir\[deepspeed\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'scir-cli\[deepspeed\]'"):
         Ranks(cuda=False)
 
 

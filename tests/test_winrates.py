@@ -365,7 +365,7 @@ def test_without_scikit_learn_win_rates_stand_and_the_rest_says_what_it_needs(tm
     )["summary"]
     assert summary["matches"][0]["win_rate"] == 0.25
     assert summary["matches"][0]["length_controlled_win_rate"] is summary["bradley_terry"] is None
-    assert any("pip install 'scir[eval]'" in note for note in summary["notes"])
+    assert any("pip install 'scir-cli[eval]'" in note for note in summary["notes"])
     report.winrate_tables(summary)
 
 
