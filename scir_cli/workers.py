@@ -77,7 +77,7 @@ def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
         return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, _counted(advance, meter), staffed)
     if settings.data_parallel == 1:
         return None
-    devices = _devices(settings)
+    devices = visible_devices(settings)
     if len(devices) == 1:
         return None
     meter.processes = len(devices)
@@ -116,7 +116,7 @@ def count(settings: BackendSettings, gpus: int) -> int:
     return n
 
 
-def _devices(settings: BackendSettings) -> list[str | None]:
+def visible_devices(settings: BackendSettings) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each worker; None where the work is not on GPUs."""
     import torch
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
-from scir_cli import config, policy, stages
+from scir_cli import cli, config, policy, stages
 
 FP32 = {"dtype": "fp32", "device": "cpu"}
 PROMPTS = 40
@@ -44,6 +48,21 @@ def generate(tiny_llama: Path, prompts: Path, out: Path, backend: str, **values:
 def without_backend(table: pa.Table) -> list[Any]:
     """The rows, less the ids that say under which settings they were made."""
     return table.drop_columns(["candidate_id", "duplicate_of"]).to_pylist()
+
+
+def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs `scir WORDS` in this process and returns its exit status; what it prints is left to capfd."""
+    monkeypatch.setattr(sys, "argv", ["scir", *words])
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # as the command line sets it
+    handler, verbosity = signal.getsignal(signal.SIGTERM), transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        transformers_logging.set_verbosity(verbosity)
+    return int(stop.value.code or 0)
 
 
 def shown(*tables: Any, width: int = 80) -> str:

@@ -250,8 +250,8 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
     whole = packed.branch_logps(asked.branches)
     whole_gradients = gradients(packed.model, whole)
     sizes: list[int] = []
-    original = head._logits
-    monkeypatch.setattr(head, "_logits", lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1])
+    original = head.logits_of_rows
+    monkeypatch.setattr(head, "logits_of_rows", lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1])
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # 16 rows a chunk, the least there is
     for keep in (0, head.KEEP_BYTES):
         monkeypatch.setattr(head, "KEEP_BYTES", keep)

@@ -275,14 +275,14 @@ def values(root: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 def stopped(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], step: int) -> None:
     """A run in this process that ends after the checkpoint of a step."""
-    save = Trainer._save
+    save = Trainer.save_checkpoint
 
     def save_and_stop(trainer: Trainer) -> None:
         save(trainer)
         if trainer.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save", save_and_stop)
+    monkeypatch.setattr(Trainer, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train.run(config.build(config.TrainSettings, settings, where="test"))
     monkeypatch.undo()

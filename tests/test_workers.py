@@ -60,7 +60,7 @@ def test_what_is_the_users_to_repair_stops_the_run_at_once(tiny_llama: Path, pro
 def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: pytest.MonkeyPatch):
     def devices(**values: Any) -> Any:
         settings = config.build(config.BackendSettings, {"model": "m", "output_dir": "o", **values}, where="test")
-        return workers._devices(settings)
+        return workers.visible_devices(settings)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
     assert devices(data_parallel=4) == ["2", "3", "5", "7"]
