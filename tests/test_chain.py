@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from helpers import FP32, load_fp32, run, train
+from helpers import FP32, load_fp32, run, run_command, train
 from safetensors.torch import load_file
 from toy import make_adapter, make_model
 
@@ -269,7 +269,9 @@ def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(world: Path, 
     assert run("check-consistency", **settings)["rows_out"] == store.read_dataset(world / "judged").num_rows
 
 
-def test_every_failure_is_one_line_and_a_documented_status(world: Path, tmp_path: Path):
+def test_every_failure_is_one_line_and_a_documented_status(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "hollow").mkdir()
@@ -290,12 +292,12 @@ def test_every_failure_is_one_line_and_a_documented_status(world: Path, tmp_path
         ),
     ]
     for status, arguments, expected in cases:
-        done = subprocess.run([sys.executable, "-m", "scir_cli", *arguments], capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        lines = [line for line in done.stderr.splitlines() if line.startswith("scir: error:")]
+        assert run_command(arguments, monkeypatch) == status
+        stderr = capfd.readouterr().err
+        lines = [line for line in stderr.splitlines() if line.startswith("scir: error:")]
         assert len(lines) == 1
         assert expected in lines[0]
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in stderr
 
 
 def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Path, tmp_path: Path):

@@ -74,6 +74,7 @@ class LosesRay(FakeBackend):
         return super().generate(requests)
 
 
+@pytest.mark.slow
 def test_actors_write_the_rows_of_one_process_though_one_of_them_dies(ray: None, tiny_llama: Path, prompts: Path, tmp_path: Path):
     generate(tiny_llama, prompts, tmp_path / "one", "transformers")
     manifest = generate(tiny_llama, prompts, tmp_path / "two", "test_cluster:DiesOnce", **RAY)
@@ -82,6 +83,7 @@ def test_actors_write_the_rows_of_one_process_though_one_of_them_dies(ray: None,
     assert without_backend(store.read_dataset(tmp_path / "two")) == without_backend(store.read_dataset(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_a_recipe_chooses_the_executor_of_a_stage(
     ray: None,
     tiny_llama: Path,
@@ -108,6 +110,7 @@ steps:
     assert store.read_dataset(tmp_path / "judged").equals(store.read_dataset(tmp_path / "local"))
 
 
+@pytest.mark.slow
 def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machine(
     ray: None,
     tiny_llama: Path,
@@ -121,6 +124,7 @@ def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machi
         generate(tiny_llama, prompts, tmp_path / "wrong", "failing_backends:IsWrong", executor="ray")
 
 
+@pytest.mark.slow
 def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
     ray: None,
     tiny_llama: Path,
