@@ -13,7 +13,7 @@ help:  ## list the targets
 quickstart: $(VENV)/quickstart  ## set up, then two iterations of SCIR on a real model
 	$(BIN)/scir run recipes/quickstart.yaml
 
-check: $(VENV)/dev  ## set up, then lint, format and types: under a minute
+check: $(VENV)/dev  ## set up, then lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

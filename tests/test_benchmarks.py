@@ -123,8 +123,9 @@ def test_the_clock_and_the_peaks_hold_what_a_piece_of_work_takes():
 
     returned, figures = common.measured(work)
     assert returned == 64 << 20
-    assert 64 <= figures["peak_mb"] < 80
-    assert 64 <= figures["anonymous_mb"] < 80
+    # The process may meanwhile give back a little of what it held before.
+    assert 62 <= figures["peak_mb"] < 80
+    assert 62 <= figures["anonymous_mb"] < 80
     assert 0.2 <= figures["cpu_seconds"][0] + 0.02 < 0.5
     assert figures["wall_seconds"][0] >= 0.2
 
