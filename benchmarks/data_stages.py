@@ -7,7 +7,7 @@ Beside `filter` stands the least that its work can take: pyarrow alone reads the
 that its promises cost: the rows to keep and their labels are given, so they are picked, written, synced and digested, and nothing else.
 With --cold an input is read from the disk and not from memory: see the wall time then.
 Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
-no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (data_peers.py), and has to keep the same pairs.
+no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (pandas_polars.py), and has to keep the same pairs.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def measure(stage: str, rows: int, root: Path, model: Path | None, form: str, co
 
 def measure_peer(peer: str, rows: int, root: Path, python: str) -> dict[str, Any]:
     source = root / f"make_judged-{rows}"
-    found = common.child("data_peers.py", {"peer": peer, "input": str(source), "out": str(root / f"{peer}.arrow")}, python)
+    found = common.child("pandas_polars.py", {"peer": peer, "input": str(source), "out": str(root / f"{peer}.arrow")}, python)
     return line(rows, f"{peer} {found['version']}", source, found)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from common import Json, Meter, versions
 
-from scir_cli import config, objectives, planning, policy, trees
+from scir_cli import __version__, config, objectives, planning, policy, trees
 from scir_cli.objectives import Example, Objective
 from scir_cli.policy import Policy
 from scir_cli.reward_models import Pair
@@ -120,4 +120,5 @@ def train(a: Json) -> Json:
         trainer.train(lambda step, figures: meter.tick() if "loss" in figures else None)
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in log if record["kind"] == "train"]
-    return {**meter.result(), "losses": losses, "counts": counts, "flops": flops, "versions": versions("scir", "accelerate")}
+    software = {"scir": __version__} | versions("accelerate")
+    return {**meter.result(), "losses": losses, "counts": counts, "flops": flops, "versions": software}

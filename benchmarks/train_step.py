@@ -72,7 +72,7 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
             if name in OURS:
                 record = child("train_step.py", {**asked, "objective": OURS[name]})
             elif a.trl_python:
-                record = child("trl_peer.py", {**asked, "implementation": name}, str(a.trl_python))
+                record = child("trl_step.py", {**asked, "implementation": name}, str(a.trl_python))
             else:
                 continue
             records.append({"shape": shape, "dtype": dtype, "implementation": name, "run": run, **record})

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
-from scir_cli.errors import ConfigError, suggest
+from scir_cli.errors import ConfigError, install_hint, suggest
 from scir_cli.places import is_remote, place
 
 RewardModelName = Literal["judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external"]
@@ -131,7 +131,7 @@ class ReportSettings(StageSettings):
 def report_problem(path: Path) -> str | None:
     """What would keep a page from being written there, known before the work and not after it."""
     if find_spec("matplotlib") is None:
-        return "a report needs the package matplotlib: pip install 'scir[report]'"
+        return f"a report needs the package matplotlib: {install_hint('report')}"
     return "a report is a file, and this is a folder; name a FILE.html" if path.is_dir() else None
 
 

@@ -73,6 +73,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
 
 
+def install_hint(extra: str) -> str:
+    """The command that installs an extra of this distribution, for the end of a message."""
+    return f"pip install 'scir-cli[{extra}]'"
+
+
 def warn(message: str) -> None:
     """One line on stderr for something the user should know and that stops nothing."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

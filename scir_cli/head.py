@@ -87,7 +87,7 @@ class _TargetLogps(torch.autograd.Function):
         straight = kept if kept is not None and kept.dtype == torch.float32 and finish.scale == 1 else None  # made where it is kept
         for low, high, first, last in bounds:
             at = row[first:last] - low, token[first:last]
-            z = finish(_logits(h[low:high], weight, bias, *at, out=None if straight is None else straight[low:high]))
+            z = finish(logits_of_rows(h[low:high], weight, bias, *at, out=None if straight is None else straight[low:high]))
             logps = _log_softmax(z)  # (rows, vocab) fp32
             out[first:last] = logps[at]
             if kept is not None:
@@ -111,7 +111,7 @@ class _TargetLogps(torch.autograd.Function):
             return *grads.done(), None, None, None, None
         for low, high, first, last in ctx.bounds:
             at = row[first:last] - low, token[first:last]
-            z = ctx.finish(_logits(h[low:high], weight, bias, *at))
+            z = ctx.finish(logits_of_rows(h[low:high], weight, bias, *at))
             bend = (
                 ctx.finish.scale if ctx.finish.cap is None else ctx.finish.scale * (1 - (z / ctx.finish.cap).square())
             )  # dz / d(Wh+b)
@@ -151,7 +151,7 @@ class _Gradients:
         return self.dh, None if self.dw is None else self.dw.to(dtype), None if self.db is None else self.db.to(dtype)
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, token: Tensor, out: Tensor | None = None) -> Tensor:
+def logits_of_rows(h: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, token: Tensor, out: Tensor | None = None) -> Tensor:
     """(rows, vocab) in fp32; the targets' own exact, the others as exact as the weights' precision makes them."""
     logits = torch.mm(h, weight.T, out=out).float()
     if bias is not None:

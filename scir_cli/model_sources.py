@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from scir_cli import store
-from scir_cli.errors import ModelError
+from scir_cli.errors import ModelError, install_hint
 
 ADAPTER, WEIGHTS, FOR = "adapter_config.json", "adapter_model.safetensors", "base.json"  # the last is ours: the digest of its model
 
@@ -102,7 +102,7 @@ def _dequantise(gguf: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     except ImportError as error:
-        raise ModelError(f"reading {gguf.name} needs the package gguf: pip install 'scir[quickstart]'") from error
+        raise ModelError(f"reading {gguf.name} needs the package gguf: {install_hint('quickstart')}") from error
     config = quantised.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # with it, the folder could not be saved or loaded as an ordinary one

@@ -590,8 +590,8 @@ def _speed(series: Series) -> str:
 
 def browser(table: pa.Table, v: Verdicts, title: str = "Read some pairs", most: int = PAIRS) -> Browser:
     """Some pairs with every verdict: those most disagreed about, the most confident mistakes, and some at random.  The table's rows are those of `v`."""
-    disagreement, mistake = _disagreement(v.log_odds), _mistake(v)
-    chosen = _choose(disagreement, mistake, most)
+    disagreement, mistake = surest_disagreement(v.log_odds), _mistake(v)
+    chosen = pairs_to_read(disagreement, mistake, most)
     rows = (
         table.select(["pair_id", "messages", "subset", "first", "second", "gold_label"])
         .take(pa.array(chosen, pa.int64()))
@@ -628,7 +628,7 @@ def _read_browser(out: Path, judged: Path, name: str, most: int) -> Browser:
     return browser(table, consistency.from_table(table), f"Read some pairs: {name}", most)
 
 
-def _disagreement(log_odds: Array) -> Array:
+def surest_disagreement(log_odds: Array) -> Array:
     """How sure the surest are on both sides: min(max a, max -a), nats; above 0 where two reward models disagree.  (models, pairs) -> (pairs,)"""
     known = np.where(np.isnan(log_odds), 0.0, log_odds)
     return np.minimum(known.max(0), (-known).max(0))
@@ -639,7 +639,7 @@ def _mistake(v: Verdicts) -> Array:
     return np.nan_to_num(-v.gold * v.log_odds).max(0).clip(min=0)
 
 
-def _choose(disagreement: Array, mistake: Array, most: int) -> list[int]:
+def pairs_to_read(disagreement: Array, mistake: Array, most: int) -> list[int]:
     """Rows: two fifths each of the largest disagreement and mistake, the rest at random, always the same."""
     n = len(disagreement)
     chosen: dict[int, None] = {}

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from scir_cli.errors import ConfigError
+from scir_cli.errors import ConfigError, install_hint
 
 OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")  # where a file that is put is there as a whole or not at all
 
@@ -23,7 +23,7 @@ def place(spec: str | Path) -> Any:
         path = UPath(spec, use_listings_cache=False)  # others write there too
         path.fs  # noqa: B018  # whose package is imported here
     except ImportError as error:
-        why = "pip install 'scir[remote]'" if error.name == "upath" else str(error)
+        why = install_hint("remote") if error.name == "upath" else str(error)
         raise ConfigError(f"{spec} needs a package that is missing: {why}") from error
     except ValueError as error:
         raise ConfigError(f"{spec}: {error}") from error

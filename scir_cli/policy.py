@@ -26,7 +26,7 @@ from scir_cli import attention, model_sources, trees
 from scir_cli.attention import Plan
 from scir_cli.chat import Chat
 from scir_cli.config import ModelSettings
-from scir_cli.errors import ConfigError, EngineError, ModelError, warn
+from scir_cli.errors import ConfigError, EngineError, ModelError, install_hint, warn
 from scir_cli.head import Finish, target_logps
 from scir_cli.meter import Meter
 from scir_cli.parallel import Ranks
@@ -229,7 +229,7 @@ def _adapted(model: Any, adapter: Path, settings: ModelSettings) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ConfigError(f"the adapter {adapter} needs the package peft: pip install 'scir[lora]'") from error
+        raise ConfigError(f"the adapter {adapter} needs the package peft: {install_hint('lora')}") from error
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.name_or_path = str(adapter)  # which adapters trained on it will name
     return merged.eval()
@@ -238,7 +238,7 @@ def _adapted(model: Any, adapter: Path, settings: ModelSettings) -> Any:
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     """QLoRA's weights (arXiv 2305.14314): NF4 with quantised constants, computed in `dtype`."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("--quantization 4bit needs the package bitsandbytes: pip install 'scir[qlora]'")
+        raise ConfigError(f"--quantization 4bit needs the package bitsandbytes: {install_hint('qlora')}")
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )

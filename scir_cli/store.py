@@ -409,6 +409,12 @@ def write_part(todo: Todo, kind: str, part: Part) -> None:
         writer.write_table(table)
 
 
+def part_paths(folder: Path) -> list[Path]:
+    """The data files of a dataset folder in the order of their parts."""
+    # A number of six digits follows every number of five.
+    return sorted(folder.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))
+
+
 def _finish(
     out: Path,
     kind: str,
@@ -419,10 +425,10 @@ def _finish(
     plan: Json,
     inputs: Mapping[str, str],
 ) -> Json:
-    paths = sorted(out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))  # six digits come after five
+    paths = part_paths(out)
     parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
     for path in paths:
-        table = _read_part(path)
+        table = read_part(path)
         account = json.loads(table.schema.metadata[ACCOUNT_KEY])
         drops, rows_in = drops + Counter(account["drops"]), rows_in + account["rows_in"]
         nulls += count_nulls(table)
@@ -471,7 +477,8 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------- reading a dataset
 
 
-def _read_part(path: Path) -> pa.Table:
+def read_part(path: Path) -> pa.Table:
+    """The table of one data file; a local file is mapped and not loaded. Raises DataError."""
     try:
         data = pa.BufferReader(path.read_bytes()) if places.is_remote(path) else pa.memory_map(str(path))
         return pa.ipc.open_stream(data).read_all()
@@ -490,7 +497,7 @@ def write_columns(path: Path, values: Mapping[str, tuple[float, float]]) -> None
 
 
 def read_columns(path: Path) -> dict[str, tuple[float, float]]:
-    table = _read_part(path)
+    table = read_part(path)
     both = zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True)
     return dict(zip(table["pair_id"].to_pylist(), both, strict=True))
 
@@ -534,7 +541,7 @@ class Dataset:
         tables = [self.schema.empty_table()]
         for index in range(bisect.bisect_right(self.ends, low), bisect.bisect_left(self.ends, high) + 1 if low < high else 0):
             start = self.ends[index - 1] if index else 0
-            part = _read_part(self.paths[index]).slice(max(low - start, 0), high - max(low, start))
+            part = read_part(self.paths[index]).slice(max(low - start, 0), high - max(low, start))
             tables.append((part.select(self.columns) if self.columns else part).replace_schema_metadata(self.schema.metadata))
         return pa.concat_tables(tables[1:] or tables)
 
@@ -623,7 +630,7 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
         raise DataError(_wrong_kind(path, manifest, needed))
     check_version(path, version_of(manifest))
     for part in manifest["parts"]:
-        table = _read_part(path / part["file"])
+        table = read_part(path / part["file"])
         check_version(path, schemas.version_of(table))
         if table.num_rows != part["rows"]:
             raise DataError(

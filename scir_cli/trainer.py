@@ -193,7 +193,7 @@ class Trainer:
             seconds = time.monotonic() - started
             self._log(metrics | {"step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}, "train")
             if self.step % self.settings.save_every == 0 and self.step < self.n_steps:
-                self._save()
+                self.save_checkpoint()
         final = self._look(None)
         self._log(final, "validation")
         self.policy.model.eval()
@@ -393,7 +393,8 @@ class Trainer:
 
     # -- checkpoints: whole tensors, so that another number of ranks can go on
 
-    def _save(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Writes the state after this step; only the newest checkpoint stays."""
         state = {"step": self.step, **self.optimizer.whole(self.ranks.main), "rng": torch.get_rng_state()}
         if not self.ranks.main:
             return

@@ -3,7 +3,7 @@
     preference    (pairs,) probability in [0, 1] that the model's response beats the other; NaN: no verdict
     lengths       (2, pairs) characters of the model's response and of the other's
 
-What is fitted is fitted with scikit-learn (`pip install 'scir[eval]'`), imported where it is needed. A figure that cannot be had is None and
+What is fitted is fitted with scikit-learn (`pip install 'scir-cli[eval]'`), imported where it is needed. A figure that cannot be had is None and
 `reasons` or `notes` say why; one that should not be trusted comes with a note.
 """
 

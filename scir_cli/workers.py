@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 from scir_cli import store
 from scir_cli.config import BackendSettings
-from scir_cli.errors import ConfigError, EngineError, ScirError
+from scir_cli.errors import ConfigError, EngineError, ScirError, install_hint
 from scir_cli.meter import Meter
 from scir_cli.store import Todo
 
@@ -68,7 +68,7 @@ def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
     """
     if settings.executor == "ray":
         if find_spec("ray") is None:
-            raise ConfigError("--executor ray needs the package ray: pip install 'scir[ray]'")
+            raise ConfigError(f"--executor ray needs the package ray: {install_hint('ray')}")
         from scir_cli import cluster
 
         def staffed(actors: int) -> None:
@@ -77,7 +77,7 @@ def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
         return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, _counted(advance, meter), staffed)
     if settings.data_parallel == 1:
         return None
-    devices = _devices(settings)
+    devices = visible_devices(settings)
     if len(devices) == 1:
         return None
     meter.processes = len(devices)
@@ -116,7 +116,7 @@ def count(settings: BackendSettings, gpus: int) -> int:
     return n
 
 
-def _devices(settings: BackendSettings) -> list[str | None]:
+def visible_devices(settings: BackendSettings) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each worker; None where the work is not on GPUs."""
     import torch
 

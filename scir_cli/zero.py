@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scir_cli.errors import ConfigError
+from scir_cli.errors import ConfigError, install_hint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,7 +32,7 @@ def plugged(cuda: bool) -> dict[str, Any] | None:
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError("accelerate's DeepSpeed plugin needs the package deepspeed: pip install 'scir[deepspeed]'") from error
+        raise ConfigError(f"accelerate's DeepSpeed plugin needs the package deepspeed: {install_hint('deepspeed')}") from error
     from accelerate.utils import DeepSpeedPlugin
 
     for handler in deepspeed.utils.logger.handlers:

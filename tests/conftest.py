@@ -1,8 +1,9 @@
-"""What every test shares: two threads, no network, and one tiny llama."""
+"""What every test shares: two threads (one per process of pytest-xdist), no network, and one tiny llama."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 
 # Two threads that wait for each other spin by default; where other work has the cores, a tiny model then takes eighty times as long.
@@ -13,14 +14,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from helpers import PROMPTS, load_fp32, run
 from toy import make_model
 from transformers.utils import logging as transformers_logging
 
-from scir_cli import config, policy
+from scir_cli import policy, store
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 transformers_logging.disable_progress_bar()
 
 
@@ -33,12 +36,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def load_fp32(folder: Path, **settings: object) -> policy.Policy:
-    """A fresh policy of a model folder, on the CPU, in fp32 where nothing else is said."""
-    values = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu"} | settings
-    return policy.load(config.build(config.ModelSettings, values, where="test"))
-
-
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny llama and its tokenizer."""
@@ -49,3 +46,56 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_policy(tiny_llama: Path) -> policy.Policy:
     """That llama, loaded in fp32. Shared: a test that changes it loads its own."""
     return load_fp32(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, a policy, prompts, labelled pairs, and the chain's datasets up to preferences."""
+    root = tmp_path_factory.mktemp("world")
+    make_model(root / "base", seed=1)
+    make_model(root / "policy", seed=2)
+    words = ["cat", "dog", "sun", "sea", "map", "key"]
+    (root / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"Tell me of the {w}.", "id": w}) + "\n" for w in words), encoding="utf-8"
+    )
+    gold = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in words]
+    (root / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8")
+    run(
+        "generate",
+        model=str(root / "policy"),
+        input=str(root / "prompts.jsonl"),
+        n=3,
+        max_new_tokens=6,
+        output_dir=root / "candidates",
+        rows_per_part=2,
+    )
+    models = ["judge", "implicit", "likelihood", "pmi", "rubric"]
+    run("judge", model=str(root / "policy"), reward_reference=str(root / "base"), input=str(root / "candidates"), reward_models=models,
+        output_dir=root / "judged", rows_per_part=4)  # fmt: skip
+    run("check-consistency", input=str(root / "judged"), output_dir=root / "consistency", agree_on=["judge", "implicit"])
+    run(
+        "filter",
+        input=str(root / "judged"),
+        output_dir=root / "preferences",
+        agree_on=["judge", "implicit"],
+        keep_unlabelled=True,
+        format="trl",
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def scored(world: Path) -> Path:
+    """The world with the pairs' scores beside it: the judged pairs, given a gold label, as `eval rewards` takes them."""
+    table = store.read_dataset(world / "judged")
+    labelled = table.set_column(table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows))
+    store.write_dataset(world / "labelled", "judged", {"stage": "judge"}, [(0, 1)], lambda *_: store.Part(labelled, table.num_rows))
+    run("eval rewards", input=str(world / "labelled"), output_dir=world / "scores")
+    return world
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(PROMPTS)), encoding="utf-8")
+    return path

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import shown
+from rows import judged, pair, response, verdict, verdicts
 from scipy import stats
-from test_consistency import judged, pair, response, verdict, verdicts
-from test_evaluate import shown
 
 from scir_cli import across, config, report, stages, store
 from scir_cli import biases as leanings

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.varlen
-from conftest import load_fp32
-from test_engine import assert_same_gradients, assert_same_logps, gradients, plain_logps, plain_model, questions
+from helpers import load_fp32
+from plain_scorer import assert_same_gradients, assert_same_logps, gradients, plain_logps, plain_model, questions
 from torch import Tensor
 from toy import make_model
 

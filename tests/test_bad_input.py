@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import run_command
 from toy import make_model
 
 from scir_cli import config, report, store
@@ -70,15 +71,39 @@ CASES = [
 ]
 
 
+#: One of the usage, the data, the model and the training: these start an interpreter, as a user does.
+IN_A_PROCESS = [CASES[0], CASES[8], CASES[9], CASES[16]]
+IDS = {case: case[1][:60] for case in CASES}
+
+
+def assert_one_line(status: int, stderr: str, expected_status: int, expected: str) -> None:
+    assert status == expected_status, stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith("scir: error: ")
+    assert expected in line
+
+
+@pytest.mark.parametrize(("status", "line", "expected"), CASES, ids=IDS.values())
+def test_bad_input_is_one_line_and_a_documented_status(
+    here: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    status: int,
+    line: str,
+    expected: str,
+):
+    words = line.replace("OUT", str(tmp_path / "o")).split()
+    monkeypatch.chdir(here)
+    assert_one_line(run_command(words, monkeypatch), capfd.readouterr().err, status, expected)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("status", "line", "expected"), CASES, ids=[line[:60] for _, line, _ in CASES])
-def test_bad_input_is_one_line_and_a_documented_status(here: Path, tmp_path: Path, status: int, line: str, expected: str):
-    words = [str(tmp_path / "o") if word == "OUT" else word for word in line.split()]
+@pytest.mark.parametrize(("status", "line", "expected"), IN_A_PROCESS, ids=[IDS[case] for case in IN_A_PROCESS])
+def test_bad_input_is_one_line_in_a_process_of_its_own_too(here: Path, tmp_path: Path, status: int, line: str, expected: str):
+    words = line.replace("OUT", str(tmp_path / "o")).split()
     done = subprocess.run([sys.executable, "-m", "scir_cli", *words], cwd=here, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    (shown,) = done.stderr.splitlines()
-    assert shown.startswith("scir: error: ")
-    assert expected in shown
+    assert_one_line(done.returncode, done.stderr, status, expected)
 
 
 def test_an_output_folder_that_holds_an_input_is_refused_before_overwrite_could_delete_it(tmp_path: Path):

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import common
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = ["--prompt-tokens", "12", "20", "--response-tokens", "6", "12"]
@@ -47,9 +54,15 @@ def test_two_runs_of_a_training_step_have_the_same_losses(tmp_path: Path):
     assert first["seconds"] != second["seconds"]
     assert all(count["rows"] < count["tokens"] < count["sequence_tokens"] for count in first["counts"])
     (row,) = found["table"]
-    assert row["s a step"] > 0
-    assert row["peak MB"] > 0
-    assert row["MFU"] is None or 0 < row["MFU"] < 1
+    counted = [run["seconds"][2:] for run in (first, second)]
+    seconds = statistics.median(map(statistics.median, counted))  # of two runs of two counted steps
+    assert row["s a step"] == pytest.approx(seconds)
+    assert row["pairs/s"] == pytest.approx(2 / seconds)
+    assert row["tokens needed"] == statistics.fmean(count["tokens"] for count in first["counts"][2:])
+    weights = 2 * 500 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48)  # embedding and head; attention and MLP of two layers
+    assert row["peak MB"] == statistics.fmean(run["peak_mb"] for run in (first, second))
+    assert row["peak MB"] > 3 * 4 * weights / 2**20  # the gradients and AdamW's two moments, fp32
+    assert row["MFU"] is None  # fp32 has none
 
 
 @pytest.mark.slow
@@ -68,7 +81,8 @@ def test_scaling_fits_an_exponent_to_each_factor(tmp_path: Path):
     assert [point["value"] for point in found["points"]] == [1, 2]
     (fit,) = found["exponents"]
     assert fit["exponent of tokens needed"] == pytest.approx(1, abs=0.02)  # twice the pairs, twice the tokens
-    assert fit["exponent of s a step"] is not None
+    one, two = (point["s a step"] for point in found["points"])
+    assert fit["exponent of s a step"] == pytest.approx(math.log2(two / one))  # a line through two points
 
 
 @pytest.mark.slow
@@ -94,7 +108,26 @@ def test_the_data_stages_account_for_every_row(tmp_path: Path):
     small, _, _, large, copied, picked = run("data_stages.py", tmp_path, "--rows", "200", "2000")["table"]
     assert (small["rows"], large["rows"]) == (200, 2000)
     assert 0 < small["rows out"] < large["rows out"] == copied["rows out"] == picked["rows out"] < 2000
-    assert large["peak MB"] > 0
+    inputs = [row["MB in"] for row in (small, large)]
+    assert inputs[1] == pytest.approx(10 * inputs[0], abs=6)  # whole MB, of which the smaller may be half a one off
+    assert copied["MB in"] == picked["MB in"] == large["MB in"]
+
+
+def test_the_clock_and_the_peaks_hold_what_a_piece_of_work_takes():
+    def work() -> int:
+        block = b"x" * (64 << 20)
+        until = time.process_time() + 0.2
+        while time.process_time() < until:  # long enough to be looked at
+            pass
+        return len(block)
+
+    returned, figures = common.measured(work)
+    assert returned == 64 << 20
+    # The process may meanwhile give back a little of what it held before.
+    assert 62 <= figures["peak_mb"] < 80
+    assert 62 <= figures["anonymous_mb"] < 80
+    assert 0.2 <= figures["cpu_seconds"][0] + 0.02 < 0.5
+    assert figures["wall_seconds"][0] >= 0.2
 
 
 @pytest.mark.slow
@@ -108,4 +141,5 @@ def test_backends_are_measured_on_the_same_rows(tmp_path: Path):
         6,
     )  # the first prompt is warm-up
     assert 6 <= sampled["tokens_sampled"] <= 6 * 8 and judged["tokens_sampled"] == 0 < judged["tokens_read"]
-    assert min(sampled["cpu_seconds"], judged["cpu_seconds"]) > 0
+    for task in (sampled, judged):
+        assert 1e-4 < task["cpu_seconds"] < 1.2 * task["wall_seconds"] + 0.1  # one thread

@@ -15,78 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from conftest import load_fp32
+from helpers import FP32, load_fp32, run, run_command, train
 from safetensors.torch import load_file
 from toy import make_adapter, make_model
 
-from scir_cli import config, model_sources, objectives, stages, store
+from scir_cli import config, model_sources, objectives, store
 from scir_cli.errors import ConfigError, DataError, EngineError, ModelError, PlanMismatch, StoreError
 from scir_cli.objectives import Example
 from scir_cli.stages.common import LazyPolicy, encode_pair
-
-FP32 = {"dtype": "fp32", "device": "cpu"}
-
-
-def run(stage: str, **values: Any) -> dict[str, Any]:
-    settings = config.STAGES[stage]
-    known = {k: v for k, v in FP32.items() if k in settings.model_fields}
-    return stages.load(stage)(config.build(settings, known, values, where="test"))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a policy, prompts, labelled pairs, and the chain's datasets up to preferences."""
-    root = tmp_path_factory.mktemp("world")
-    make_model(root / "base", seed=1)
-    make_model(root / "policy", seed=2)
-    words = ["cat", "dog", "sun", "sea", "map", "key"]
-    (root / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Tell me of the {w}.", "id": w}) + "\n" for w in words), encoding="utf-8"
-    )
-    gold = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in words]
-    (root / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8")
-    run(
-        "generate",
-        model=str(root / "policy"),
-        input=str(root / "prompts.jsonl"),
-        n=3,
-        max_new_tokens=6,
-        output_dir=root / "candidates",
-        rows_per_part=2,
-    )
-    models = ["judge", "implicit", "likelihood", "pmi", "rubric"]
-    run("judge", model=str(root / "policy"), reward_reference=str(root / "base"), input=str(root / "candidates"), reward_models=models,
-        output_dir=root / "judged", rows_per_part=4)  # fmt: skip
-    run("check-consistency", input=str(root / "judged"), output_dir=root / "consistency", agree_on=["judge", "implicit"])
-    run(
-        "filter",
-        input=str(root / "judged"),
-        output_dir=root / "preferences",
-        agree_on=["judge", "implicit"],
-        keep_unlabelled=True,
-        format="trl",
-    )
-    return root
-
-
-@pytest.fixture(scope="module")
-def scored(world: Path) -> Path:
-    """The world with the pairs' scores beside it: the judged pairs, given a gold label, as `eval rewards` takes them."""
-    table = store.read_dataset(world / "judged")
-    labelled = table.set_column(table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows))
-    store.write_dataset(world / "labelled", "judged", {"stage": "judge"}, [(0, 1)], lambda *_: store.Part(labelled, table.num_rows))
-    run("eval rewards", input=str(world / "labelled"), output_dir=world / "scores")
-    return world
-
-
-def train(world: Path, out: Path, **values: Any) -> dict[str, Any]:
-    common = {
-        "model": str(world / "policy"),
-        "reward_reference": str(world / "base"),
-        "input": str(world / "preferences"),
-        "output_dir": out,
-    }
-    return run("train", **{**common, "batch_size": 6, "learning_rate": 1e-3, "branch_gradients": False, **values})
 
 
 @pytest.mark.parametrize("name", ["candidates", "judged", "consistency", "preferences", "scores"])
@@ -342,7 +278,9 @@ def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(world: Path, 
     assert run("check-consistency", **settings)["rows_out"] == store.read_dataset(world / "judged").num_rows
 
 
-def test_every_failure_is_one_line_and_a_documented_status(world: Path, tmp_path: Path):
+def test_every_failure_is_one_line_and_a_documented_status(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "hollow").mkdir()
@@ -363,12 +301,12 @@ def test_every_failure_is_one_line_and_a_documented_status(world: Path, tmp_path
         ),
     ]
     for status, arguments, expected in cases:
-        done = subprocess.run([sys.executable, "-m", "scir_cli", *arguments], capture_output=True, text=True)
-        assert done.returncode == status, done.stderr
-        lines = [line for line in done.stderr.splitlines() if line.startswith("scir: error:")]
+        assert run_command(arguments, monkeypatch) == status
+        stderr = capfd.readouterr().err
+        lines = [line for line in stderr.splitlines() if line.startswith("scir: error:")]
         assert len(lines) == 1
         assert expected in lines[0]
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in stderr
 
 
 def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Path, tmp_path: Path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import load_fp32
+from helpers import load_fp32
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from toy import BOS, CHATML, END, PAD, START, make_tokenizer

@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from test_chain import run
+from helpers import run
 
 from scir_cli import store
 from scir_cli.errors import ConfigError, EngineError, ModelError

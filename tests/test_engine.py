@@ -9,18 +9,26 @@ import itertools
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_fp32
+from helpers import load_fp32
 from peft import LoraConfig, get_peft_model
+from plain_scorer import (
+    Asked,
+    assert_same_gradients,
+    assert_same_logps,
+    gradients,
+    plain_logps,
+    plain_model,
+    questions,
+)
 from torch import Tensor, nn
 from toy import CHATML, VOCABULARY, make_model
-from transformers import AutoModelForCausalLM
 
 from scir_cli import attention, head, trees
 from scir_cli.head import Finish
@@ -30,71 +38,6 @@ from scir_cli.trees import Branch, continuation, verdict
 TAKES_TREES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "cohere", "granite"]
 CANNOT = ["bloom", "mamba"]
 PEFT_AND_TRANSFORMERS_5_23 = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of a model, said twice: as branches for the engine, and as (context, answer) for the plain scorer."""
-
-    branches: list[Branch]
-    sequences: list[tuple[list[int], list[int]]]
-
-
-def questions(seed: int = 0) -> Asked:
-    """Three prompts with three answers each (some starting alike, one given twice), and judge prompts that share a start and have two verdicts each."""
-    random = np.random.default_rng(seed)
-
-    def ids(n: int) -> list[int]:
-        return random.integers(4, VOCABULARY, n).tolist()
-
-    sequences = []
-    system = ids(5)
-    for length in (3, 14, 30):  # with the answers: below and beyond the sliding windows of 8 and 16
-        prompt, start = system + ids(length), ids(3)
-        answers = [start + ids(7), start + ids(4), ids(9)]
-        sequences += [(prompt, answer) for answer in [*answers, answers[0]]]
-    instruction, a, b = ids(12), ids(8), ids(6)
-    for order in ([*a, 9, *b], [*b, 9, *a]):
-        sequences += [([*instruction, *order, 7], [token]) for token in (36, 37)]
-    return Asked([continuation(p, r) if len(r) > 1 else verdict(p, r[0]) for p, r in sequences], sequences)
-
-
-def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A second copy of the model. Eager attention is each model's own definition: the only one with Gemma 2's soft-capping."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-
-
-def plain_logps(model: Any, asked: Asked) -> Tensor:
-    """Summed log-probability of each answer after its context, one sequence at a time through the whole model."""
-    sums = []
-    for context, answer in asked.sequences:
-        logits = model(input_ids=torch.tensor([context + answer]), use_cache=False).logits[0]
-        logps = torch.log_softmax(logits.float(), dim=-1)
-        sums.append(sum(logps[len(context) + i - 1, token] for i, token in enumerate(answer)))
-    return torch.stack(sums)
-
-
-def weights_for(asked: Asked) -> Tensor:
-    return torch.randn(len(asked.branches), generator=torch.Generator().manual_seed(7))
-
-
-def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
-    """Gradient of a random weighted sum of the branches, by parameter."""
-    weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(7))
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(named, torch.autograd.grad((weights * logps).sum(), list(named.values())), strict=True))
-
-
-def assert_same_logps(got: Tensor, want: Tensor) -> None:
-    assert got.shape == want.shape
-    worst = ((got - want).abs() / want.abs()).max().item()
-    assert worst < 1e-4, f"log-probabilities differ by {worst:.1e} relative"
-
-
-def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    off = {name: ((got[name] - want[name]).norm() / want[name].norm()).item() for name in want}
-    assert not {name: value for name, value in off.items() if not value < 1e-4}
 
 
 @pytest.fixture(scope="session")
@@ -307,8 +250,8 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
     whole = packed.branch_logps(asked.branches)
     whole_gradients = gradients(packed.model, whole)
     sizes: list[int] = []
-    original = head._logits
-    monkeypatch.setattr(head, "_logits", lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1])
+    original = head.logits_of_rows
+    monkeypatch.setattr(head, "logits_of_rows", lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1])
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # 16 rows a chunk, the least there is
     for keep in (0, head.KEEP_BYTES):
         monkeypatch.setattr(head, "KEEP_BYTES", keep)

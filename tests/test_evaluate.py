@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from helpers import shown
 from toy import make_model
 
 from scir_cli import config, report, stages, store
@@ -33,15 +33,6 @@ def numbers(value: Any, path: str = "") -> dict[str, float]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for key, item in items for k, v in numbers(item, f"{path}/{key}").items()}
     return {path: value} if isinstance(value, int | float) else {}
-
-
-def shown(*tables: Any, width: int = 80) -> str:
-    """What a terminal of 80 columns shows of tables."""
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    for table in tables:
-        console.print(table)
-    console.file.close()
-    return console.export_text()
 
 
 # Rewards

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_chain import run
+from helpers import run
 
 from scir_cli import store
 from scir_cli.meter import Meter

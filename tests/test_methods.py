@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from test_chain import run, train, world  # noqa: F401  (a fixture)
+from helpers import run, train
 from torch import Tensor
 
 from scir_cli import config, losses, objectives, store

@@ -97,7 +97,7 @@ def test_each_turn_sees_the_answers_before_it_and_ten_is_not_one(models: Path, t
 
 @pytest.mark.slow
 def test_the_reference_and_the_conversation_are_in_the_judges_prompt(models: Path):
-    from conftest import load_fp32
+    from helpers import load_fp32
 
     chat = load_fp32(models / "m2").chat
     conversation = mt_bench.dialogue(QUESTIONS[1], ["two {x}", "three"], 1)

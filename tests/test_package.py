@@ -31,7 +31,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
     run(build, tmp_path)
-    (wheel,) = tmp_path.glob("scir-*.whl")
+    (wheel,) = tmp_path.glob("scir_cli-*.whl")
     run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "installed", str(wheel)], tmp_path)
     make_model(tmp_path / "policy")
     (tmp_path / "prompts.jsonl").write_text(PROMPTS, encoding="utf-8")

@@ -237,7 +237,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     with pytest.raises(ConfigError, match="folder"):
         config.build(config.CheckConsistencySettings, common, {"report": tmp_path}, where="test")
     monkeypatch.setattr(config, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'scir\[report\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'scir-cli\[report\]'"):
         config.build(config.CheckConsistencySettings, common, {"report": "page.html"}, where="test")
 
 
@@ -252,9 +252,9 @@ def test_pages_of_texts_that_all_are_long_stay_small_and_say_what_was_left_out(t
 
 def test_pairs_to_read_begin_with_the_surest_disagreement_and_hold_the_surest_mistake():
     log_odds = np.array([[3.0, 5.0, -1.0, 2.0, np.nan], [-2.0, -0.5, -1.0, 2.0, 1.0]])
-    assert pages._disagreement(log_odds).tolist() == [2.0, 0.5, -1.0, -2.0, 0.0]
+    assert pages.surest_disagreement(log_odds).tolist() == [2.0, 0.5, -1.0, -2.0, 0.0]
     # the surest on either side: min(3, 2), min(5, 0.5); where signs are equal the other side has none: min(-1, 1), min(2, -2); one verdict: min(1, 0)
-    assert pages._choose(np.array([2.0, 0.5, -1.0]), np.array([0.0, 0.0, 4.0]), 5)[:3] == [0, 1, 2]
+    assert pages.pairs_to_read(np.array([2.0, 0.5, -1.0]), np.array([0.0, 0.0, 4.0]), 5)[:3] == [0, 1, 2]
 
 
 def test_labels_that_look_like_mathematics_or_markup_are_drawn_as_they_are():

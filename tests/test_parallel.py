@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fp32
+from helpers import load_fp32
 from safetensors.torch import load_file
 from toy import make_model
 
@@ -275,14 +275,14 @@ def values(root: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 def stopped(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], step: int) -> None:
     """A run in this process that ends after the checkpoint of a step."""
-    save = Trainer._save
+    save = Trainer.save_checkpoint
 
     def save_and_stop(trainer: Trainer) -> None:
         save(trainer)
         if trainer.step == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save", save_and_stop)
+    monkeypatch.setattr(Trainer, "save_checkpoint", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train.run(config.build(config.TrainSettings, settings, where="test"))
     monkeypatch.undo()
@@ -336,7 +336,7 @@ def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ConfigError, match=r"pip install 'scir\[deepspeed\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'scir-cli\[deepspeed\]'"):
         Ranks(cuda=False)
 
 

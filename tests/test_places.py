@@ -10,7 +10,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from test_chain import run
+from helpers import run
 
 from scir_cli import config, places, store
 from scir_cli.errors import ConfigError, DataError, PlanMismatch, StoreError
@@ -72,7 +72,7 @@ def test_a_url_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch):
         given = {"model": "m", "input": "i", "output_dir": "memory://m", "reward_reference": "r"}
         config.build(config.TrainSettings, given, where="test")
     monkeypatch.setitem(sys.modules, "upath", None)
-    with pytest.raises(ConfigError, match=r"^s3://bucket/x needs a package that is missing: pip install 'scir\[remote\]'$"):
+    with pytest.raises(ConfigError, match=r"^s3://bucket/x needs a package that is missing: pip install 'scir-cli\[remote\]'$"):
         places.place("s3://bucket/x")
 
 

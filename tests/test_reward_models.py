@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_fp32
+from helpers import load_fp32
 from torch import Tensor
 from toy import END, START
 from transformers import AutoModelForCausalLM

@@ -294,6 +294,6 @@ def test_without_matplotlib_the_page_is_written_and_one_line_says_what_the_pictu
 ):
     monkeypatch.setattr(report, "PAGE", tmp_path / "study.md")
     monkeypatch.setattr(report, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'scir\[report\]'"):
+    with pytest.raises(SystemExit, match=r"pip install 'scir-cli\[report\]'"):
         report.main()
     assert "(study/methods.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_fp32
+from helpers import load_fp32
 from toy import make_model
 
 from scir_cli import config, consistency, objectives, reward_models

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from test_chain import run
+from helpers import run
 from toy import BOS, make_adapter, make_model
 
 from scir_cli import config, store

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import shown
 from scipy.optimize import minimize
 from toy import make_model
 
@@ -365,7 +366,7 @@ def test_without_scikit_learn_win_rates_stand_and_the_rest_says_what_it_needs(tm
     )["summary"]
     assert summary["matches"][0]["win_rate"] == 0.25
     assert summary["matches"][0]["length_controlled_win_rate"] is summary["bradley_terry"] is None
-    assert any("pip install 'scir[eval]'" in note for note in summary["notes"])
+    assert any("pip install 'scir-cli[eval]'" in note for note in summary["notes"])
     report.winrate_tables(summary)
 
 
@@ -455,8 +456,6 @@ def test_responses_are_candidates_datasets_too(tmp_path: Path):
 
 
 def test_the_tables_are_whole_at_eighty_columns(tmp_path: Path):
-    from test_evaluate import shown
-
     files = [
         write(
             tmp_path / f"{k}.json",

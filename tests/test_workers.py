@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -12,74 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from test_chain import run
+from helpers import PROMPTS, generate, run, without_backend
 
 from scir_cli import config, store, workers
-from scir_cli.backends.fake import FakeBackend
 from scir_cli.errors import ConfigError, DataError, EngineError
 from scir_cli.meter import Meter
 
-PROMPTS = 40
 KILLS = int(os.environ.get("SCIR_KILLS", "2"))
-
-
-class Slow(FakeBackend):
-    """Takes its time, so that it can be killed in the middle of a part."""
-
-    def generate(self, requests: Any) -> Any:
-        time.sleep(float(os.environ.get("SCIR_SLOW", "0.2")))
-        return super().generate(requests)
-
-
-class DiesOnce(FakeBackend):
-    """Kills its own process at the first part that any worker makes."""
-
-    def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
-        super().__init__(model, sampling)
-        self.flag = Path(settings.output_dir) / "died"
-
-    def generate(self, requests: Any) -> Any:
-        if not self.flag.exists():
-            self.flag.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().generate(requests)
-
-
-class DiesAtSeven(FakeBackend):
-    """Kills its process whenever it meets prompt 7, and fails at it in the end."""
-
-    def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
-        super().__init__(model, sampling)
-        self.tokenizer = model.chat.tokenizer
-
-    def generate(self, requests: Any) -> Any:
-        if any("number 7." in self.tokenizer.decode(r.prompt_ids) for r in requests):
-            raise MemoryError("out of memory\nand so on")
-        return super().generate(requests)
-
-
-class IsWrong(FakeBackend):
-    def generate(self, requests: Any) -> Any:
-        raise DataError("these data are wrong")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(PROMPTS)), encoding="utf-8")
-    return path
-
-
-def generate(tiny_llama: Path, prompts: Path, out: Path, backend: str, **values: Any) -> dict[str, Any]:
-    common = {"model": str(tiny_llama), "input": str(prompts), "n": 2, "max_new_tokens": 6, "rows_per_part": 2}
-    return run("generate", **{**common, "output_dir": out, "backend": backend, **values})
-
-
-def without_backend(table: pa.Table) -> list[Any]:
-    """The rows, less the ids that say under which settings they were made."""
-    return table.drop_columns(["candidate_id", "duplicate_of"]).to_pylist()
 
 
 def test_two_processes_write_the_rows_of_one(tiny_llama: Path, prompts: Path, tmp_path: Path):
@@ -97,7 +36,7 @@ def test_two_processes_write_the_rows_of_one(tiny_llama: Path, prompts: Path, tm
 
 
 def test_a_dead_workers_part_is_taken_over(tiny_llama: Path, prompts: Path, tmp_path: Path):
-    generate(tiny_llama, prompts, tmp_path / "died", "test_workers:DiesOnce", data_parallel=2)
+    generate(tiny_llama, prompts, tmp_path / "died", "failing_backends:DiesOnce", data_parallel=2)
     assert (tmp_path / "died" / "died").exists()
     generate(tiny_llama, prompts, tmp_path / "whole", "fake")
     assert without_backend(store.read_dataset(tmp_path / "died")) == without_backend(store.read_dataset(tmp_path / "whole"))
@@ -107,7 +46,7 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
     tiny_llama: Path, prompts: Path, tmp_path: Path
 ):
     with pytest.raises(EngineError, match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished"):
-        generate(tiny_llama, prompts, tmp_path / "out", "test_workers:DiesAtSeven", data_parallel=2)
+        generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:DiesAtSeven", data_parallel=2)
     kept = {path.name for path in (tmp_path / "out").glob("data-*.arrow")}
     assert {"data-00000.arrow", "data-00001.arrow", "data-00002.arrow"} <= kept
     assert "data-00003.arrow" not in kept
@@ -115,13 +54,13 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
 
 def test_what_is_the_users_to_repair_stops_the_run_at_once(tiny_llama: Path, prompts: Path, tmp_path: Path):
     with pytest.raises(DataError, match="these data are wrong"):
-        generate(tiny_llama, prompts, tmp_path / "out", "test_workers:IsWrong", data_parallel=2)
+        generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:IsWrong", data_parallel=2)
 
 
 def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: pytest.MonkeyPatch):
     def devices(**values: Any) -> Any:
         settings = config.build(config.BackendSettings, {"model": "m", "output_dir": "o", **values}, where="test")
-        return workers._devices(settings)
+        return workers.visible_devices(settings)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
     assert devices(data_parallel=4) == ["2", "3", "5", "7"]
@@ -194,7 +133,7 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
     if victim in ("actor", "ray-driver", "head"):
         options += ["--executor", "ray"]
     if stage == "generate":
-        options += ["-i", str(prompts), "--n", "2", "--max-new-tokens", "6", "--backend", "test_workers:Slow"]
+        options += ["-i", str(prompts), "--n", "2", "--max-new-tokens", "6", "--backend", "failing_backends:Slow"]
         generate(tiny_llama, prompts, tmp_path / "whole", "fake", rows_per_part=1)
     else:
         generate(tiny_llama, prompts, tmp_path / "candidates", "fake", n=4)

@@ -11,7 +11,7 @@ from scir_cli.parallel import Ranks
 from scir_cli.stages import train
 from scir_cli.trainer import Trainer
 
-save = Trainer._save
+save = Trainer.save_checkpoint
 
 
 class Interrupted(Exception):
@@ -29,7 +29,7 @@ def main() -> None:
             if trainer.step == last:
                 raise Interrupted
 
-        Trainer._save = save_and_stop  # type: ignore[method-assign]
+        Trainer.save_checkpoint = save_and_stop  # type: ignore[method-assign]
         try:
             train._run(config.build(config.TrainSettings, job["values"], where="test"), ranks)
         except Interrupted:

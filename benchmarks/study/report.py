@@ -1,6 +1,6 @@
 """docs/study.md from the raw results: tables of means and spreads, paired differences with intervals, pictures, and what they allow to be said.
 
-    python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md and docs/study/*.svg (with scir[report]);
+    python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md and docs/study/*.svg (with the extra `report`);
                                              nothing in the page is typed by hand
 
 A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is Student's t at 95 % over the seeds both have,
@@ -561,7 +561,7 @@ def main() -> None:
     PAGE.write_text(page(results), encoding="utf-8")
     print(PAGE)
     if find_spec("matplotlib") is None:
-        sys.exit("the page is written, but not its pictures: they need the package matplotlib, pip install 'scir[report]'")
+        sys.exit("the page is written, but not its pictures: they need the package matplotlib, pip install 'scir-cli[report]'")
     IMAGES.mkdir(exist_ok=True)
     for name, svg in pictures(results).items():
         (IMAGES / f"{name}.svg").write_text(svg, encoding="utf-8")

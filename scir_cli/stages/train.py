@@ -33,7 +33,7 @@ from scir_cli import (
 )
 from scir_cli import policy as policies
 from scir_cli.config import TrainSettings
-from scir_cli.errors import ConfigError, DataError, warn
+from scir_cli.errors import ConfigError, DataError, install_hint, warn
 from scir_cli.objectives import Collapse, Example, Objective
 from scir_cli.parallel import Ranks
 from scir_cli.places import is_remote, place
@@ -275,7 +275,7 @@ def _with_adapters(model: Any, settings: TrainSettings) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ConfigError("--lora-rank needs the package peft: pip install 'scir[lora]'") from error
+        raise ConfigError(f"--lora-rank needs the package peft: {install_hint('lora')}") from error
     torch.manual_seed(settings.seed)  # every rank the same adapters
     targets = settings.lora.target_modules
     config = LoraConfig(

@@ -22,14 +22,14 @@ import numpy as np
 from scir_cli import chat, pages, schemas, sources, store, winrates
 from scir_cli.config import EvalWinrateSettings
 from scir_cli.consistency import from_table, subset_rows
-from scir_cli.errors import DataError
+from scir_cli.errors import DataError, install_hint
 from scir_cli.places import place
 from scir_cli.stages.judge import Scorer, Work, given_pairs, judge_table
 from scir_cli.store import Json, Part
 from scir_cli.winrates import Array, Gamed
 
 Row = dict[str, Any]
-NO_SKLEARN = "needs scikit-learn: pip install 'scir[eval]'"
+NO_SKLEARN = f"needs scikit-learn: {install_hint('eval')}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """What `scir train --dry-run` says a run will take, beside what it then takes.
 
-    python benchmarks/plan.py --shape S M --dtype fp32 bf16 --json plan.json
+    python benchmarks/dry_run_accuracy.py --shape S M --dtype fp32 bf16 --json plan.json
 
 A run of a few steps is planned in one process and made in another; memory is without the weights, which are there before training starts.
 """
@@ -47,7 +47,7 @@ def compare(shape: str, dtype: str, objective: str, a: argparse.Namespace) -> Js
             "model": str(model), "pairs": str(root / "pairs.json"), "dtype": dtype, "steps": a.steps, "batch_size": a.batch_size,
             "learning_rate": 1e-4, "beta": 0.1, "max_tokens_per_pack": a.max_tokens_per_pack, "objective": objective,
         }  # fmt: skip
-        planned, made = child("plan.py", asked | {"plan": True}), child("plan.py", asked)
+        planned, made = child("dry_run_accuracy.py", asked | {"plan": True}), child("dry_run_accuracy.py", asked)
     memory = (planned["peak_bytes"] - planned["weights_bytes"]) / 2**20
     seconds = sum(made["wall_seconds"])
     return {
