@@ -20,7 +20,7 @@ from scir_cli.backends.fake import FakeBackend
 from scir_cli.backends.transformers import TransformersBackend
 from scir_cli.config import GenerateSettings, build
 from scir_cli.errors import ConfigError, DataError, EngineError
-from scir_cli.workers import Job
+from scir_cli.pool import WorkerJob
 
 RAY = {"executor": "ray", "data_parallel": 2}
 
@@ -149,7 +149,7 @@ def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, t
 def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
     def staff(there: int, **values: Any) -> tuple[int, int]:
         given = {"model": "m", "input": "i", "output_dir": "o", "data_parallel": 4, **values}
-        return cluster._staff(build(GenerateSettings, given, where="test"), there)
+        return cluster.worker_and_gpu_counts(build(GenerateSettings, given, where="test"), there)
 
     assert [staff(0), staff(4), staff(8, tensor_parallel_size=2), staff(8, device="cpu")] == [(4, 0), (4, 1), (4, 2), (4, 0)]
     assert staff(8, backend="openai") == (4, 0)
@@ -163,5 +163,5 @@ def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
 
 
 def test_a_node_without_the_folder_of_the_command_is_named(tmp_path: Path):
-    problem = cluster.Actor(Job("", None, "")).come(str(tmp_path / "absent"))  # type: ignore[arg-type]
+    problem = cluster.Actor(WorkerJob("", None, "")).check_in(str(tmp_path / "absent"))  # type: ignore[arg-type]
     assert isinstance(problem, ConfigError) and "absent is not on" in str(problem)
