@@ -170,9 +170,7 @@ def dialogue(question: Row, answers: list[str], turn: int) -> list[Row]:
     return [{"role": role, "content": text} for side in sides for role, text in side]
 
 
-def _sampled(
-    conversations: list[list[Row]], name: str, settings: EvalMtBenchSettings, model: LazyPolicy
-) -> dict[str, str]:
+def _sampled(conversations: list[list[Row]], name: str, settings: EvalMtBenchSettings, model: LazyPolicy) -> dict[str, str]:
     """One response to each conversation, by its key. It resumes as `generate` does, and equal conversations are sampled once.
 
     name: of the candidates dataset in the output folder that holds the responses.

@@ -97,9 +97,7 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
             drops["prompt_too_long"] += settings.n
         else:
             fitting.append((row, ids))
-    seeds = [
-        (row, ids, store.sample_seed(settings.seed, row["prompt_id"], k)) for row, ids in fitting for k in range(settings.n)
-    ]
+    seeds = [(row, ids, store.sample_seed(settings.seed, row["prompt_id"], k)) for row, ids in fitting for k in range(settings.n)]
     backend = sampler.backend
     with sampler.meter.working():
         completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])

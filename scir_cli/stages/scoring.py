@@ -59,9 +59,7 @@ class JudgePart:
         self.scorer.close()
 
 
-def write_judged_dataset(
-    stage: str, settings: ScoringSettings, scorer: Scorer, pair_input: PairInput, share: Any = None
-) -> Json:
+def write_judged_dataset(stage: str, settings: ScoringSettings, scorer: Scorer, pair_input: PairInput, share: Any = None) -> Json:
     """Writes the judged dataset of the pairs and returns its manifest.
 
     share: has the parts made by workers (workers.py), in place of this process. Raises DataError if there is no pair.
@@ -207,8 +205,7 @@ class Scorer:
         if not pairs:
             return table
         stored = [
-            [{"weights": key, "first": a, "second": b} for key, (a, b) in sorted(pair.reference_logps.items())]
-            for pair in pairs
+            [{"weights": key, "first": a, "second": b} for key, (a, b) in sorted(pair.reference_logps.items())] for pair in pairs
         ]
         return with_column(table, "reference_logps", pa.array(stored, schemas.REFERENCE_LOGPS))
 

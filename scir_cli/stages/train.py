@@ -1,12 +1,14 @@
 """train: pairs -> a model folder, with the dataset's reference log-probabilities and no second model in the loop.
 
-    open          rows, models, objective and plan; refuses what cannot work
-    estimate      --dry-run: tokens, memory and time
-    claim         takes the output folder
-    encode        rows -> examples with token ids
-    add_reference_logps   what the frozen models say, from the cache where it can be
-    fit           the trainer, with scale and lambda fitted to the pairs
-    train, write  the loop; the model folder
+The steps, in order:
+
+- open: rows, models, objective and plan; refuses what cannot work
+- estimate (--dry-run): tokens, memory and time, and nothing else
+- claim: the output folder
+- encode: rows -> examples with token ids
+- add_reference_logps: log-probabilities under the frozen models, from the cache if it has them
+- fit: the trainer, with scale and lambda fitted to the pairs
+- train, write: the loop; the model folder
 """
 
 from __future__ import annotations
@@ -197,9 +199,7 @@ class TrainJob:
         settings = self.settings.model_copy(update=self.fitted)
         if isinstance(self.objective, objectives.Scir) and settings.scale == "fitted" and "implicit_scale" not in self.fitted:
             pairs = [example.pair for example in data.examples]
-            scale = fitting.fit_implicit_scale(
-                self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings
-            )
+            scale = fitting.fit_implicit_scale(self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings)
             settings = settings.model_copy(update={"implicit_scale": scale})
         policy = self.policy.load()
         if self.policy.sharded and not policy.takes_trees:
@@ -222,9 +222,7 @@ class TrainJob:
         policy = self._unsharded(trainer.policy) if self.policy.sharded else trainer.policy
         manifest = None
         if policy:
-            manifest = write_model_folder(
-                trainer.settings, policy, self.policy.weights_digest, trainer, self.plan, metrics, drops
-            )
+            manifest = write_model_folder(trainer.settings, policy, self.policy.weights_digest, trainer, self.plan, metrics, drops)
         return self.ranks.first(manifest)
 
     def _unsharded(self, policy: Policy) -> Policy | None:
