@@ -50,7 +50,7 @@ def run(asked: Json) -> Json:
     """Figures of each task of one backend, which is loaded once."""
     from scir_cli import config
     from scir_cli.backends import Sampling, make
-    from scir_cli.stages.common import LazyPolicy
+    from scir_cli.lazy_policy import LazyPolicy
 
     given = {
         "model": asked["model"],
@@ -77,30 +77,32 @@ def task_of(task: str, asked: Json, given: Json, settings: Any, model: Any, back
     if task == "generate":
         import pyarrow as pa
 
-        from scir_cli.stages.generate import Sampler
+        from scir_cli.stages.sampling import Sampler
 
         prompts = [
             {"prompt_id": str(i), "messages": [{"role": "user", "content": r["question"]}], "subset": None}
             for i, r in enumerate(rows)
         ]
         sampler = Sampler(settings, pa.Table.from_pylist(prompts), model)
-        sampler.__dict__["backend"] = backend
+        sampler.backend = backend
         return measured(sampler, model.meter, backend, (0, 1), (1, len(rows)))
     from scir_cli import chat, config, schemas
-    from scir_cli.stages import judge
+    from scir_cli.stages.pairing import PairInput, candidate_pairs
+    from scir_cli.stages.scoring import JudgePart, Scorer
 
     template = Path(asked["folder"]) / f"{task}.txt"  # another first word: nothing that an earlier task has read begins alike
     template.write_text(f"w{100 + asked['tasks'].index(task)} {chat.PAIRWISE}")
     known = config.build(config.JudgeSettings, {**given, "reward_models": ["judge"], "judge_prompt": template}, where="")
-    scorer = judge.Scorer(known, known)
-    scorer.__dict__["backend"] = backend
+    scorer = Scorer(known, known)
+    scorer.backend = backend
     scorer.model = model
     scorer.meter = model.meter
     if task == "shuffled":
         shuffle(backend)
-    work = judge.Work(schemas.to_table("candidates", candidates(rows)), [], judge.candidate_pairs, Counter(), "")
+    table = schemas.to_table("candidates", candidates(rows))
+    pair_input = PairInput(table, [], Counter(), "", make_pairs=candidate_pairs)
     n = asked["answers"]
-    return measured(judge.Judging(known, scorer, work), model.meter, backend, (0, n), (n, n * len(rows)))
+    return measured(JudgePart(scorer, pair_input), model.meter, backend, (0, n), (n, n * len(rows)))
 
 
 def candidates(rows: list[Json]) -> list[Json]:

@@ -1,7 +1,8 @@
-"""The workers of workers.py as actors of a Ray cluster: Ray places them and starts them again, elsewhere where their node is gone.
+"""A pool of workers as actors of a Ray cluster: Ray places them and restarts them, on another node if theirs is lost.
 
-The parts themselves go through the shared folder and never through Ray. What talks to Ray is a child process: Ray ends the process that does when
-its head or raylet is lost, and writes to its terminal. Out on purpose: starting a cluster of several machines, which is Slurm's or Kubernetes' work.
+Parts are written to the shared folder and never travel through Ray. A child process talks to Ray: Ray ends the process
+that does so when its head or raylet is lost, and writes to its terminal.
+Left out: starting a cluster of several machines, which Slurm or Kubernetes does.
 """
 
 from __future__ import annotations
@@ -9,36 +10,42 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from scir_cli import places, workers
+from scir_cli import places, pool
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
+from scir_cli.pool import OnPartDone, PartWriter, WorkerJob, WorkerMessage
+from scir_cli.processes import exit_with_parent
 from scir_cli.store import Todo
-from scir_cli.workers import Done, Job, Maker, Said
 
 
-def run(job: Job, todo: list[Todo], done: Done, staffed: Callable[[int], None]) -> None:
-    """As workers.run does, on the cluster that is there, else on one of this machine. staffed: told how many actors there are to be."""
-    if not todo:
+def run(job: WorkerJob, parts: list[Todo], on_done: OnPartDone, on_start: Callable[[int], None]) -> None:
+    """Has Ray actors make all parts: on the cluster that RAY_ADDRESS or `ray start` provides, else on one of this machine.
+
+    on_start: called with the number of actors. Raises as pool.run does, and EngineError if the cluster is lost.
+    """
+    if not parts:
         return
     log = places.log(job.settings.output_dir, "ray.log")
     ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(target=_drive, args=(theirs, os.getpid(), job, todo, str(log)))
+    child = multiprocessing.get_context("spawn").Process(target=_drive, args=(theirs, os.getpid(), job, parts, str(log)))
     child.start()
-    theirs.close()  # so that its death ends our reading
+    # Without this, the child's death would not end our reading.
+    theirs.close()
     try:
-        while (said := ours.recv()) is not None:
-            if isinstance(said, ScirError):
-                raise said
-            if isinstance(said, int):
-                staffed(said)
+        while (message := ours.recv()) is not None:
+            if isinstance(message, ScirError):
+                raise message
+            if isinstance(message, int):
+                on_start(message)
             else:
-                done(*said)
+                on_done(*message)
     except (EOFError, OSError) as error:
         raise EngineError(
             f"the Ray cluster was lost (its log is {log}); finished parts are kept, the same command goes on from there"
@@ -52,18 +59,19 @@ def run(job: Job, todo: list[Todo], done: Done, staffed: Callable[[int], None]) 
             child.join()
 
 
-def _drive(pipe: Connection, parent: int, job: Job, todo: list[Todo], log: str) -> None:
-    """The child: sends how many actors there are to be, the rows of each part that is written and what was computed for it; at the end None, or what
-    stopped it."""
-    workers.stay_with(parent)
+def _drive(pipe: Connection, parent: int, job: WorkerJob, parts: list[Todo], log: str) -> None:
+    """The child process: sends the number of actors, (rows, work) of each written part, and at the end None or the error."""
+    exit_with_parent(parent, signal.SIGKILL)
+    # Ctrl-C is for the parent, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        actors = Actors(job, len(todo))
+        actors = Actors(job, len(parts))
         pipe.send(len(actors.actors))
-        workers.run(actors, todo, lambda rows, work: pipe.send((rows, work)))
+        pool.run(actors, parts, lambda rows, work: pipe.send((rows, work)))
         pipe.send(None)
     except ScirError as error:
         pipe.send(error)
@@ -72,9 +80,9 @@ def _drive(pipe: Connection, parent: int, job: Job, todo: list[Todo], log: str) 
         raise
 
 
-class Actor(Maker):
-    def come(self, folder: str) -> ScirError | None:
-        """Says that it is there, in the folder where the command was given: paths mean what they mean there."""
+class Actor(PartWriter):
+    def check_in(self, folder: str) -> ScirError | None:
+        """Changes to the folder of the command, against which its paths are relative; an error if the node lacks it."""
         try:
             os.chdir(folder)
         except OSError:
@@ -83,50 +91,52 @@ class Actor(Maker):
 
 
 class Actors:
-    """A crew (workers.Crew)."""
+    """A pool (pool.WorkerPool) of Ray actors, at most one per part."""
 
-    def __init__(self, job: Job, parts: int) -> None:
+    def __init__(self, job: WorkerJob, n_parts: int) -> None:
         self.ray: Any = importlib.import_module("ray")
         # no address="auto": that takes any cluster it finds, another command's own too
         self.ray.init(log_to_driver=False, logging_level="ERROR")
-        n, gpus = actors_and_gpus(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
+        n, gpus = worker_and_gpu_counts(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
         kind = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, scheduling_strategy="SPREAD")(Actor)
-        self.actors = [kind.remote(job) for _ in range(min(n, parts))]
-        self.asked: dict[Any, tuple[int, Todo | None]] = {}
+        self.actors = [kind.remote(job) for _ in range(min(n, n_parts))]
+        self.pending: dict[Any, tuple[int, Todo | None]] = {}
         for number in range(len(self.actors)):
             self._call(number)
 
-    def wait(self) -> list[Said]:
-        ready, _ = self.ray.wait(list(self.asked))
-        return [self._said(reference, *self.asked.pop(reference)) for reference in ready]
+    def wait(self) -> list[WorkerMessage]:
+        ready, _ = self.ray.wait(list(self.pending))
+        return [self._receive(reference, *self.pending.pop(reference)) for reference in ready]
 
-    def give(self, worker: int, todo: Todo) -> None:
-        self.asked[self.actors[worker].write.remote(todo)] = worker, todo
+    def assign(self, worker: int, part: Todo) -> None:
+        self.pending[self.actors[worker].write.remote(part)] = worker, part
 
     def close(self) -> None:
         self.ray.shutdown()
 
     def _call(self, number: int) -> None:
-        """Asks whether it is there, for as long as Ray takes to place it."""
-        self.asked[self.actors[number].come.options(max_task_retries=-1).remote(os.getcwd())] = number, None
+        """Waits for an actor to check in, for as long as Ray takes to place it."""
+        self.pending[self.actors[number].check_in.options(max_task_retries=-1).remote(os.getcwd())] = number, None
 
-    def _said(self, reference: Any, number: int, todo: Todo | None) -> Said:
+    def _receive(self, reference: Any, number: int, part: Todo | None) -> WorkerMessage:
         try:
-            said = self.ray.get(reference)
+            result = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             print(error, file=sys.stderr, flush=True)  # to the log
-            if todo is None:  # an actor is waited for as long as there is a cluster; shutting down a lost one may hang
+            # Ray retries a check-in as long as there is a cluster, so the cluster is lost; to shut a lost one down may hang.
+            if part is None:
                 os._exit(1)
-            said = EngineError(f"its actor ended ({type(error).__name__})")
+            result = EngineError(f"its actor ended ({type(error).__name__})")
         else:
-            if isinstance(said, ScirError):  # it may be unwell
+            # The state of an actor that failed is unknown.
+            if isinstance(result, ScirError):
                 self.ray.kill(self.actors[number], no_restart=False)
-        if isinstance(said, ScirError):
+        if isinstance(result, ScirError):
             self._call(number)
-        return Said(number, todo, said)
+        return WorkerMessage(number, part, result)
 
 
-def actors_and_gpus(settings: BackendSettings, cluster_gpus: int) -> tuple[int, int]:
-    """The number of actors and of GPUs per actor, on a cluster with `cluster_gpus` GPUs."""
-    usable = cluster_gpus if cluster_gpus and workers.on_gpus(settings) else 0
-    return workers.count(settings, usable), settings.tensor_parallel_size if usable else 0
+def worker_and_gpu_counts(settings: BackendSettings, gpus: int) -> tuple[int, int]:
+    """The number of actors for a cluster of this many GPUs, and the GPUs of each actor."""
+    usable = gpus if gpus and pool.uses_gpus(settings) else 0
+    return pool.n_workers(settings, usable), settings.tensor_parallel_size if usable else 0

@@ -10,9 +10,7 @@ Left out: hiding ddp's one sum behind the backward pass.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -29,9 +27,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scir_cli import zero
 from scir_cli.errors import ConfigError, ModelError, StageFailed
+from scir_cli.processes import exit_with_parent
 
 BUCKET_ELEMENTS = 2**25  # gradients summed in one go
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 LAUNCHED = "SCIR_LAUNCHED"  # set in processes whose parent prints the result
 
 
@@ -173,7 +171,7 @@ def launch(arguments: Sequence[str], n: int) -> None:
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
     command = [sys.executable, "-m", "scir_cli", *arguments]
     own = [{**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-    processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) for env in own]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, preexec_fn=exit_with_parent) for env in own]
     try:
         while any(process.poll() is None for process in processes) and not any(process.returncode for process in processes):
             time.sleep(0.1)
@@ -182,19 +180,14 @@ def launch(arguments: Sequence[str], n: int) -> None:
             process.terminate()
         codes = [process.wait() for process in processes]
     if codes[0] in (1, 2):  # its own line has said why
-        raise Said(codes[0])
+        raise ChildReportedError(codes[0])
     if any(codes):
         raise StageFailed(f"the {n} processes ended with status {codes}; checkpoints are kept, the same command goes on from there")
 
 
-class Said(StageFailed):
-    """A child has said on stderr what was wrong; only its status is left to pass on."""
+class ChildReportedError(StageFailed):
+    """A child process has printed its error on stderr; only its exit status is passed on."""
 
     def __init__(self, status: int) -> None:
         super().__init__("")
         self.exit_code = status
-
-
-def die_with_parent() -> None:
-    """Called in a child before it starts: a killed run must not leave a process behind that still writes."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

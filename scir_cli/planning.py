@@ -18,8 +18,9 @@ import torch
 from scir_cli import trees
 from scir_cli.config import TrainSettings
 from scir_cli.objectives import Example, Objective
+from scir_cli.optimizer import MasterAdamW
 from scir_cli.policy import Policy
-from scir_cli.trainer import MasterAdamW, batches, keep_freed_memory
+from scir_cli.trainer import batches, keep_freed_memory
 
 BINS = 8  # of the histogram of tokens
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

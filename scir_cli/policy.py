@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,6 @@ class Policy:
         """Where it computes; sharded weights may rest elsewhere."""
         return torch.device(self.ranks.device) if self.ranks else self.model.device
 
-    @property
-    def context_length(self) -> int:
-        return context_length(self.model.config)
-
     def branch_logps(self, branches: Sequence[Branch], layout: Layout | None = None) -> Tensor:
         """Summed log-probability of each branch's targets, nats, in one forward pass.  -> (branches,) fp32, with gradient where enabled"""
         if not branches:
@@ -156,29 +152,30 @@ class Policy:
         finally:
             self.model.set_attn_implementation(self.tree_attention or self.plain_attention)
 
-    @contextmanager
-    def adapters_off(self) -> Iterator[None]:
-        """Within it a LoRA policy is its own frozen base."""
-        with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
-            yield
-
 
 def load(
     settings: ModelSettings, spec: str | None = None, device: str | None = None, *,
+    chat: Chat | None = None, key: str | None = None, meter: Meter | None = None,
     adapt: Callable[[Any], Any] | None = None, ranks: Ranks | None = None, cpu_offload: bool = False,
 ) -> Policy:  # fmt: skip
-    """The policy a model spec names (`settings.model` by default), on its device, in eval mode and without dropout. Raises ModelError.
+    """The policy a model spec names (`settings.model` by default), on its device, in eval mode and without dropout.
 
-    adapt: puts adapters on the model. ranks: shards the weights over them; only the first reads the weights.
+    chat, key: of this model, if they are known already (lazy_policy.py); else the tokenizer is loaded and the weights hashed.
+    meter: counts what the policy computes. adapt: puts adapters on the model.
+    ranks: shards the weights over them; only the first reads the weights.
+    Raises ModelError.
     """
     path = model_sources.resolve(spec or settings.model)
-    tokenizer = load_tokenizer(path, settings)
-    chat = Chat(tokenizer, end_ids(path, tokenizer))
-    model = _model(
-        path, settings, "cpu" if ranks else device or resolve_device(settings.device), empty=ranks is not None and not ranks.main
-    )
-    own_attention = model.config._attn_implementation
-    policy = Policy(adapt(model) if adapt else model, chat, weights_key(path, settings, chat), path, own_attention, ranks=ranks)
+    if chat is None:
+        tokenizer = load_tokenizer(path, settings)
+        chat = Chat(tokenizer, end_ids(path, tokenizer))
+    if key is None:
+        key = weights_key(model_sources.digest(path), settings, chat)
+    target = "cpu" if ranks else device or resolve_device(settings.device)
+    model = load_model(path, settings, target, empty=ranks is not None and not ranks.main)
+    plain_attention = model.config._attn_implementation
+    adapted = adapt(model) if adapt else model
+    policy = Policy(adapted, chat, key, path, plain_attention, ranks=ranks, meter=meter or Meter())
     if ranks:
         policy.scorer = ranks.shard(policy.scorer, policy.scorer.blocks, cpu_offload)
     attention.register()
@@ -189,15 +186,18 @@ def load(
     return policy
 
 
-def _model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any:
-    """The model in a folder, ready to score; `empty`: with memory for its weights and nothing in it."""
+def load_model(path: Path, settings: ModelSettings, device: str, *, empty: bool = False) -> Any:
+    """The model in a folder, in eval mode and without dropout; `empty`: with memory for its weights and nothing in it.
+
+    Raises ModelError.
+    """
     dtype = resolve_dtype(settings.dtype, settings.device)
     disable_progress_bar()  # transformers' own, on stderr even in a pipe
     trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     try:
         model: Any
         if (base := model_sources.base(path)) != path:
-            model = _model(base, settings, device, empty)
+            model = load_model(base, settings, device, empty=empty)
             return model if empty else _adapted(model, path, settings)
         config = AutoConfig.from_pretrained(path, **trust)
         if getattr(config.get_text_config(), "attn_logit_softcapping", None):
@@ -337,8 +337,11 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def weights_key(path: Path, settings: ModelSettings, chat: Chat) -> str:
-    """16 hex digits naming weights, precision, tokenizer and template: a reference log-probability is valid under this key only."""
-    parts = [model_sources.digest(path), str(resolve_dtype(settings.dtype, settings.device)), chat.template_digest()]
+def weights_key(weights_digest: str, settings: ModelSettings, chat: Chat) -> str:
+    """16 hex digits naming weights, precision, tokenizer and template: a reference log-probability is valid under this key only.
+
+    weights_digest: of `model_sources.digest`.
+    """
+    parts = [weights_digest, str(resolve_dtype(settings.dtype, settings.device)), chat.template_digest()]
     parts += [settings.quantization] if settings.quantization != "none" else []
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

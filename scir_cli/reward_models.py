@@ -45,7 +45,7 @@ class Context:
 
     n_tokens: Tensor  # (2, pairs) tokens of first and second
     reference_logps: Tensor  # (2, pairs) under reward_reference, nats; NaN where unknown
-    external: Tensor  # (pairs,) NaN: no verdict
+    external: Tensor  # (pairs,) fp64, as it is in the data, and on the CPU: it enters no loss; NaN: no verdict
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], reward_reference: str | None, device: Any = "cpu") -> Context:
@@ -56,7 +56,7 @@ class Context:
         return cls(
             torch.tensor(lengths, dtype=torch.float32, device=device).T,
             torch.tensor(reference, dtype=torch.float32, device=device).T,
-            torch.tensor(external, dtype=torch.float32, device=device),
+            torch.tensor(external, dtype=torch.float64),
         )
 
 

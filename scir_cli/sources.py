@@ -66,12 +66,6 @@ def open_prompts(spec: str, limit: int | None = None) -> tuple[store.Rows, Count
     return _collect(source, limit, lambda row: [_prompt_row(row)], "prompts", "prompt")
 
 
-def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter[str]]:
-    """As `open_prompts`, as one table."""
-    rows, drops = open_prompts(spec, limit)
-    return rows.slice(0, rows.num_rows), drops
-
-
 def open_pairs(spec: str, limit: int | None = None, external: str | None = None) -> tuple[store.Rows, Counter[str]]:
     """The pairs of `spec`, rows of kind "judged" to be read a slice at a time, without token ids, `gold_label` naming the chosen side; and drops by reason.
 

@@ -89,6 +89,11 @@ def digest_lists(*columns: Iterable[str]) -> list[str]:
     return [digest_bytes(f"[{', '.join(row)}]".encode()) for row in zip(*columns, strict=False)]
 
 
+def sample_seed(seed: int, row_id: str, sample: int) -> int:
+    """The seed of one sample, from the run's seed and the row alone.  -> 63 bits"""
+    return int(digest_json([seed, row_id, sample])[:16], 16) >> 1
+
+
 def digest_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

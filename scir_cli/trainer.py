@@ -32,7 +32,8 @@ from scir_cli import store, trees
 from scir_cli.config import TrainSettings
 from scir_cli.errors import TrainingError, warn
 from scir_cli.objectives import Example, Metrics, Objective
-from scir_cli.parallel import Ranks, like, whole
+from scir_cli.optimizer import MasterAdamW, total_norm
+from scir_cli.parallel import Ranks
 from scir_cli.policy import NOTHING, Layout, Policy
 from scir_cli.trackers import Trackers
 from scir_cli.trees import Branch
@@ -46,68 +47,6 @@ def rate(step: int, n_steps: int, settings: TrainSettings) -> float:
         return (step + 1) / (warmup + 1)
     left = (n_steps - step) / max(1, n_steps - warmup)  # 1 after warm-up, 1 / (steps left then) in the last step
     return {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[settings.schedule]
-
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW on fp32 copies of bf16 weights, which keep 8 bits: most updates of a small learning rate would round to nothing. fp32 weights are their own."""
-
-    def __init__(self, params: Sequence[Tensor], **options: Any) -> None:
-        self.live = list(params)
-        super().__init__([p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.live], fused=True, **options)
-
-    @property
-    def master(self) -> list[Tensor]:
-        return self.param_groups[0]["params"]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One parameter at a time, so that fp32 gradients never exist all at once."""
-        group = self.param_groups[0]
-        masters = group["params"]
-        try:
-            for master, live in zip(masters, self.live, strict=True):
-                group["params"] = [master]
-                if master is not live:
-                    master.grad = None if live.grad is None else live.grad.float()
-                    live.grad = None
-                super().step(closure)
-                if master is not live:
-                    live.copy_(master)
-                    master.grad = None
-        finally:
-            group["params"] = masters
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for live in getattr(self, "live", ()):
-            live.grad = None
-
-    def update(self, max_norm: float) -> float:
-        """Ends a step: clips the gradient and follows it; its norm before that. One that is not finite is not taken."""
-        gradients = [p.grad for p in self.live if p.grad is not None]
-        norm = total_norm(gradients)
-        if norm > max_norm:
-            torch._foreach_mul_(gradients, max_norm / norm)
-        if math.isfinite(norm):
-            self.step()
-        return norm
-
-    def whole(self, keep: bool) -> dict[str, Any]:
-        """All state as one process would have it; every rank has to ask, and one that will not `keep` it gets None for tensors."""
-        moments = [{k: whole(v, keep) for k, v in self.state[p].items()} for p in self.master]
-        return {"master": [whole(p, keep) for p in self.master], "moments": moments}
-
-    @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes on `whole` state, of any number of ranks."""
-        for master, live, values, moments in zip(self.master, self.live, state["master"], state["moments"], strict=True):
-            master.copy_(like(values, master))
-            if live is not master:
-                live.copy_(master)
-            self.state[master] = {k: v if k == "step" else like(v, master) for k, v in moments.items()}
-
-
-def total_norm(gradients: Sequence[Tensor]) -> float:
-    return float(whole(torch.nn.utils.get_total_norm(gradients)))
 
 
 T = TypeVar("T")

@@ -21,8 +21,9 @@ from toy import make_adapter, make_model
 
 from scir_cli import config, model_sources, objectives, store
 from scir_cli.errors import ConfigError, DataError, EngineError, ModelError, PlanMismatch, StoreError
+from scir_cli.lazy_policy import LazyPolicy
 from scir_cli.objectives import Example
-from scir_cli.stages.common import LazyPolicy, encode_pair
+from scir_cli.pairs import encode_pairs
 
 
 @pytest.mark.parametrize("name", ["candidates", "judged", "consistency", "preferences", "scores"])
@@ -84,9 +85,10 @@ def test_the_trainers_first_log_odds_are_those_the_judge_stage_wrote(world: Path
     )
     model, reference = LazyPolicy(settings, str(world / "policy")), LazyPolicy(settings, str(world / "base"))
     objective = objectives.Scir(settings, model.chat, model.key, reference.key)
-    rows = store.read_dataset(world / "judged").to_pylist()
-    examples = [Example(encode_pair(row, model.chat)) for row in rows]
-    logps = model.policy.branch_logps([b for e in examples for b in objective.branches(e)]).view(len(rows), -1)
+    table = store.read_dataset(world / "judged")
+    rows = table.to_pylist()
+    examples = [Example(pair) for pair in encode_pairs(table, model.chat)[1]]
+    logps = model.load().branch_logps([b for e in examples for b in objective.branches(e)]).view(len(rows), -1)
     context = objectives.Context.of([e.pair for e in examples], reference.key)
     for name in ("judge", "implicit"):
         trained = objective.models[name].odds(logps[:, objective.groups[name]].T, context).log_odds

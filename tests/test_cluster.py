@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import PROMPTS, generate, run, without_backend
+from test_chain import run
+from test_workers import PROMPTS, generate, prompts, without_backend  # noqa: F401
 
 from scir_cli import cluster, recipe, store, workers
 from scir_cli.backends.fake import FakeBackend
 from scir_cli.backends.transformers import TransformersBackend
 from scir_cli.config import GenerateSettings, build
 from scir_cli.errors import ConfigError, DataError, EngineError
-from scir_cli.workers import Job
+from scir_cli.pool import WorkerJob
 
 RAY = {"executor": "ray", "data_parallel": 2}
 
@@ -74,8 +75,7 @@ class LosesRay(FakeBackend):
         return super().generate(requests)
 
 
-@pytest.mark.slow
-def test_actors_write_the_rows_of_one_process_though_one_of_them_dies(ray: None, tiny_llama: Path, prompts: Path, tmp_path: Path):
+def test_actors_write_the_rows_of_one_process_though_one_of_them_dies(ray: None, tiny_llama: Path, prompts: Path, tmp_path: Path):  # noqa: F811
     generate(tiny_llama, prompts, tmp_path / "one", "transformers")
     manifest = generate(tiny_llama, prompts, tmp_path / "two", "test_cluster:DiesOnce", **RAY)
     assert (tmp_path / "two" / "died").exists()
@@ -83,11 +83,10 @@ def test_actors_write_the_rows_of_one_process_though_one_of_them_dies(ray: None,
     assert without_backend(store.read_dataset(tmp_path / "two")) == without_backend(store.read_dataset(tmp_path / "one"))
 
 
-@pytest.mark.slow
 def test_a_recipe_chooses_the_executor_of_a_stage(
     ray: None,
     tiny_llama: Path,
-    prompts: Path,
+    prompts: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -110,25 +109,23 @@ steps:
     assert store.read_dataset(tmp_path / "judged").equals(store.read_dataset(tmp_path / "local"))
 
 
-@pytest.mark.slow
 def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machine(
     ray: None,
     tiny_llama: Path,
-    prompts: Path,
+    prompts: Path,  # noqa: F811
     tmp_path: Path,
 ):
     with pytest.raises(EngineError, match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished"):
-        generate(tiny_llama, prompts, tmp_path / "fails", "failing_backends:DiesAtSeven", executor="ray")
+        generate(tiny_llama, prompts, tmp_path / "fails", "test_workers:DiesAtSeven", executor="ray")
     assert (tmp_path / "fails" / "data-00002.arrow").exists()
     with pytest.raises(DataError, match="^these data are wrong$"):
-        generate(tiny_llama, prompts, tmp_path / "wrong", "failing_backends:IsWrong", executor="ray")
+        generate(tiny_llama, prompts, tmp_path / "wrong", "test_workers:IsWrong", executor="ray")
 
 
-@pytest.mark.slow
 def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
     ray: None,
     tiny_llama: Path,
-    prompts: Path,
+    prompts: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -143,16 +140,16 @@ def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
     assert without_backend(store.read_dataset(tmp_path / "lost")) == without_backend(store.read_dataset(tmp_path / "whole"))
 
 
-def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^--executor ray needs the package ray: pip install 'scir-cli\[ray\]'$"):
+    with pytest.raises(ConfigError, match=r"^--executor ray needs the package ray: pip install 'scir\[ray\]'$"):
         generate(tiny_llama, prompts, tmp_path / "out", "fake", executor="ray")
 
 
 def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
     def staff(there: int, **values: Any) -> tuple[int, int]:
         given = {"model": "m", "input": "i", "output_dir": "o", "data_parallel": 4, **values}
-        return cluster.actors_and_gpus(build(GenerateSettings, given, where="test"), there)
+        return cluster.worker_and_gpu_counts(build(GenerateSettings, given, where="test"), there)
 
     assert [staff(0), staff(4), staff(8, tensor_parallel_size=2), staff(8, device="cpu")] == [(4, 0), (4, 1), (4, 2), (4, 0)]
     assert staff(8, backend="openai") == (4, 0)
@@ -166,5 +163,5 @@ def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
 
 
 def test_a_node_without_the_folder_of_the_command_is_named(tmp_path: Path):
-    problem = cluster.Actor(Job("", None, "")).come(str(tmp_path / "absent"))  # type: ignore[arg-type]
+    problem = cluster.Actor(WorkerJob("", None, "")).check_in(str(tmp_path / "absent"))  # type: ignore[arg-type]
     assert isinstance(problem, ConfigError) and "absent is not on" in str(problem)

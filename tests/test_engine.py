@@ -385,7 +385,7 @@ def test_with_lora_adapters_trees_equal_plain_and_without_them_the_base(arch: st
     assert (want - base).abs().min() > 1e-2  # the adapters do something to every branch
     assert_same_logps(got, want)
     assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
-    with packed.adapters_off():
+    with packed.model.disable_adapter():
         assert_same_logps(packed.branch_logps(asked.branches), base)
     assert torch.equal(packed.branch_logps(asked.branches), got)  # and on again
 
@@ -397,14 +397,6 @@ def test_adapters_on_the_head_count_as_well(tiny_llama: Path):
     got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
     assert_same_logps(got, want)
     assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
-
-
-def test_without_adapters_the_policy_is_its_own_base(tiny_policy: Policy):
-    asked = questions()
-    with torch.no_grad(), tiny_policy.adapters_off():
-        off = tiny_policy.branch_logps(asked.branches)
-    with torch.no_grad():
-        assert torch.equal(tiny_policy.branch_logps(asked.branches), off)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the weights key

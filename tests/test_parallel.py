@@ -22,6 +22,8 @@ from toy import make_model
 
 from scir_cli import config, planning, store, trees, zero
 from scir_cli.errors import ConfigError, TrainingError
+from scir_cli.examples import encode_examples, load_training_rows
+from scir_cli.lazy_policy import LazyPolicy
 from scir_cli.objectives import Example
 from scir_cli.parallel import Ranks
 from scir_cli.stages import train
@@ -164,12 +166,14 @@ def trainer(root: Path, out: Path, **values: Any) -> Trainer:
     base = {"model": str(root / "policy"), "input": str(root / "gold.jsonl"), "output_dir": out, "reward_reference": str(root / "base"),
             "dtype": "fp32", "device": "cpu", "batch_size": 5, "learning_rate": 1e-3, "branch_gradients": False}  # fmt: skip
     settings = config.build(config.TrainSettings, base | values, where="test")
-    start = train.LazyPolicy(settings, settings.model)
-    examples, _ = train._examples(train._rows(settings)[0], start, settings)
+    start = LazyPolicy(settings, settings.model)
+    objective = train.build_objective(settings, start, "M_0")
+    rows, _ = load_training_rows(settings.input, settings.limit)
+    examples, _ = encode_examples(rows, objective, start, settings.input, labelled=settings.objective != "scir")
     for example in examples:
         example.pair.reference_logps.update({start.key: (-20.0, -21.0), "M_0": (-20.5, -20.0)})
     out.mkdir(exist_ok=True)
-    return Trainer(load_fp32(root / "policy"), train.objective_for(settings, start, "M_0"), examples, settings, out)
+    return Trainer(load_fp32(root / "policy"), objective, examples, settings, out)
 
 
 @pytest.mark.parametrize("objective", ["scir", "sft"])
@@ -243,9 +247,9 @@ def test_reference_log_probabilities_are_kept_beside_the_data_and_used_again(
     pairs = [Example(e.pair).pair for e in trainer(root, tmp_path / "a").examples]
     for pair in pairs:
         pair.reference_logps.clear()
-    start = train.LazyPolicy(first, first.model)
+    start = LazyPolicy(first, first.model)
     monkeypatch.setattr(train, "with_reference", lambda *_: pytest.fail("computed again"))
-    train._remember(pairs, start, first, Ranks(cuda=False))
+    train.add_reference_logps(pairs, start, first, Ranks(cuda=False))
     assert {p.pair_id: p.reference_logps[start.key] for p in pairs} == known
 
 
@@ -344,5 +348,5 @@ def test_under_deepspeed_lambda_is_given_as_a_number(root: Path, tmp_path: Path)
     asked = {name: value for name, value in values(root, tmp_path / "m").items() if name != "penalty_weight"}
     ranks = SimpleNamespace(zero=True, shards_weights=False)
     with pytest.raises(ConfigError, match="give --penalty-weight"):
-        train._check_zero(config.build(config.TrainSettings, asked, where="test"), ranks)  # type: ignore[arg-type]
-    train._check_zero(config.build(config.TrainSettings, asked | {"penalty_weight": 1.0}, where="test"), ranks)  # type: ignore[arg-type]
+        train.check_deepspeed(config.build(config.TrainSettings, asked, where="test"), ranks)  # type: ignore[arg-type]
+    train.check_deepspeed(config.build(config.TrainSettings, asked | {"penalty_weight": 1.0}, where="test"), ranks)  # type: ignore[arg-type]

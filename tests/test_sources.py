@@ -46,6 +46,12 @@ def own(path: Path, table: pa.Table) -> str:
     return str(path)
 
 
+def load_prompts(spec: str, limit: int | None = None) -> tuple[pa.Table, Counter[str]]:
+    """The prompts of `spec` as one table, and the rows dropped by reason."""
+    rows, drops = sources.open_prompts(spec, limit)
+    return rows.slice(0, rows.num_rows), drops
+
+
 def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
     """Messages, chosen text and rejected text of a table with one pair."""
     (row,) = table.to_pylist()
@@ -69,7 +75,7 @@ def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
     ],
 )
 def test_each_prompt_layout_gives_its_messages(tmp_path: Path, row: dict[str, Any], messages: Rows) -> None:
-    table, drops = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [row]))
+    table, drops = load_prompts(jsonl(tmp_path / "p.jsonl", [row]))
     (got,) = table.to_pylist()
     extra = '{"unrelated": 1}' if "unrelated" in row else None
     assert got == {"prompt_id": store.digest_json(messages)[:16], "messages": messages, "subset": None, "extra": extra}
@@ -86,7 +92,7 @@ def test_prompts_that_are_blank_or_repeated_are_dropped_and_counted(tmp_path: Pa
         {"prompt": "b"},
         {"prompt": "a", "subset": "x"},
     ]
-    table, drops = sources.load_prompts(jsonl(tmp_path / "p.jsonl", rows))
+    table, drops = load_prompts(jsonl(tmp_path / "p.jsonl", rows))
     assert [row["messages"][0]["content"] for row in table.to_pylist()] == ["a", "b"]
     assert drops == Counter(empty_prompt=3, duplicate_prompt=1)
     assert table.num_rows + sum(drops.values()) == len(rows)
@@ -94,13 +100,13 @@ def test_prompts_that_are_blank_or_repeated_are_dropped_and_counted(tmp_path: Pa
 
 def test_the_limit_counts_input_rows_and_not_kept_ones(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "p.jsonl", [{"prompt": ""}, {"prompt": "a"}, {"prompt": "b"}])
-    table, drops = sources.load_prompts(spec, limit=2)
+    table, drops = load_prompts(spec, limit=2)
     assert (table.num_rows, drops) == (1, Counter(empty_prompt=1))
 
 
 def test_the_subset_is_kept_as_text(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "subset": "math"}, {"prompt": "b", "subset": 3}, {"prompt": "c", "subset": ""}, {"prompt": "d"}]
-    table, _ = sources.load_prompts(jsonl(tmp_path / "p.jsonl", rows))
+    table, _ = load_prompts(jsonl(tmp_path / "p.jsonl", rows))
     assert table.column("subset").to_pylist() == ["math", "3", None, None]
 
 
@@ -199,7 +205,7 @@ def test_an_external_score_that_is_no_finite_number_is_refused(tmp_path: Path, s
 
 def test_a_missing_prompt_column_is_an_error_that_names_the_ones_present(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "p.jsonl", [{"text": "a", "chosen": "b", "rejected": "c"}])
-    for load in (sources.load_prompts, sources.load_pairs):
+    for load in (load_prompts, sources.load_pairs):
         with pytest.raises(DataError, match=r"p\.jsonl, row 1: .*'messages', 'prompt' or 'instruction'.* text, chosen, rejected$"):
             load(spec)
 
@@ -217,7 +223,7 @@ def test_a_missing_response_column_is_an_error_that_names_the_ones_present(tmp_p
 def test_messages_of_the_wrong_shape_are_an_error_that_names_the_row(tmp_path: Path, value: object) -> None:
     spec = jsonl(tmp_path / "p.jsonl", [{"messages": [USER]}, {"messages": value}])
     with pytest.raises(DataError, match=r"p\.jsonl, row 2: 'messages' should be a list of \{role, content\}"):
-        sources.load_prompts(spec)
+        load_prompts(spec)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +245,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte_offset(tmp_path: Path)
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "caf\xe9"}\n')  # 15 bytes come before 0xe9
     with pytest.raises(DataError, match="not UTF-8: byte offset 15 holds 0xe9"):
-        sources.load_prompts(str(path))
+        load_prompts(str(path))
 
 
 @pytest.mark.parametrize(
@@ -264,15 +270,15 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte_offset(tmp_path: Path)
 def test_a_file_that_cannot_be_read_is_an_error_of_one_line(tmp_path: Path, name: str, text: str, words: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=words) as caught:
-        sources.load_prompts(str(tmp_path / name))
+        load_prompts(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
 def test_a_json_list_a_byte_order_mark_and_a_line_separator_in_a_string_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text('\n[{"prompt": "a"}, {"prompt": "b"}]', encoding="utf-8")
-    assert sources.load_prompts(str(tmp_path / "p.json"))[0].num_rows == 2
+    assert load_prompts(str(tmp_path / "p.json"))[0].num_rows == 2
     (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a\u2028b"}\r\n', encoding="utf-8")
-    assert sources.load_prompts(str(tmp_path / "p.jsonl"))[0].to_pylist()[0]["messages"][0]["content"] == "a\u2028b"
+    assert load_prompts(str(tmp_path / "p.jsonl"))[0].to_pylist()[0]["messages"][0]["content"] == "a\u2028b"
 
 
 def test_a_csv_file_is_read_with_long_cells_line_breaks_and_scores(tmp_path: Path) -> None:
@@ -297,24 +303,24 @@ def test_a_parquet_file_that_was_cut_short_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b"]}), path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="truncated"):
-        sources.load_prompts(str(path))
+        load_prompts(str(path))
 
 
 def test_a_save_to_disk_folder_is_read_whatever_its_format(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([{"prompt": text} for text in "abc"]).with_format("numpy")
     data.select([2, 0]).save_to_disk(tmp_path / "saved")
-    table, _ = sources.load_prompts(str(tmp_path / "saved"))
+    table, _ = load_prompts(str(tmp_path / "saved"))
     assert [row["messages"][0]["content"] for row in table.to_pylist()] == ["c", "a"]
-    assert sources.load_prompts(str(tmp_path / "saved"), limit=1)[0].num_rows == 1
+    assert load_prompts(str(tmp_path / "saved"), limit=1)[0].num_rows == 1
 
 
 def test_a_save_to_disk_folder_with_splits_gives_the_one_that_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     datasets.DatasetDict({name: datasets.Dataset.from_list([{"prompt": name}]) for name in ("train", "test")}).save_to_disk(folder)
     for spec, text in ((f"{folder}", "train"), (f"{folder}:test", "test")):
-        assert sources.load_prompts(spec)[0].to_pylist()[0]["messages"][0]["content"] == text
+        assert load_prompts(spec)[0].to_pylist()[0]["messages"][0]["content"] == text
     with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
-        sources.load_prompts(f"{folder}:dev")
+        load_prompts(f"{folder}:dev")
     assert sources.digest(f"{folder}:test") != sources.digest(str(folder))
 
 
@@ -322,12 +328,12 @@ def test_a_save_to_disk_folder_that_is_damaged_is_refused(tmp_path: Path) -> Non
     datasets.Dataset.from_list([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"nothing")
     with pytest.raises(DataError, match="saved cannot be read"):
-        sources.load_prompts(str(tmp_path / "saved"))
+        load_prompts(str(tmp_path / "saved"))
 
 
 def test_any_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name the data file inside it"):
-        sources.load_prompts(str(tmp_path))
+        load_prompts(str(tmp_path))
 
 
 def forms(folder: Path, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
@@ -393,13 +399,13 @@ def peak(spec: str, n: int) -> int:
 
 
 def test_our_own_prompts_folder_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    table, _ = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}]))
+    table, _ = load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}]))
     folder = own(tmp_path / "prompts", table)
-    back, drops = sources.load_prompts(folder)
+    back, drops = load_prompts(folder)
     assert back.equals(table)
     assert kind_of(back) == "prompts"
     assert not drops
-    assert sources.load_prompts(folder, limit=1)[0].num_rows == 1
+    assert load_prompts(folder, limit=1)[0].num_rows == 1
 
 
 @pytest.mark.parametrize("kind", ["judged", "preferences"])
@@ -513,18 +519,18 @@ def test_a_consistency_folder_is_refused_and_the_judged_dataset_is_named(tmp_pat
 
 
 def test_our_own_folder_of_another_kind_or_unfinished_is_refused(tmp_path: Path) -> None:
-    table, _ = sources.load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}]))
+    table, _ = load_prompts(jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}]))
     folder = own(tmp_path / "prompts", table)
     with pytest.raises(DataError, match="holds a 'prompts' dataset"):
         sources.load_pairs(folder)
     (tmp_path / "prompts" / "manifest.json").unlink()
     with pytest.raises(DataError, match="not a finished dataset"):
-        sources.load_prompts(folder)
+        load_prompts(folder)
 
 
 @pytest.mark.parametrize("spec", ["", "absent.jsonl", "data/absent.jsonl", "../absent/folder", "/absent/folder", "hf://absent"])
 def test_a_path_that_does_not_exist_and_cannot_be_on_the_hub_is_refused(spec: str) -> None:
-    for use in (sources.load_prompts, sources.digest):
+    for use in (load_prompts, sources.digest):
         with pytest.raises(DataError, match="does not exist; expected a file"):
             use(spec)
 
@@ -543,7 +549,7 @@ def test_a_hub_spec_asks_for_its_config_and_split(monkeypatch: pytest.MonkeyPatc
         return datasets.Dataset.from_list([{"prompt": json.dumps([name, config, split])}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    table, _ = sources.load_prompts(spec)
+    table, _ = load_prompts(spec)
     assert json.loads(table.to_pylist()[0]["messages"][0]["content"]) == list(asked)
 
 

@@ -10,11 +10,11 @@ import torch
 from helpers import load_fp32
 from toy import make_model
 
-from scir_cli import config, consistency, objectives, reward_models
+from scir_cli import config, consistency, objectives, reward_models, schemas
 from scir_cli.objectives import Example
+from scir_cli.pairs import encode_pairs
 from scir_cli.policy import Policy
 from scir_cli.reward_models import Context, Pair
-from scir_cli.stages.common import encode_pair
 from scir_cli.trainer import Trainer
 
 LETTERS = "cdefghijklmnopqrstuv"  # 380 pairs; without a and b, which are too close to the verdicts
@@ -24,7 +24,7 @@ LABELLED, UNLABELLED = 120, 130  # the other 130 are held out: no training sees 
 def pairs(policy: Policy) -> list[tuple[Pair, int]]:
     """All (letter, wrong letter) pairs in a random order, the right answer first in about half of them."""
     rng = np.random.default_rng(0)
-    rows = []
+    rows, labels = [], []
     for letter in LETTERS:
         for wrong in LETTERS.replace(letter, ""):
             right_first = bool(rng.integers(2))
@@ -32,12 +32,16 @@ def pairs(policy: Policy) -> list[tuple[Pair, int]]:
             sides = [{"text": text, "token_ids": []} for text in texts]
             row = {
                 "pair_id": letter + wrong,
+                "prompt_id": letter,
                 "messages": [{"role": "user", "content": f"Say {letter}."}],
                 "rewards": [],
                 "reference_logps": [],
             }
-            rows.append((encode_pair({**row, "first": sides[0], "second": sides[1]}, policy.chat), 1 if right_first else -1))
-    return [rows[i] for i in rng.permutation(len(rows))]
+            rows.append({**row, "first": sides[0], "second": sides[1]})
+            labels.append(1 if right_first else -1)
+    _, encoded, drops = encode_pairs(schemas.to_table("judged", rows), policy.chat)
+    assert not drops
+    return [(encoded[i], labels[i]) for i in rng.permutation(len(rows))]
 
 
 def settings(**values: object) -> config.TrainSettings:

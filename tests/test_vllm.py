@@ -25,7 +25,7 @@ from scir_cli.backends import Request, Sampling
 from scir_cli.backends.transformers import TransformersBackend
 from scir_cli.backends.vllm import VllmBackend
 from scir_cli.errors import EngineError
-from scir_cli.stages.common import LazyPolicy
+from scir_cli.lazy_policy import LazyPolicy
 
 pytestmark = pytest.mark.vllm
 
@@ -106,8 +106,8 @@ def test_samples_of_both_backends_follow_the_models_distribution(both: tuple[Laz
     model, backend = both
     backend.sampling = Sampling(1.5, top_p, 1, 500)
     prompt = questions(model, 1)[0].prompt_ids
-    with torch.no_grad(), model.policy.own_attention():
-        full = (model.policy.model(torch.tensor([prompt])).logits[0, -1].float() / 1.5).softmax(-1)
+    with torch.no_grad(), model.load().own_attention():
+        full = (model.load().model(torch.tensor([prompt])).logits[0, -1].float() / 1.5).softmax(-1)
     ranked, order = full.sort(descending=True)
     nucleus = torch.zeros_like(full).scatter(0, order, torch.where(ranked.cumsum(0) - ranked < top_p, ranked, 0.0))
     requests = [Request(prompt, seed) for seed in range(2000)]

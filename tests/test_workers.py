@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers import PROMPTS, generate, run, without_backend
 
-from scir_cli import config, store, workers
+from scir_cli import config, local_processes, processes, store, workers
 from scir_cli.errors import ConfigError, DataError, EngineError
 from scir_cli.meter import Meter
 
@@ -60,7 +60,7 @@ def test_what_is_the_users_to_repair_stops_the_run_at_once(tiny_llama: Path, pro
 def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: pytest.MonkeyPatch):
     def devices(**values: Any) -> Any:
         settings = config.build(config.BackendSettings, {"model": "m", "output_dir": "o", **values}, where="test")
-        return workers.visible_devices(settings)
+        return local_processes.visible_devices(settings)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
     assert devices(data_parallel=4) == ["2", "3", "5", "7"]
@@ -90,6 +90,38 @@ def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(monkeypatch:
     assert workers.share("m:f", settings("auto"), meter) is not None and meter.processes == 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert workers.share("m:f", settings("auto"), Meter()) is None  # on a CPU this process does the work
+
+
+PARENT = """
+import multiprocessing, os, signal, sys, time
+from scir_cli.processes import exit_with_parent
+
+def child(parent):
+    exit_with_parent(parent, signal.SIGKILL)
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("fork").Process(target=child, args=(os.getpid(),)).start()
+    time.sleep(600)
+"""
+
+
+def test_a_child_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert Path(f"/proc/{child}").exists()
+    parent.kill()
+    parent.wait()
+    # The pipe closes when its last writer, the child, has ended.
+    assert parent.stdout.read() == ""
+    parent.stdout.close()
+
+
+def test_a_child_ends_with_its_parent_only_where_the_system_can_do_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # a C library without prctl, as on macOS
+    processes.exit_with_parent(parent=-1)  # with prctl, a parent that is not ours would end this process
 
 
 def in_session(session: int, words: tuple[str, ...] = ("",)) -> list[int]:

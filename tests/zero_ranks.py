@@ -31,7 +31,7 @@ def main() -> None:
 
         Trainer.save_checkpoint = save_and_stop  # type: ignore[method-assign]
         try:
-            train._run(config.build(config.TrainSettings, job["values"], where="test"), ranks)
+            train.run_rank(config.build(config.TrainSettings, job["values"], where="test"), ranks)
         except Interrupted:
             continue
     ranks.close()

@@ -52,7 +52,7 @@ class Completion:
 
 class Backend(Protocol):
     def __init__(self, model: Any, sampling: Sampling, settings: Any) -> None:
-        """model: its `chat`, its `path`, and its weights as `policy`, which are read when first asked for."""
+        """model: with `chat`, `path`, `meter`, and `load()`, which returns it with its weights (lazy_policy.py)."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in the order of the requests."""

@@ -42,7 +42,7 @@ class SeededNucleus(LogitsProcessor):
 
 class TransformersBackend:
     def __init__(self, model: Any, sampling: Sampling, settings: Any = None) -> None:
-        self.policy: Policy = model.policy
+        self.policy: Policy = model.load()
         self.sampling = sampling
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

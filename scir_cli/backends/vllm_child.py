@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+from scir_cli.processes import exit_with_parent
 
 
 def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log: str, parent: int) -> None:
@@ -17,9 +16,7 @@ def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log:
 
     Ends with its parent, however that dies.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before that call
-        return
+    exit_with_parent(parent, signal.SIGKILL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -19,8 +19,9 @@ from scir_cli import chat, consistency, pages, rewardbench, sources, store
 from scir_cli.config import EvalResponsesSettings, EvalRewardsSettings
 from scir_cli.errors import ConfigError, DataError
 from scir_cli.places import place
-from scir_cli.stages import generate
-from scir_cli.stages.judge import Scorer, Work, given_pairs, judge_table
+from scir_cli.stages.pairing import PairInput
+from scir_cli.stages.sampling import write_candidates
+from scir_cli.stages.scoring import Scorer, write_judged_dataset
 from scir_cli.store import Json, Part
 
 Row = dict[str, Any]
@@ -47,7 +48,8 @@ def rewards(settings: EvalRewardsSettings) -> Json:
             table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
             inner = settings.model_copy(update={"output_dir": out / "judged", "overwrite": False})
             bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
-            drops = judge_table("eval rewards", inner, scorer, Work(table, bounds, given_pairs, dropped, digest))["drops"]
+            pair_input = PairInput(table, bounds, dropped, digest)
+            drops = write_judged_dataset("eval rewards", inner, scorer, pair_input)["drops"]
         v = _verdicts(path if judged else out / "judged")
         rows = _accuracy_rows(v)
         if not any(row["value"] is not None for row in rows):
@@ -133,7 +135,7 @@ def _accuracy_rows(v: consistency.Verdicts) -> list[Row]:
 def responses(settings: EvalResponsesSettings) -> Json:
     """Answers a prompt set: a candidates dataset in OUT, and OUT/responses.json as AlpacaEval's tools take it."""
     out = settings.output_dir
-    manifest = generate.run(settings)
+    manifest = write_candidates(settings)
     if not settings.dry_run and not (out / "responses.json").exists():
         table = store.read_dataset(out, "candidates")
         store.write_json(

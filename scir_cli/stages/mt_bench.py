@@ -19,11 +19,12 @@ import torch
 
 from scir_cli import chat, odds, pages, sources, store
 from scir_cli.chat import Chat
-from scir_cli.config import EvalMtBenchSettings, GenerateSettings
+from scir_cli.config import EvalMtBenchSettings
 from scir_cli.consistency import mean_interval, to_json
 from scir_cli.errors import DataError
-from scir_cli.stages import generate
-from scir_cli.stages.common import LazyPolicy, progress
+from scir_cli.lazy_policy import LazyPolicy
+from scir_cli.stages.progress import progress
+from scir_cli.stages.sampling import write_candidates
 from scir_cli.store import Json, Part
 from scir_cli.trees import Branch, continuation
 
@@ -49,17 +50,21 @@ def run(settings: EvalMtBenchSettings) -> Json:
     """Writes a grade for each question and turn and returns the manifest; means are under "summary"."""
     out = settings.output_dir
     questions, dropped = load_questions(settings.input, settings.limit)
-    judge = LazyPolicy(settings, settings.judge or settings.model)
+    model = LazyPolicy(settings, settings.model) if settings.model else None
+    # The model that grades its own answers is hashed and loaded once.
+    grades_itself = model is not None and settings.judge in (None, settings.model)
+    judge = model if model and grades_itself else LazyPolicy(settings, settings.judge or settings.model)
     plan = {"stage": "eval mt-bench", "settings": settings.plan(), "input": sources.digest(settings.input), "judge": judge.key}
-    plan |= (
-        {"answers": sources.digest(settings.answers)} if settings.answers else {"model": LazyPolicy(settings, settings.model).key}
-    )
+    plan |= {"model": model.key} if model else {"answers": sources.digest(settings.answers or "")}
     n = sum(len(q["turns"]) for q in questions)
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
 
     def make(low: int, high: int) -> Part:
-        answers = load_answers(settings.answers) if settings.answers else answer(questions, settings)
+        answers = load_answers(settings.answers) if model is None else answer(questions, settings, model)
+        if model is not None and model is not judge:
+            # Its weights leave the memory before those of the judge are read.
+            model.unload()
         write_answers(out / "answers.jsonl", answers, settings.answers or settings.model)
         rows = grade(questions, answers, judge, settings.max_tokens_per_pack)
         return Part(rows, n, +Counter(not_answered=n - len(rows)))
@@ -147,7 +152,7 @@ def write_answers(path: Path, answers: Answers, model: str) -> None:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def answer(questions: list[Row], settings: EvalMtBenchSettings) -> Answers:
+def answer(questions: list[Row], settings: EvalMtBenchSettings, model: LazyPolicy) -> Answers:
     """The model's answers, turn by turn: each turn sees the answers to those before it. A question ends where one did not fit."""
     answers: Answers = {q["id"]: [] for q in questions}
     for turn in range(max(len(q["turns"]) for q in questions)):
@@ -158,7 +163,8 @@ def answer(questions: list[Row], settings: EvalMtBenchSettings) -> Answers:
                 by_temperature.setdefault(chosen, []).append(q)
         for temperature, group in by_temperature.items():
             asked = {q["id"]: dialogue(q, answers[q["id"]], turn)[:-1] for q in group}
-            said = _sampled(list(asked.values()), f"turn-{turn + 1}-{temperature}", temperature, settings)
+            chosen_settings = settings.model_copy(update={"temperature": temperature})
+            said = _sampled(list(asked.values()), f"turn-{turn + 1}-{temperature}", chosen_settings, model)
             for name, messages in asked.items():
                 response = said.get(_key(messages))
                 answers[name] += [] if response is None else [response]
@@ -172,16 +178,18 @@ def dialogue(question: Row, answers: list[str], turn: int) -> list[Row]:
     return [{"role": role, "content": text} for side in sides for role, text in side]
 
 
-def _sampled(conversations: list[list[Row]], name: str, temperature: float, settings: EvalMtBenchSettings) -> dict[str, str]:
-    """One response to each conversation by its key, through `generate`: it resumes, and equal conversations are asked once."""
+def _sampled(conversations: list[list[Row]], name: str, settings: EvalMtBenchSettings, model: LazyPolicy) -> dict[str, str]:
+    """One response to each conversation, by its key. It resumes as `generate` does, and equal conversations are sampled once.
+
+    name: of the candidates dataset in the output folder that holds the responses.
+    """
     folder = settings.output_dir
     prompts = folder / f"{name}.jsonl"
     with store.writing(prompts) as temporary:
         temporary.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations), encoding="utf-8")
-    values = {key: value for key, value in settings if key in GenerateSettings.model_fields}
-    values |= {"input": str(prompts), "output_dir": folder / name, "temperature": temperature, "limit": None, "overwrite": False}
-    generate.run(GenerateSettings(**values))
-    turns = 1 if settings.system_prompt else 0  # the system turn that `generate` put first
+    changes = {"input": str(prompts), "output_dir": folder / name, "limit": None, "overwrite": False}
+    write_candidates(settings.model_copy(update=changes), model)
+    turns = 1 if settings.system_prompt else 0  # the system turn that sampling put first
     return {_key(row["messages"][turns:]): row["response"] for row in store.read_dataset(folder / name, "candidates").to_pylist()}
 
 
@@ -203,7 +211,7 @@ def grade(questions: list[Row], answers: Answers, judge: LazyPolicy, max_tokens:
     groups = [group for (_, _, group), fit in zip(asked, fits, strict=True) if fit]
     with progress("grading", len(groups)) as advance:
         scored = []
-        for logps in judge.policy.score(groups, max_tokens) if groups else ():
+        for logps in judge.load().score(groups, max_tokens) if groups else ():
             scored.append(expected_grade(logps))
             advance(1)
     values = iter(scored)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scir_cli import pages, parallel, report, store
+from scir_cli import pages, report, store
 from scir_cli.errors import StageFailed
 from scir_cli.places import place
+from scir_cli.processes import exit_with_parent
 from scir_cli.recipe import Step
 from scir_cli.store import Json
 
@@ -47,7 +48,7 @@ def _child(step: Step, quiet: bool) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "scir_cli", *step.arguments],
         stdout=sys.stderr if quiet else None,
-        preexec_fn=parallel.die_with_parent,
+        preexec_fn=exit_with_parent,
     )
     try:
         code = process.wait()

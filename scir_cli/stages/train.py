@@ -1,69 +1,62 @@
-"""train: pairs -> a model folder (safetensors, tokenizer, card), with the dataset's reference log-probabilities and no second model in the loop."""
+"""train: pairs -> a model folder, with the dataset's reference log-probabilities and no second model in the loop.
+
+The steps, in order:
+
+- open: rows, models, objective and plan; refuses what cannot work
+- estimate (--dry-run): tokens, memory and time, and nothing else
+- claim: the output folder
+- encode: rows -> examples with token ids
+- add_reference_logps: log-probabilities under the frozen models, from the cache if it has them
+- fit: the trainer, with scale and lambda fitted to the pairs
+- train, write: the loop; the model folder
+"""
 
 from __future__ import annotations
 
 import os
-import time
-import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+import pyarrow as pa
 
-from scir_cli import (
-    __version__,
-    config,
-    consistency,
-    losses,
-    model_sources,
-    objectives,
-    pages,
-    parallel,
-    planning,
-    reward_models,
-    sources,
-    store,
-    trackers,
-    trees,
-)
+from scir_cli import adapters, config, fitting, objectives, pages, parallel, planning, sources, store, trackers
 from scir_cli import policy as policies
 from scir_cli.config import TrainSettings
-from scir_cli.errors import ConfigError, DataError, install_hint, warn
-from scir_cli.objectives import Collapse, Example, Objective
+from scir_cli.errors import ConfigError, warn
+from scir_cli.examples import encode_examples, load_labelled_rows, load_training_rows
+from scir_cli.lazy_policy import LazyPolicy
+from scir_cli.model_folder import write_model_folder
+from scir_cli.objectives import Example, Metrics, Objective
 from scir_cli.parallel import Ranks
 from scir_cli.places import is_remote, place
 from scir_cli.policy import Policy
 from scir_cli.recipe import Step
-from scir_cli.reward_models import Context, Pair
-from scir_cli.stages.common import LazyPolicy, progress, try_encode
-from scir_cli.stages.judge import Scorer, with_reference
+from scir_cli.references import open_reward_reference, with_reference
+from scir_cli.reward_models import Pair
 from scir_cli.stages.live import View, watching
+from scir_cli.stages.progress import progress
 from scir_cli.store import Json
 from scir_cli.trainer import Trainer
+from scir_cli.validation import ValidationMetrics
 
-LABEL = {"first": 1, "second": -1, None: 0}
-FITTED_ON = 4  # steps whose gradients lambda is fitted on
-#: Settings under which what was fitted in one iteration holds in the next
-FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "voters", "confidence_threshold",
-              "penalty", "penalty_ratio", "entropy_weight", "entropy_floor", "stop_gradient", "balance", "preference_loss", "beta",
-              "target_margin")  # fmt: skip
-REFERENCE_ROWS = 256  # pairs between two moves of the progress bar
+#: From here on, the entropy term is warned about.
+LARGE_ENTROPY_WEIGHT = 0.5
+
+#: Pairs that are scored between two moves of the progress bar.
+REFERENCE_ROWS = 256
 
 
 def run(settings: TrainSettings) -> Json:
     """Trains and writes a model folder, and returns its manifest; counts are in pairs."""
     if settings.num_processes > 1 and "WORLD_SIZE" not in os.environ and not settings.dry_run:
-        given = {name: value for name, value in settings.model_dump(exclude_unset=True).items() if name != "num_processes"}
-        parallel.launch(Step("train", config.flatten(given, config.fields(TrainSettings))).arguments, settings.num_processes)
-        return store.read_json(settings.output_dir / "manifest.json")
+        return _launch(settings)
     ranks = Ranks(policies.resolve_device(settings.device).startswith("cuda"))
     try:
-        manifest = _run(settings, ranks)
+        manifest = run_rank(settings, ranks)
         if settings.report and ranks.main and not settings.dry_run:
             pages.write(settings.report, pages.training(settings.output_dir))
         return manifest
@@ -71,56 +64,180 @@ def run(settings: TrainSettings) -> Json:
         ranks.close()
 
 
-def _run(settings: TrainSettings, ranks: Ranks) -> Json:
-    trackers.check(settings.report_to)
-    _check_zero(settings, ranks)
-    rows, dropped, digests = _rows(settings)
-    if settings.objective == "scir" and settings.entropy_weight > 0.5:
-        warn(
-            f"--entropy-weight {settings.entropy_weight:g} is large: pairs grow sure of what they happen to say. 0.1 is the default"
-        )
-    scorer = Scorer(settings) if settings.objective == "scir" else None  # refuses a degenerate reward_reference
-    start = scorer.model if scorer else LazyPolicy(settings, settings.model)
-    reference = scorer.reference if scorer else None
-    reward_key = reference.key if reference else None
-    if settings.lora.rank:
-        start.options["adapt"] = partial(_with_adapters, settings=settings)
-    if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
-        for weights in filter(None, (start, reference)):
-            weights.options |= {"ranks": ranks, "cpu_offload": settings.cpu_offload}
-    kept = kept_fits(start.path, settings, reward_key) if scorer else {}
-    plan = {"stage": "train", "settings": settings.plan(), **digests, "model": start.key, "reward_reference": reward_key}
-    plan |= {"kept": kept} if kept else {}
-    out = Path(settings.output_dir)
+def _launch(settings: TrainSettings) -> Json:
+    """Runs the same command in settings.num_processes processes and returns the manifest they wrote."""
+    given = settings.model_dump(exclude_unset=True)
+    given.pop("num_processes")
+    step = Step("train", config.flatten(given, config.fields(TrainSettings)))
+    parallel.launch(step.arguments, settings.num_processes)
+    return store.read_json(settings.output_dir / "manifest.json")
+
+
+def run_rank(settings: TrainSettings, ranks: Ranks) -> Json:
+    """The whole stage in one of its processes; returns the manifest."""
+    job = TrainJob.open(settings, ranks)
     if settings.dry_run:
-        examples, drops = _examples(rows, start, settings)
-        estimate = planning.estimate(start.policy, examples, settings, objective_for(settings, start, reward_key))
+        return job.estimate()
+    with job.claim() as finished:
+        if finished is not None:
+            return {**finished, "reused": True}
+        data = job.encode()
+        job.add_reference_logps(data)
+        trainer = job.fit(data)
+        metrics = job.train(trainer)
+        return job.write(trainer, data.drops, metrics)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Pairs to train on (anchors among them), pairs to measure on, and the pairs of neither by reason."""
+
+    examples: list[Example]
+    validation: list[Example]
+    drops: Counter[str]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A training run: what it reads, the models it needs, and its plan.
+
+    reference: the reward reference, if the objective reads the implicit reward.
+    objective: counts branches and fits the scale; training has one of its own, with fitted settings.
+    fitted: the scale and lambda that an earlier iteration fitted and this one keeps.
+    """
+
+    settings: TrainSettings
+    ranks: Ranks
+    rows: pa.Table
+    dropped: Counter[str]
+    policy: LazyPolicy
+    reference: LazyPolicy | None
+    objective: Objective
+    fitted: dict[str, float]
+    plan: Json
+
+    @classmethod
+    def open(cls, settings: TrainSettings, ranks: Ranks) -> TrainJob:
+        """Reads the rows, opens the models without their weights, and makes the plan. Raises ConfigError, DataError, ModelError."""
+        trackers.check(settings.report_to)
+        check_deepspeed(settings, ranks)
+        rows, dropped = load_training_rows(settings.input, settings.limit)
+        digests: Json = {"input": sources.digest(settings.input)}
+        for name, spec in (("validation", settings.validation), ("anchors", settings.anchors)):
+            digests[name] = spec and sources.digest(spec)
+        is_scir = settings.objective == "scir"
+        if is_scir and settings.entropy_weight > LARGE_ENTROPY_WEIGHT:
+            warn(
+                f"--entropy-weight {settings.entropy_weight:g} is large: pairs grow sure of what they happen to say. 0.1 is the default"
+            )
+        sharding: Json = {}
+        if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
+            sharding = {"ranks": ranks, "cpu_offload": settings.cpu_offload}
+        adapt = partial(adapters.add_adapters, settings=settings) if settings.lora.rank else None
+        policy = LazyPolicy(settings, settings.model, adapt=adapt, **sharding)
+        reference = open_reward_reference(settings, policy, **sharding) if is_scir else None
+        reward_key = reference.key if reference else None
+        fitted = fitting.load_fitted_values(policy.path, settings, reward_key) if is_scir else {}
+        plan = {"stage": "train", "settings": settings.plan(), **digests, "model": policy.key, "reward_reference": reward_key}
+        if fitted:
+            plan["kept"] = fitted
+        objective = build_objective(settings, policy, reward_key)
+        return cls(settings, ranks, rows, dropped, policy, reference, objective, fitted, plan)
+
+    @property
+    def reward_key(self) -> str | None:
+        return self.reference.key if self.reference else None
+
+    def estimate(self) -> Json:
+        """--dry-run: what the run will take, without writing anything."""
+        examples, drops = self._encode_input()
         return {
             "dry_run": True,
-            "plan": plan,
-            "rows_in": len(rows) + dropped.total(),
-            "drops": dict(dropped + drops),
-            "estimate": estimate,
+            "plan": self.plan,
+            "rows_in": len(self.rows) + self.dropped.total(),
+            "drops": dict(self.dropped + drops),
+            "estimate": planning.estimate(self.policy.load(), examples, self.settings, self.objective),
         }
-    with store.claim(out, plan, settings.overwrite) if ranks.main else nullcontext() as done:
-        if (done := ranks.first(done)) is not None:
-            return {**done, "reused": True}
-        examples, drops = _examples(rows, start, settings)
-        anchors, lost = _examples(_labelled_rows(settings.anchors), start, settings, labelled=True)
-        examples, drops = [*examples, *anchors], drops + lost
-        validation, _ = _examples(_labelled_rows(settings.validation), start, settings, labelled=True)
-        needed = [reference] if reference is not None else []
-        for weights in [*needed, *([start] if settings.objective != "sft" else [])]:
-            _remember([e.pair for e in [*examples, *validation]], weights, settings, ranks)
-        if reference is not None:
-            reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
-        settings = settings.model_copy(update=kept)
-        if scorer and settings.scale == "fitted" and "implicit_scale" not in kept:
-            settings = settings.model_copy(update={"implicit_scale": fitted_scale(rows, examples, scorer, settings)})
-        return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
+
+    @contextmanager
+    def claim(self) -> Iterator[Json | None]:
+        """Takes the output folder for this plan; the manifest if the plan is finished already, else None."""
+        out = Path(self.settings.output_dir)
+        with store.claim(out, self.plan, self.settings.overwrite) if self.ranks.main else nullcontext() as finished:
+            yield self.ranks.first(finished)
+
+    def encode(self) -> TrainData:
+        """The rows with token ids. Raises DataError if none can be trained on."""
+        examples, drops = self._encode_input()
+        anchors, lost = self._encode_labelled(self.settings.anchors)
+        validation, _ = self._encode_labelled(self.settings.validation)
+        return TrainData([*examples, *anchors], validation, self.dropped + drops + lost)
+
+    def _encode_input(self) -> tuple[list[Example], Counter[str]]:
+        # SCIR takes its own pairs without their labels: it makes its own.
+        labelled = self.settings.objective != "scir"
+        return encode_examples(self.rows, self.objective, self.policy, self.settings.input, labelled=labelled)
+
+    def _encode_labelled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
+        if spec is None:
+            return [], Counter()
+        return encode_examples(load_labelled_rows(spec), self.objective, self.policy, spec, labelled=True)
+
+    def add_reference_logps(self, data: TrainData) -> None:
+        """Log-probabilities under the frozen models, on every pair; the reward reference then leaves the memory."""
+        pairs = [example.pair for example in [*data.examples, *data.validation]]
+        if self.reference:
+            add_reference_logps(pairs, self.reference, self.settings, self.ranks)
+        # The policy before its first step is the reference of the preference loss.
+        if self.settings.objective != "sft":
+            add_reference_logps(pairs, self.policy, self.settings, self.ranks)
+        if self.reference:
+            self.reference.unload()
+
+    def fit(self, data: TrainData) -> Trainer:
+        """The trainer, with the scale and lambda that an earlier iteration fitted or these pairs give."""
+        settings = self.settings.model_copy(update=self.fitted)
+        if isinstance(self.objective, objectives.Scir) and settings.scale == "fitted" and "implicit_scale" not in self.fitted:
+            pairs = [example.pair for example in data.examples]
+            scale = fitting.fit_implicit_scale(self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings)
+            settings = settings.model_copy(update={"implicit_scale": scale})
+        policy = self.policy.load()
+        if self.policy.sharded and not policy.takes_trees:
+            raise ConfigError(f"--sharding fsdp needs a model that takes token trees; {settings.model} does not: use ddp")
+        validate = ValidationMetrics(settings, policy, data.validation, self.reward_key) if data.validation else None
+        objective = build_objective(settings, self.policy, self.reward_key)
+        trainer = Trainer(policy, objective, data.examples, settings, Path(settings.output_dir), validate, self.ranks)
+        if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
+            objective.penalty_weight = self.ranks.first(fitting.fit_penalty_weight(trainer, settings.penalty_ratio))
+        return trainer
+
+    def train(self, trainer: Trainer) -> Metrics:
+        """Trains to the end, from the newest checkpoint if there is one, and returns the last figures."""
+        view = View(f"train {self.settings.objective}", trainer.n_steps)
+        with watching(view) if self.ranks.main else nullcontext(lambda *_: None) as see:
+            return trainer.train(see)
+
+    def write(self, trainer: Trainer, drops: Counter[str], metrics: Metrics) -> Json:
+        """Writes the model folder, on the main rank, and returns its manifest on every rank."""
+        policy = self._unsharded(trainer.policy) if self.policy.sharded else trainer.policy
+        manifest = None
+        if policy:
+            manifest = write_model_folder(trainer.settings, policy, self.policy.weights_digest, trainer, self.plan, metrics, drops)
+        return self.ranks.first(manifest)
+
+    def _unsharded(self, policy: Policy) -> Policy | None:
+        """The trained weights in one process, on the main rank. Collective: every rank has to call it."""
+        weights = policy.model.state_dict(keep_vars=True)
+        state = {name: parallel.whole(value, self.ranks.main) for name, value in weights.items()}
+        if not self.ranks.main:
+            return None
+        whole = self.policy.load_unsharded()
+        whole.model.load_state_dict(state)
+        return whole
 
 
-def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
+def check_deepspeed(settings: TrainSettings, ranks: Ranks) -> None:
+    """Raises ConfigError for settings that DeepSpeed does not support, if accelerate's plugin asks for it."""
     if ranks.zero and (settings.sharding == "fsdp" or settings.compile):
         raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
@@ -129,256 +246,36 @@ def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
         raise ConfigError("DeepSpeed gives no gradient back, so --penalty-ratio cannot be had: give --penalty-weight")
 
 
-def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
-    return objectives.TABLE[settings.objective](settings, start.chat, start.key, reward_key)
+def build_objective(settings: TrainSettings, policy: LazyPolicy, reward_key: str | None) -> Objective:
+    """The objective of the settings.  reward_key: weights key of the reward reference, if there is one"""
+    return objectives.TABLE[settings.objective](settings, policy.chat, policy.key, reward_key)
 
 
-def _remember(pairs: list[Pair], weights: LazyPolicy, settings: TrainSettings, ranks: Ranks) -> None:
-    """Adds the log-probabilities under `weights` that are missing, each rank its part, and keeps them beside the data for the next run."""
+def add_reference_logps(pairs: list[Pair], model: LazyPolicy, settings: TrainSettings, ranks: Ranks) -> None:
+    """Adds the log-probabilities under `model` to the pairs that lack them, each rank its share of the work.
+
+    They are kept in a file beside the data (or in the output folder) for the next run, under the model's weights key.
+    """
     source = place(settings.input)
-    beside = source if store.is_dataset(source) and not is_remote(source) else Path(settings.output_dir)
-    path = beside / f"reference_logps-{weights.key}.arrow"
-    _add(pairs, weights.key, store.read_columns(path) if path.exists() else {})
-    missing = [pair for pair in pairs if weights.key not in pair.reference_logps]
+    folder = source if store.is_dataset(source) and not is_remote(source) else Path(settings.output_dir)
+    cache = folder / f"reference_logps-{model.key}.arrow"
+    _fill_from_cache(pairs, model.key, store.read_columns(cache) if cache.exists() else {})
+    missing = [pair for pair in pairs if model.key not in pair.reference_logps]
     if not ranks.first(len(missing)):
         return
-    own = missing[ranks.rank :: ranks.size]
-    with progress("reference log-probabilities", len(own)) as advance:
-        for low in range(0, max(ranks.gather(len(own))), REFERENCE_ROWS):  # as often on every rank: sharded weights need them all
-            with_reference(own[low : low + REFERENCE_ROWS], weights, settings.max_tokens_per_pack)
-            advance(len(own[low : low + REFERENCE_ROWS]))
-    for part in ranks.gather({p.pair_id: p.reference_logps[weights.key] for p in own}):
-        _add(missing, weights.key, part)
-    if ranks.main and os.access(beside, os.W_OK):
-        known = {p.pair_id: p.reference_logps[weights.key] for p in pairs}
-        store.write_columns(path, known)
+    local = missing[ranks.rank :: ranks.size]
+    with progress("reference log-probabilities", len(local)) as advance:
+        # Every rank makes as many calls: with sharded weights each call needs all of them.
+        for low in range(0, max(ranks.gather(len(local))), REFERENCE_ROWS):
+            with_reference(local[low : low + REFERENCE_ROWS], model, settings.max_tokens_per_pack)
+            advance(len(local[low : low + REFERENCE_ROWS]))
+    for part in ranks.gather({pair.pair_id: pair.reference_logps[model.key] for pair in local}):
+        _fill_from_cache(missing, model.key, part)
+    if ranks.main and os.access(folder, os.W_OK):
+        store.write_columns(cache, {pair.pair_id: pair.reference_logps[model.key] for pair in pairs})
 
 
-def _add(pairs: list[Pair], key: str, known: dict[str, tuple[float, float]]) -> None:
+def _fill_from_cache(pairs: Sequence[Pair], key: str, cached: dict[str, tuple[float, float]]) -> None:
     for pair in pairs:
-        if pair.pair_id in known:
-            pair.reference_logps[key] = known[pair.pair_id]
-
-
-def kept_fits(model: Path, settings: TrainSettings, reward_key: str | None) -> dict[str, float]:
-    """The scale and the lambda that were fitted when `model` was trained with the same settings against the same reward reference; {} where they were not.
-
-    Fitting the scale anew in each iteration lowers it as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
-    """
-    wanted = {"implicit_scale": settings.scale == "fitted", "penalty_weight": settings.penalty_weight is None}
-    plan, manifest = model / "plan.json", model / "manifest.json"
-    if not any(wanted.values()) or not (plan.exists() and manifest.exists()):
-        return {}
-    made, found = store.read_json(plan), store.read_json(manifest).get("fitted", {})
-    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in FITTED_FOR)
-    return {name: found[name] for name, want in wanted.items() if want and name in found} if same else {}
-
-
-def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> float:
-    """--scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts, those in the data or, where there are none, its own."""
-    pairs = [e.pair for e in examples]
-    said = [[r["log_odds"] for r in row["rewards"] if r["reward_model"] == "judge"] for row in rows]
-    judge = torch.tensor([float("nan") if a is None else a for one in said for a in one])
-    if not len(judge):
-        asked = [scorer.models["judge"].branches(pair) for pair in pairs[:REFERENCE_ROWS]]
-        logps = torch.stack(list(scorer.model.policy.score(asked, settings.max_tokens_per_pack)))
-        judge = scorer.models["judge"].odds(logps.T, Context.of(pairs[:REFERENCE_ROWS], None)).log_odds
-    own = torch.tensor([p.reference_logps[scorer.model.key] for p in pairs]).T  # (2, pairs)
-    implicit = scorer.models["implicit"].odds(own, Context.of(pairs, scorer.reference_key)).log_odds
-    return settings.implicit_scale * losses.matching_scale(judge, implicit)
-
-
-def fitted_weight(trainer: Trainer, ratio: float) -> float:
-    """--penalty-ratio: lambda such that the penalty's gradient is `ratio` times the preference loss's at the start, over the first steps' pairs."""
-    norms = trainer.term_norms(("preference", "penalty"), FITTED_ON)
-    if not all(norms.values()):
-        warn(f"--penalty-ratio: the gradient norms of the first {FITTED_ON} steps are {norms}; lambda is {ratio:g}")
-        return ratio
-    return ratio * norms["preference"] / norms["penalty"]
-
-
-def _rows(settings: TrainSettings) -> tuple[list[dict[str, Any]], Counter[str], Json]:
-    """The training rows, each with a `label`; which columns count as labels depends on the kind of dataset, never on the objective."""
-    path = place(settings.input)
-    if store.is_dataset(path):
-        table, dropped = store.read_dataset(path, "preferences", "judged").slice(0, settings.limit), Counter[str]()
-    else:
-        table, dropped = sources.load_pairs(settings.input, settings.limit)
-    if not table.num_rows:
-        raise DataError(f"{settings.input} holds no pair to train on ({dict(dropped) or 'it has no rows'})")
-    rows = table.to_pylist()
-    for row in rows:
-        row["label"] = row["label"] if "label" in row else row["gold_label"]
-    others = {
-        name: spec and sources.digest(spec) for name, spec in (("validation", settings.validation), ("anchors", settings.anchors))
-    }
-    digests = {"input": sources.digest(settings.input), **others}
-    return rows, dropped, digests
-
-
-def _labelled_rows(spec: str | None) -> list[dict[str, Any]]:
-    rows = sources.load_pairs(spec)[0].to_pylist() if spec else []
-    return [{**row, "label": row["gold_label"]} for row in rows if row["gold_label"]]
-
-
-def _examples(
-    rows: list[dict[str, Any]], start: LazyPolicy, settings: TrainSettings, labelled: bool | None = None
-) -> tuple[list[Example], Counter[str]]:
-    """The rows as examples, with their labels; SCIR's own pairs are taken without, where nothing else is said."""
-    labelled = settings.objective != "scir" if labelled is None else labelled
-    drops: Counter[str] = Counter()
-    objective = objective_for(settings, start, None)
-    examples = []
-    for row in rows:
-        pair = try_encode(row, start.chat)
-        label = LABEL[row["label"]] if labelled else 0
-        branches = objective.branches(Example(pair, label)) if pair else []
-        if pair is None:
-            drops["prompt_boundary"] += 1
-        elif labelled and label == 0:
-            drops["unlabelled"] += 1
-        elif max(len(b.ids) for b in branches) > start.context_length:
-            drops["too_long"] += 1
-        else:
-            probability = row.get("label_probability")
-            examples.append(Example(pair, label, 1.0 if probability is None else probability, trees.size(branches)))
-    if rows and not examples:
-        raise DataError(f"{settings.input} leaves no pair to train on: {dict(drops)}")
-    return examples, drops
-
-
-def _train(
-    settings: TrainSettings, start: LazyPolicy, reward_key: str | None, examples: list[Example], validation: list[Example],
-    drops: Counter[str], plan: Json, ranks: Ranks,
-) -> Json:  # fmt: skip
-    policy = start.policy
-    if start.sharded and not policy.takes_trees:
-        raise ConfigError(f"--sharding fsdp needs a model that takes token trees; {settings.model} does not: use ddp")
-    watch = Watch(settings, policy, [e.pair for e in validation], [e.label for e in validation], reward_key)
-    objective = objective_for(settings, start, reward_key)
-    trainer = Trainer(policy, objective, examples, settings, Path(settings.output_dir), watch if validation else None, ranks)
-    if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
-        objective.penalty_weight = ranks.first(fitted_weight(trainer, settings.penalty_ratio))
-    with watching(View(f"train {settings.objective}", trainer.n_steps)) if ranks.main else nullcontext(lambda *_: None) as see:
-        final = trainer.train(see)
-    if start.sharded:
-        state = {name: parallel.whole(value, ranks.main) for name, value in policy.model.state_dict(keep_vars=True).items()}
-        if ranks.main:
-            policy = policies.load(settings, str(start.path), "cpu", adapt=start.options.get("adapt"))
-            policy.model.load_state_dict(state)
-    manifest = _write_model(settings, policy, trainer, plan, Path(settings.output_dir), final, drops) if ranks.main else None
-    return ranks.first(manifest)
-
-
-def _with_adapters(model: Any, settings: TrainSettings) -> Any:
-    """The model with LoRA adapters, which change nothing until they are trained; with them off it is its own frozen start."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(f"--lora-rank needs the package peft: {install_hint('lora')}") from error
-    torch.manual_seed(settings.seed)  # every rank the same adapters
-    targets = settings.lora.target_modules
-    config = LoraConfig(
-        r=settings.lora.rank, lora_alpha=settings.lora.alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM"
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )  # peft's, of transformers 5.23
-        return get_peft_model(model, config)
-
-
-class Watch:
-    """Figures of each reward model on labelled pairs while training goes on: which side wins is free, so it is watched (METHOD 4.5)."""
-
-    def __init__(
-        self, settings: TrainSettings, policy: Policy, pairs: Sequence[Pair], labels: Sequence[int], reward_key: str | None
-    ) -> None:
-        self.settings, self.policy, self.pairs, self.gold, self.reward_key = (
-            settings,
-            policy,
-            pairs,
-            np.array(labels, dtype=float),
-            reward_key,
-        )
-        names = [m for m in settings.reward_models if m == "judge" or (m == "implicit" and reward_key)]
-        self.models = reward_models.make(names, policy.chat, settings)
-        self.guard = Collapse(1)
-
-    def __call__(self) -> dict[str, float]:
-        asked = [reward_models.ask(self.models, pair) for pair in self.pairs]
-        logps = torch.stack(list(self.policy.score(asked, self.settings.max_tokens_per_pack)))
-        answers = reward_models.answer(self.models, logps, Context.of(self.pairs, self.reward_key))
-        odds = np.stack([answer.log_odds.numpy().astype(float) for answer in answers.values()])
-        figures: dict[str, float] = {}
-        for name, values in zip(answers, odds, strict=True):
-            figures[f"validation/accuracy/{name}"] = float(np.mean(np.where(values == 0, 0.5, values * self.gold > 0)))
-            figures[f"validation/abs_log_odds/{name}"] = float(np.abs(values).mean())
-        if "judge" in answers and (orders := answers["judge"].orders) is not None:
-            figures["validation/flip_rate"] = float((orders[0].sign() == -orders[1].sign()).float().mean())
-            self.guard(figures["validation/abs_log_odds/judge"], figures["validation/flip_rate"])
-        if len(odds) > 1:
-            figures["validation/agreement"] = float(np.nanmean(consistency.agreement(odds).agree))
-        return figures
-
-
-def _merged(policy: Policy, settings: TrainSettings, adapter: Path) -> Any:
-    """The model with its adapters in its weights; those of a model held in 4 bits go into the weights it came with."""
-    if settings.quantization == "none":
-        return policy.model.merge_and_unload()
-    from peft import PeftModel
-
-    base = policies.load(settings.model_copy(update={"quantization": "none"}), str(policy.path), "cpu")
-    return PeftModel.from_pretrained(base.model, adapter).merge_and_unload()
-
-
-def _write_model(
-    settings: TrainSettings, policy: Policy, trainer: Trainer, plan: Json, out: Path, final: Json, drops: Counter[str]
-) -> Json:
-    model = policy.model
-    with store.disk_errors(out):
-        if settings.lora.rank:
-            with warnings.catch_warnings():  # peft looks for a config in what it was trained on, and an adapter's folder has none
-                warnings.filterwarnings("ignore", message="Could not find a config file")
-                model.save_pretrained(out / "adapter")
-            store.write_json(out / "adapter" / model_sources.FOR, {"digest": model_sources.digest(policy.path)})
-            model = _merged(policy, settings, out / "adapter")
-        model.set_attn_implementation(policy.plain_attention)
-        model.save_pretrained(out)
-        policy.chat.tokenizer.save_pretrained(out)
-        generation = model_sources.base(policy.path) / "generation_config.json"
-        if generation.is_file():
-            (out / generation.name).write_bytes(generation.read_bytes())
-        (out / "README.md").write_text(_card(settings, plan, trainer), encoding="utf-8")
-    manifest = {
-        "kind": "model",
-        "digest": store.digest_json([store.digest_file(f) for f in sorted(out.glob("*.safetensors"))]),
-        "rows_in": len(trainer.examples) + drops.total(),
-        "rows_out": len(trainer.examples),
-        "drops": dict(drops),
-        "nulls": {},
-        "steps": trainer.n_steps,
-        "seconds": round(time.monotonic() - trainer.started, 3),
-        "versions": store.versions(),
-        "summary": {name: round(float(value), 6) for name, value in final.items()},
-    }
-    if isinstance(trainer.objective, objectives.Scir):
-        manifest["fitted"] = {"implicit_scale": settings.implicit_scale, "penalty_weight": trainer.objective.penalty_weight}
-    store.write_json(out / "manifest.json", manifest)
-    trainer.finish()
-    return manifest
-
-
-def _card(settings: TrainSettings, plan: Json, trainer: Trainer) -> str:
-    lines = [f"| `{name}` | {value} |" for name, value in plan["settings"].items()]
-    return "\n".join(
-        [
-            "---", "library_name: transformers", "tags: [scir, preference-optimisation]", "---", "",
-            f"# A policy trained by scir {__version__}", "",
-            f"Objective `{settings.objective}`, {trainer.n_steps} steps on {len(trainer.examples)} pairs.", "",
-            f"- parent: `{settings.model}` (weights key `{plan['model']}`)",
-            f"- data: `{settings.input}` (digest `{plan['input']}`)",
-            f"- reward reference: `{settings.reward_reference}` (weights key `{plan['reward_reference']}`)", "",
-            "| setting | value |", "|---|---|", *lines, "",
-        ]
-    )  # fmt: skip
+        if pair.pair_id in cached:
+            pair.reference_logps[key] = cached[pair.pair_id]

@@ -24,7 +24,8 @@ from scir_cli.config import EvalWinrateSettings
 from scir_cli.consistency import from_table, subset_rows
 from scir_cli.errors import DataError, install_hint
 from scir_cli.places import place
-from scir_cli.stages.judge import Scorer, Work, given_pairs, judge_table
+from scir_cli.stages.pairing import PairInput
+from scir_cli.stages.scoring import Scorer, write_judged_dataset
 from scir_cli.store import Json, Part
 from scir_cli.winrates import Array, Gamed
 
@@ -224,8 +225,8 @@ def _judged(matches: list[Match], settings: EvalWinrateSettings, scorer: Scorer,
     pairs = {pair["pair_id"]: pair for match in matches for pair in map(_pair, match.rows)}
     table = schemas.to_table("judged", pairs.values())
     inner = settings.model_copy(update={"output_dir": settings.output_dir / "judged", "overwrite": False})
-    work = Work(table, store.part_bounds(table.num_rows, settings.rows_per_part), given_pairs, Counter(), digest)
-    judge_table("eval winrate", inner, scorer, work)
+    bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
+    write_judged_dataset("eval winrate", inner, scorer, PairInput(table, bounds, Counter(), digest))
     v = from_table(store.read_dataset(inner.output_dir, "judged"))
     odds = dict(zip(v.pair_ids, v.log_odds[v.names.index(settings.reward_models[0])], strict=True))
     found = []

@@ -1,0 +1,88 @@
+"""The scale s and the penalty weight lambda, fitted to the data at the start of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from scir_cli import consistency, losses, store
+from scir_cli.config import TrainSettings
+from scir_cli.errors import warn
+from scir_cli.lazy_policy import LazyPolicy
+from scir_cli.reward_models import Context, Pair, RewardModel
+from scir_cli.trainer import Trainer
+
+#: Steps over whose gradients lambda is fitted.
+N_FITTING_STEPS = 4
+
+#: Pairs that the judge scores for the scale, if the data hold no verdicts of it.
+N_JUDGED_PAIRS = 256
+
+#: Settings under which what was fitted in one iteration holds in the next
+FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "voters", "confidence_threshold",
+              "penalty", "penalty_ratio", "entropy_weight", "entropy_floor", "stop_gradient", "balance", "preference_loss", "beta",
+              "target_margin")  # fmt: skip
+
+
+def load_fitted_values(model: Path, settings: TrainSettings, reward_key: str | None) -> dict[str, float]:
+    """The scale and lambda fitted when `model` was trained with the same settings and reward reference; else {}.
+
+    A scale that is fitted again in each iteration falls as log-ratios grow, and with it the penalty's hold on the policy
+    (docs/study.md).
+    """
+    wanted = {"implicit_scale": settings.scale == "fitted", "penalty_weight": settings.penalty_weight is None}
+    plan, manifest = model / "plan.json", model / "manifest.json"
+    if not any(wanted.values()) or not (plan.exists() and manifest.exists()):
+        return {}
+    earlier = store.read_json(plan)
+    fitted = store.read_json(manifest).get("fitted", {})
+    if earlier.get("reward_reference") != reward_key:
+        return {}
+    if any(earlier["settings"].get(name) != getattr(settings, name) for name in FITTED_FOR):
+        return {}
+    return {name: fitted[name] for name, want in wanted.items() if want and name in fitted}
+
+
+def fit_implicit_scale(
+    rows: pa.Table,
+    pairs: Sequence[Pair],
+    models: dict[str, RewardModel],
+    policy: LazyPolicy,
+    reward_key: str | None,
+    settings: TrainSettings,
+) -> float:
+    """--scale fitted: s with which the implicit log-odds have the median size of the judge's.
+
+    rows: of the dataset, with the judge's verdicts; if it holds none, the policy scores the first pairs as the judge.
+    pairs: with log-probabilities under the policy and the reward reference, whose keys are policy.key and reward_key.
+    """
+    if "judge" in consistency.model_names([rows]):
+        judge = torch.from_numpy(consistency.log_odds(rows, ["judge"])[0].astype(np.float32))
+    else:
+        judge = _judge_log_odds(pairs[:N_JUDGED_PAIRS], models["judge"], policy, settings.max_tokens_per_pack)
+    logps = torch.tensor([pair.reference_logps[policy.key] for pair in pairs]).T  # (2, pairs)
+    implicit = models["implicit"].odds(logps, Context.of(pairs, reward_key)).log_odds
+    return settings.implicit_scale * losses.matching_scale(judge, implicit)
+
+
+def _judge_log_odds(pairs: Sequence[Pair], judge: RewardModel, policy: LazyPolicy, max_tokens: int) -> torch.Tensor:
+    """The judge's log-odds under the policy, nats.  -> (pairs,)"""
+    branches = [judge.branches(pair) for pair in pairs]
+    logps = torch.stack(list(policy.load().score(branches, max_tokens)))  # (pairs, branches)
+    return judge.odds(logps.T, Context.of(pairs, None)).log_odds
+
+
+def fit_penalty_weight(trainer: Trainer, ratio: float) -> float:
+    """--penalty-ratio: lambda with which the penalty's gradient norm is `ratio` times the preference loss's.
+
+    Both norms are taken at the first weights, over the pairs of the first steps.
+    """
+    norms = trainer.term_norms(("preference", "penalty"), N_FITTING_STEPS)
+    if not all(norms.values()):
+        warn(f"--penalty-ratio: the gradient norms of the first {N_FITTING_STEPS} steps are {norms}; lambda is {ratio:g}")
+        return ratio
+    return ratio * norms["preference"] / norms["penalty"]

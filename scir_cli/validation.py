@@ -1,0 +1,62 @@
+"""Figures of each reward model on labelled pairs while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from scir_cli import consistency, reward_models
+from scir_cli.config import TrainSettings
+from scir_cli.objectives import Collapse, Example, Metrics
+from scir_cli.odds import Odds
+from scir_cli.policy import Policy
+from scir_cli.reward_models import Context, RewardModel
+
+
+class ValidationMetrics:
+    """Accuracy, size and agreement of the reward models on labelled pairs, at the weights of the moment.
+
+    SCIR does not decide which side wins an agreement, so it is measured (METHOD 4.5).
+    A reward model of the settings is left out if these pairs cannot be scored by it: the implicit reward without a
+    reward reference, a model that writes text first, scores from elsewhere.
+    """
+
+    def __init__(self, settings: TrainSettings, policy: Policy, examples: Sequence[Example], reward_key: str | None) -> None:
+        self.policy = policy
+        self.max_tokens = settings.max_tokens_per_pack
+        self.pairs = [example.pair for example in examples]
+        self.gold = np.array([example.label for example in examples], dtype=float)
+        self.reward_key = reward_key
+        models = reward_models.make(settings.reward_models, policy.chat, settings)
+        self.models = {name: model for name, model in models.items() if self._can_score(name, model)}
+        self.guard = Collapse(1)
+
+    def _can_score(self, name: str, model: RewardModel) -> bool:
+        if name == "implicit" and not self.reward_key:
+            return False
+        return model.n_branches > 0 and not any(model.requests(pair) for pair in self.pairs[:1])
+
+    def __call__(self) -> Metrics:
+        """The figures, by their names in metrics.jsonl; log-odds are in nats. Empty if no reward model can score the pairs."""
+        if not self.models:
+            return {}
+        answers = self._answers()
+        log_odds = np.stack([answer.log_odds.numpy().astype(float) for answer in answers.values()])  # (models, pairs)
+        metrics: Metrics = {}
+        for name, values in zip(answers, log_odds, strict=True):
+            correct = np.where(values == 0, 0.5, values * self.gold > 0)
+            metrics[f"validation/accuracy/{name}"] = float(np.mean(correct))
+            metrics[f"validation/abs_log_odds/{name}"] = float(np.abs(values).mean())
+        if "judge" in answers and (orders := answers["judge"].orders) is not None:
+            metrics["validation/flip_rate"] = float((orders[0].sign() == -orders[1].sign()).float().mean())
+            self.guard(metrics["validation/abs_log_odds/judge"], metrics["validation/flip_rate"])
+        if len(log_odds) > 1:
+            metrics["validation/agreement"] = float(np.nanmean(consistency.agreement(log_odds).agree))
+        return metrics
+
+    def _answers(self) -> dict[str, Odds]:
+        branches = [reward_models.ask(self.models, pair) for pair in self.pairs]
+        logps = torch.stack(list(self.policy.score(branches, self.max_tokens)))
+        return reward_models.answer(self.models, logps, Context.of(self.pairs, self.reward_key))
