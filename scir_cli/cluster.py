@@ -89,7 +89,7 @@ class Actors:
         self.ray: Any = importlib.import_module("ray")
         # no address="auto": that takes any cluster it finds, another command's own too
         self.ray.init(log_to_driver=False, logging_level="ERROR")
-        n, gpus = actors_and_gpus(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
+        n, gpus = worker_and_gpu_counts(job.settings, int(self.ray.cluster_resources().get("GPU", 0)))
         kind = self.ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, scheduling_strategy="SPREAD")(Actor)
         self.actors = [kind.remote(job) for _ in range(min(n, parts))]
         self.asked: dict[Any, tuple[int, Todo | None]] = {}
@@ -126,7 +126,7 @@ class Actors:
         return Said(number, todo, said)
 
 
-def actors_and_gpus(settings: BackendSettings, cluster_gpus: int) -> tuple[int, int]:
+def worker_and_gpu_counts(settings: BackendSettings, cluster_gpus: int) -> tuple[int, int]:
     """The number of actors and of GPUs per actor, on a cluster with `cluster_gpus` GPUs."""
     usable = cluster_gpus if cluster_gpus and workers.on_gpus(settings) else 0
     return workers.count(settings, usable), settings.tensor_parallel_size if usable else 0

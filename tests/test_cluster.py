@@ -152,7 +152,7 @@ def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, t
 def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
     def staff(there: int, **values: Any) -> tuple[int, int]:
         given = {"model": "m", "input": "i", "output_dir": "o", "data_parallel": 4, **values}
-        return cluster.actors_and_gpus(build(GenerateSettings, given, where="test"), there)
+        return cluster.worker_and_gpu_counts(build(GenerateSettings, given, where="test"), there)
 
     assert [staff(0), staff(4), staff(8, tensor_parallel_size=2), staff(8, device="cpu")] == [(4, 0), (4, 1), (4, 2), (4, 0)]
     assert staff(8, backend="openai") == (4, 0)
