@@ -87,7 +87,8 @@ class _TargetLogps(torch.autograd.Function):
         straight = kept if kept is not None and kept.dtype == torch.float32 and finish.scale == 1 else None  # made where it is kept
         for low, high, first, last in bounds:
             at = row[first:last] - low, token[first:last]
-            z = finish(logits_of_rows(h[low:high], weight, bias, *at, out=None if straight is None else straight[low:high]))
+            block = None if straight is None else straight[low:high]
+            z = finish(logits_of_rows(h[low:high], weight, bias, *at, out=block))
             logps = _log_softmax(z)  # (rows, vocab) fp32
             out[first:last] = logps[at]
             if kept is not None:

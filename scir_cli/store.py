@@ -414,12 +414,6 @@ def write_part(todo: Todo, kind: str, part: Part) -> None:
         writer.write_table(table)
 
 
-def part_paths(folder: Path) -> list[Path]:
-    """The data files of a dataset folder in the order of their parts."""
-    # A number of six digits follows every number of five.
-    return sorted(folder.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))
-
-
 def _finish(
     out: Path,
     kind: str,
@@ -430,7 +424,7 @@ def _finish(
     plan: Json,
     inputs: Mapping[str, str],
 ) -> Json:
-    paths = part_paths(out)
+    paths = sorted(out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))  # six digits come after five
     parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
     for path in paths:
         table = read_part(path)

@@ -32,7 +32,8 @@ def plugged(cuda: bool) -> dict[str, Any] | None:
     try:
         import deepspeed
     except ImportError as error:
-        raise ConfigError(f"accelerate's DeepSpeed plugin needs the package deepspeed: {install_hint('deepspeed')}") from error
+        needs = "accelerate's DeepSpeed plugin needs the package deepspeed"
+        raise ConfigError(f"{needs}: {install_hint('deepspeed')}") from error
     from accelerate.utils import DeepSpeedPlugin
 
     for handler in deepspeed.utils.logger.handlers:

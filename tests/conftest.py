@@ -1,4 +1,4 @@
-"""What every test shares: two threads (one per process of pytest-xdist), no network, and one tiny llama."""
+"""What every test shares: two threads (or OMP_NUM_THREADS), no network, and one tiny llama."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from scir_cli import policy, store
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# As many as the worker processes have, which read the variable themselves: with another number, sums are rounded otherwise.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers_logging.disable_progress_bar()
 
 

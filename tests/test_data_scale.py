@@ -249,9 +249,12 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
 
 
 def test_the_hundred_thousandth_part_comes_after_the_one_before_it(tmp_path: Path):
-    for index in (100_000, 99_999):
-        store.write_part(store.Todo(tmp_path / f"data-{index:05d}.arrow", None, 0, 0), "prompts", store.Part([], 0))
-    assert [path.name for path in store.part_paths(tmp_path)] == ["data-99999.arrow", "data-100000.arrow"]
+    def elsewhere(kind: str, todo: list[store.Todo], advance: Any) -> None:
+        for index in (100_000, 99_999):
+            store.write_part(store.Todo(tmp_path / f"data-{index:05d}.arrow", None, 0, 0), kind, store.Part([], 0))
+
+    manifest = store.write_dataset(tmp_path, "prompts", {}, [(0, 0)], lambda low, high: store.Part([], 0), share=elsewhere)
+    assert [part["file"] for part in manifest["parts"]] == ["data-99999.arrow", "data-100000.arrow"]
 
 
 @bounded(deadline=None, max_examples=30)

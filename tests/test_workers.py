@@ -21,6 +21,7 @@ from scir_cli.meter import Meter
 KILLS = int(os.environ.get("SCIR_KILLS", "2"))
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_rows_of_one(tiny_llama: Path, prompts: Path, tmp_path: Path):
     work = []
     for name, n in (("one", 1), ("two", 2)):
@@ -35,6 +36,7 @@ def test_two_processes_write_the_rows_of_one(tiny_llama: Path, prompts: Path, tm
     assert store.read_dataset(tmp_path / "j1").equals(store.read_dataset(tmp_path / "j2"))
 
 
+@pytest.mark.slow
 def test_a_dead_workers_part_is_taken_over(tiny_llama: Path, prompts: Path, tmp_path: Path):
     generate(tiny_llama, prompts, tmp_path / "died", "failing_backends:DiesOnce", data_parallel=2)
     assert (tmp_path / "died" / "died").exists()
@@ -42,6 +44,7 @@ def test_a_dead_workers_part_is_taken_over(tiny_llama: Path, prompts: Path, tmp_
     assert without_backend(store.read_dataset(tmp_path / "died")) == without_backend(store.read_dataset(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_kept(
     tiny_llama: Path, prompts: Path, tmp_path: Path
 ):
@@ -52,6 +55,7 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
     assert "data-00003.arrow" not in kept
 
 
+@pytest.mark.slow
 def test_what_is_the_users_to_repair_stops_the_run_at_once(tiny_llama: Path, prompts: Path, tmp_path: Path):
     with pytest.raises(DataError, match="these data are wrong"):
         generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:IsWrong", data_parallel=2)
