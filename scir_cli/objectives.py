@@ -7,7 +7,7 @@ mean over pairs, so that parts of a step may be taken one after the other withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from scir_cli import losses, odds, reward_models
 from scir_cli.chat import Chat
-from scir_cli.config import TrainSettings
-from scir_cli.errors import warn
+from scir_cli.config import TrainSettings, entropy_ceiling
+from scir_cli.errors import ConfigError, suggest, warn
 from scir_cli.odds import Odds
-from scir_cli.reward_models import Context, Pair
+from scir_cli.reward_models import Context, Pair, RewardModel
 from scir_cli.trees import Branch, continuation
 
 Metrics = dict[str, float]
@@ -133,6 +133,21 @@ class Dpo(_Base):
         certainty = torch.tensor([e.certainty for e in examples], device=logps.device)
         loss = losses.hedged(self.preference(logps, ratios, examples), label, certainty).mean()
         return loss, dpo_metrics(logps, ratios, label, self.settings.beta)
+
+
+def check_scir(settings: TrainSettings, models: Mapping[str, RewardModel]) -> None:
+    """Raises ConfigError for what the settings alone cannot check: it takes the reward models' classes."""
+    held, weight = settings.stop_gradient, settings.entropy_weight
+    if held not in ("none", *models):
+        raise ConfigError(f"stop_gradient is '{held}', which is not among the reward models.{suggest(held, models)}")
+    separate = settings.orders == "separate"
+    n_verdicts = sum(2 if model.has_seats and separate else 1 for model in models.values())
+    ceiling = entropy_ceiling(n_verdicts)
+    if weight >= ceiling:
+        raise ConfigError(
+            f"entropy_weight is {weight}; from {ceiling:g} on, with {n_verdicts} verdicts per pair (a model with seats has "
+            f"two), the penalty rewards confident disagreement. Use less than {ceiling:g}, 0.1 is the default"
+        )
 
 
 class Scir(_Base):

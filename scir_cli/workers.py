@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple, Protocol
 
-from scir_cli import store
+from scir_cli import backends, store
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
 from scir_cli.meter import Meter
@@ -97,7 +97,7 @@ def _counted(advance: Callable[[int], None], meter: Meter) -> Done:
 
 def on_gpus(settings: BackendSettings) -> bool:
     """Whether workers want GPUs where there are any."""
-    if settings.device == "cpu" or settings.backend == "openai":
+    if settings.device == "cpu" or not backends.load(settings.backend).uses_gpus:
         return False
     if settings.device != "auto" and settings.device != "cuda":
         raise ConfigError(f"--data-parallel gives each worker a GPU of its own; leave --device {settings.device} out")

@@ -53,14 +53,12 @@ def encode_pair(row: Mapping[str, Any], chat: Chat) -> Pair:
     """A row of a judged or preferences dataset as the engine's pair; text without token ids is encoded. Raises DataError (prompt boundary)."""
     sides = (row["first"], row["second"])
     ids = tuple(tuple(side["token_ids"] or chat.response_ids(row["messages"], side["text"])) for side in sides)
-    external = [reward["log_odds"] for reward in row["rewards"] if reward["reward_model"] == "external"]
     return Pair(
         row["pair_id"],
         row["messages"],
         tuple(chat.prompt_ids(row["messages"])),
         (ids[0], ids[1]),
         (sides[0]["text"], sides[1]["text"]),
-        external[0] if external else None,
         {r["weights"]: (r["first"], r["second"]) for r in row["reference_logps"]},
         {r["reward_model"]: r["written"] for r in row["rewards"] if r.get("written")},
     )

@@ -105,7 +105,7 @@ class Judging:
         n = len(pairs) + drops.total()
         pairs, more = _sampled(pairs, self.work.choose, self.settings.seed)
         pairs, unscored = self.scorer.score(pairs)
-        pairs, rest = _best_worst(pairs, self.work.choose, self.settings)
+        pairs, rest = _best_worst(pairs, self.work.choose, next(iter(self.scorer.models)))
         return Part(pairs, n, drops + more + unscored + rest)
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ def summarise(made: store.Dataset) -> Json:
 
 def unseen(made: store.Dataset, scorer: Scorer) -> Json:
     """Verdicts that are missing because an endpoint did not show both of their tokens, by reward model; nothing where it showed all."""
-    if scorer.backend_settings is None or scorer.backend_settings.backend != "openai":
+    if scorer.backend_settings is None or not backends.load(scorer.backend_settings.backend).truncates_logprobs:
         return {}
     reading = [name for name, model in scorer.models.items() if model.reads_verdicts]
     counts: Counter[str] = Counter()
@@ -268,11 +268,11 @@ def _sampled(pairs: pa.Table, choose: tuple[str, int], seed: int) -> tuple[pa.Ta
     return _kept(pairs, kept, "not_sampled")
 
 
-def _best_worst(pairs: pa.Table, choose: tuple[str, int], settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
+def _best_worst(pairs: pa.Table, choose: tuple[str, int], first_model: str) -> tuple[pa.Table, Counter[str]]:
     """The pair of each prompt's best and worst candidate by the first reward model's mean log-odds against the others."""
     if choose[0] != "best-worst":
         return pairs, Counter()
-    values = np.nan_to_num(consistency.log_odds(pairs, [settings.reward_models[0]])[0]).tolist()
+    values = np.nan_to_num(consistency.log_odds(pairs, [first_model])[0]).tolist()
     seats = list(zip(*(pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in SIDES), strict=True))
     kept = np.zeros(len(pairs), bool)
     for low, high in _prompts(pairs):
@@ -303,11 +303,13 @@ class Scorer:
         self.keys = {"model": self.model.key, "reward_reference": self.reference_key}
 
     def _reference(self) -> LazyPolicy | None:
-        if "implicit" not in self.models:
+        needing = [name for name, model in self.models.items() if model.needs_reference]
+        if not needing:
             return None
         if self.settings.reward_reference is None:
             raise ConfigError(
-                "the implicit reward needs --reward-reference MODEL (the SFT model the policy came from), or leave 'implicit' out of --reward-models"
+                f"the {' and '.join(needing)} reward needs --reward-reference MODEL (the SFT model the policy came from), or leave "
+                f"'{needing[0]}' out of --reward-models"
             )
         reference = LazyPolicy(self.settings, self.settings.reward_reference)
         if reference.key == self.model.key:
@@ -348,7 +350,7 @@ class Scorer:
         taken += np.maximum(*(pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy() for side in SIDES))
         table, more = _kept(table, taken <= self.room, "too_long")
         drops += more
-        if not any(model.n_branches for model in self.models.values()):
+        if not self.reference and not any(model.n_branches for model in self.models.values()):
             return self._answered(table, [], torch.zeros(len(table), 0)), drops
         pairs = [encode_pair(row, chat) for row in table.to_pylist()]
         self._write(pairs)
@@ -399,10 +401,13 @@ class Scorer:
     def _answered(self, table: pa.Table, pairs: list[Pair], logps: torch.Tensor) -> pa.Table:
         """The table with what the reward models say; `pairs` may be left out where none of them asks anything."""
         external = torch.from_numpy(consistency.log_odds(table, ["external"])[0].astype(np.float32))
-        none = torch.empty(2, len(table))
-        context = Context.of(pairs, self.reference_key) if pairs else Context(none, none, external)
+        if pairs:
+            context = Context.of(pairs, self.reference_key, external=external)
+        else:
+            lengths = np.stack([pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy() for side in SIDES])
+            context = Context(torch.from_numpy(lengths.astype(np.float32)), torch.full(lengths.shape, torch.nan), external)
         answers = reward_models.answer(self.models, logps, context)
-        own = _own_logps(self.models, logps)
+        own = reward_models.answer_logps(self.models, logps)
         if own is not None:
             for pair, (first, second) in zip(pairs, own.tolist(), strict=True):
                 pair.reference_logps[self.model.key] = (first, second)
@@ -415,7 +420,7 @@ class Scorer:
         """Summed log-probabilities of all branches: of answers by the engine, of verdicts by another backend where it was asked for.  # (pairs, branches)"""
         flags = [model.reads_verdicts for model in self.models.values() for _ in range(model.n_branches)]
         verdicts = torch.tensor(flags, dtype=torch.bool) & (
-            self.backend_settings is not None and self.backend_settings.backend != "transformers"
+            self.backend_settings is not None and backends.load(self.backend_settings.backend).reads_verdicts
         )
         logps = torch.zeros(len(asked), len(flags))
         for chosen, score in ((verdicts, self._by_backend), (~verdicts, self._by_engine)):
@@ -449,12 +454,6 @@ def with_reference(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int
         for pair, logps in zip(missing, scored, strict=True):
             pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
     return list(pairs)
-
-
-def _own_logps(models: dict[str, Any], logps: torch.Tensor) -> torch.Tensor | None:
-    """The policy's own response log-probabilities, where some reward model has asked for them.  # (pairs, 2)"""
-    parts = reward_models.columns(models)
-    return next((logps[:, parts[name]][:, :2] for name in ("implicit", "likelihood", "pmi") if name in parts), None)
 
 
 def _rewards(answers: dict[str, Odds], written: list[Any], min_mass: float) -> pa.Array:

@@ -39,7 +39,7 @@ from scir_cli.parallel import Ranks
 from scir_cli.places import is_remote, place
 from scir_cli.policy import Policy
 from scir_cli.recipe import Step
-from scir_cli.reward_models import Context, Pair
+from scir_cli.reward_models import Context, Pair, RewardModel
 from scir_cli.stages.common import LazyPolicy, progress, try_encode
 from scir_cli.stages.judge import Scorer, with_reference
 from scir_cli.stages.live import View, watching
@@ -80,6 +80,8 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
             f"--entropy-weight {settings.entropy_weight:g} is large: pairs grow sure of what they happen to say. 0.1 is the default"
         )
     scorer = Scorer(settings) if settings.objective == "scir" else None  # refuses a degenerate reward_reference
+    if scorer:
+        objectives.check_scir(settings, scorer.models)
     start = scorer.model if scorer else LazyPolicy(settings, settings.model)
     reference = scorer.reference if scorer else None
     reward_key = reference.key if reference else None
@@ -170,7 +172,8 @@ def kept_fits(model: Path, settings: TrainSettings, reward_key: str | None) -> d
     if not any(wanted.values()) or not (plan.exists() and manifest.exists()):
         return {}
     made, found = store.read_json(plan), store.read_json(manifest).get("fitted", {})
-    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in FITTED_FOR)
+    now = settings.plan()  # with a digest of each file and of each reward model of the user's own
+    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == now.get(n) for n in FITTED_FOR)
     return {name: found[name] for name, want in wanted.items() if want and name in found} if same else {}
 
 
@@ -288,6 +291,15 @@ def _with_adapters(model: Any, settings: TrainSettings) -> Any:
         return get_peft_model(model, config)
 
 
+def watched(models: dict[str, RewardModel], pairs: Sequence[Pair], reward_key: str | None) -> dict[str, RewardModel]:
+    """The reward models that have verdicts on pairs without written rationales, scores of their own or, maybe, a reward reference."""
+    return {
+        name: model
+        for name, model in models.items()
+        if name != "external" and not (model.needs_reference and reward_key is None) and not any(map(model.requests, pairs[:1]))
+    }
+
+
 class Watch:
     """Figures of each reward model on labelled pairs while training goes on: which side wins is free, so it is watched (METHOD 4.5)."""
 
@@ -301,23 +313,27 @@ class Watch:
             np.array(labels, dtype=float),
             reward_key,
         )
-        names = [m for m in settings.reward_models if m == "judge" or (m == "implicit" and reward_key)]
-        self.models = reward_models.make(names, policy.chat, settings)
+        self.models = watched(reward_models.make(settings.reward_models, policy.chat, settings), pairs, reward_key)
         self.guard = Collapse(1)
 
     def __call__(self) -> dict[str, float]:
+        if not self.models:
+            return {}
         asked = [reward_models.ask(self.models, pair) for pair in self.pairs]
         logps = torch.stack(list(self.policy.score(asked, self.settings.max_tokens_per_pack)))
         answers = reward_models.answer(self.models, logps, Context.of(self.pairs, self.reward_key))
         odds = np.stack([answer.log_odds.numpy().astype(float) for answer in answers.values()])
         figures: dict[str, float] = {}
         for name, values in zip(answers, odds, strict=True):
-            figures[f"validation/accuracy/{name}"] = float(np.mean(np.where(values == 0, 0.5, values * self.gold > 0)))
-            figures[f"validation/abs_log_odds/{name}"] = float(np.abs(values).mean())
+            known = values[~np.isnan(values)]
+            if known.size:
+                correct = (1 + np.sign(known) * self.gold[~np.isnan(values)]) / 2  # 1, 0, 1/2 for a tie
+                figures[f"validation/accuracy/{name}"] = float(correct.mean())
+                figures[f"validation/abs_log_odds/{name}"] = float(np.abs(known).mean())
         if "judge" in answers and (seats := answers["judge"].seats) is not None:
             figures["validation/flip_rate"] = float((seats[0].sign() == seats[1].sign()).float().mean())
             self.guard(figures["validation/abs_log_odds/judge"], figures["validation/flip_rate"])
-        if len(odds) > 1:
+        if len(odds) > 1 and not np.isnan(odds).any(0).all():
             figures["validation/agreement"] = float(np.nanmean(consistency.agreement(odds).agree))
         return figures
 

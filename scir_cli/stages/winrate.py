@@ -225,7 +225,7 @@ def _judged(matches: list[Match], settings: EvalWinrateSettings, scorer: Scorer,
     work = Work(table, store.part_bounds(table.num_rows, settings.rows_per_part), given_pairs, Counter(), digest)
     judge_table("eval winrate", inner, scorer, work)
     v = from_table(store.read_dataset(inner.output_dir, "judged"))
-    odds = dict(zip(v.pair_ids, v.log_odds[v.names.index(settings.reward_models[0])], strict=True))
+    odds = dict(zip(v.pair_ids, v.log_odds[v.names.index(next(iter(scorer.models)))], strict=True))
     found = []
     for match in matches:
         log_odds = np.array([odds.get(_pair_id(row), math.nan) for row in match.rows])
