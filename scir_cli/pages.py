@@ -25,7 +25,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from rich.table import Table
 
-from scir_cli import __version__, consistency, plots, report, store
+from scir_cli import __version__, consistency, plots, registry, report, store
+from scir_cli.config import ReportSettings
 from scir_cli.consistency import Array, Verdicts
 from scir_cli.plots import Picture
 from scir_cli.store import Json
@@ -87,6 +88,13 @@ def write(path: Path, page: Page) -> None:
         temporary.write_text(render(page), encoding="utf-8")
 
 
+def write_for(stage: str, settings: ReportSettings, **more: Any) -> None:
+    """Writes the page of a finished stage at settings.report, if it is set.  more: what its page takes beside the output folder"""
+    target = registry.STAGES[stage].page
+    if settings.report is not None and target is not None:
+        write(settings.report, registry.load(target)(settings.output_dir, **more))
+
+
 def render(page: Page) -> str:
     return _template().render(page=page, version=__version__)
 
@@ -139,17 +147,26 @@ def _grid(table: Table) -> Json:
 # ---------------------------------------------------------------------------------------------------------------------- pages
 
 
-def checked(out: Path, judged: Path | None = None, across: Json | None = None) -> Page:
-    """The page of a folder that `check-consistency` wrote, or `eval rewards` with the verdicts it is made from in `judged`.
+def consistency_page(out: Path, across: Json | None = None) -> Page:
+    """The page of a folder that `check-consistency` wrote.
 
     across: what stays of the verdicts in other datasets, which the folder does not keep.
     """
+    return _checked("How far the internal reward models agree", out, out, across)
+
+
+def rewards_page(out: Path, judged: Path) -> Page:
+    """The page of a folder that `eval rewards` wrote.  judged: the dataset with the verdicts that it is made from"""
+    return _checked("Accuracy of the internal reward models", out, judged)
+
+
+def _checked(title: str, out: Path, judged: Path, across: Json | None = None) -> Page:
     plan, manifest = _made(out)
-    table = store.read_dataset(judged or out, "judged", "consistency", "preferences")
+    table = store.read_dataset(judged, "judged", "consistency", "preferences")
     verdicts, settings = consistency.from_table(table), plan.get("settings", {})
     agreement = {"agree_on": settings.get("agree_on"), "min_confidence": settings.get("min_confidence", consistency.MIN_CONFIDENCE)}
     summary = manifest["summary"]
-    shown = [t for t in report.verdict_tables(plan["stage"], {**manifest, "across": across}) if isinstance(t, Table)]
+    shown = [t for t in report.verdict_tables({**manifest, "across": across}) if isinstance(t, Table)]
     tables = Section("All figures", tables=shown)
     sections = [
         _agreement(verdicts, summary),
@@ -158,11 +175,6 @@ def checked(out: Path, judged: Path | None = None, across: Json | None = None) -
         _subsets(verdicts, agreement),
         tables,
     ]
-    title = (
-        "How far the internal reward models agree"
-        if plan["stage"] == "check-consistency"
-        else "Accuracy of the internal reward models"
-    )
     return Page(
         title,
         str(out),
@@ -218,6 +230,12 @@ def grades(out: Path) -> Page:
         _facts(plan, manifest),
         summary["notes"],
     )
+
+
+def winrate_story(name: str, manifest: Json) -> list[Section]:
+    """What the page of a whole run shows of one `eval winrate`."""
+    summary = manifest["summary"]
+    return [Section(f"Win rate: {name}", pictures=_wins(summary), tables=report.winrate_tables(summary))]
 
 
 Interval = tuple[str, float | None, float | None, float | None]  # name, rate, and its 95 % interval
@@ -285,9 +303,9 @@ def training(out: Path) -> Page:
 def story(folders: Sequence[tuple[str, Path]]) -> Page:
     """The page of a whole run: what changes from one iteration to the next.  folders: (stage, folder) in the order of the run"""
     made = [(stage, out, *_made(out)) for stage, out in folders]
-    checks = [(out, m["summary"]) for stage, out, _, m in made if "models" in (m.get("summary") or {}) and stage != "judge"]
+    checks = [(out, m["summary"]) for stage, out, _, m in made if registry.STAGES[stage].shows_agreement]
     short = _short_names([out for _, out in folders])
-    trained = [(out, p) for stage, out, p, _ in made if stage == "train"]
+    trained = [(out, p) for _, out, p, m in made if m.get("kind") == "model"]
     sections = [Section("Agreement", tables=[report.story([(short[out], s) for out, s in checks])])] if checks else []
     groups: dict[str, list[tuple[Path, Json]]] = {}
     for out, summary in checks:
@@ -298,10 +316,8 @@ def story(folders: Sequence[tuple[str, Path]]) -> Page:
         pictures = [picture for section in _curves(runs) if section.title in TOLD for picture in section.pictures]
         sections += [Section(f"Training, objective {objective}", pictures=pictures)]
     for stage, out, _, m in made:
-        if stage == "eval winrate":
-            sections.append(
-                Section(f"Win rate: {short[out]}", pictures=_wins(m["summary"]), tables=report.winrate_tables(m["summary"]))
-            )
+        if target := registry.STAGES[stage].story:
+            sections += registry.load(target)(short[out], m)
     sections.append(
         Section("Stages", "Rows in = rows out + drops.", tables=[_stages([(stage, short[out], m) for stage, out, _, m in made])])
     )

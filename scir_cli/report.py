@@ -8,6 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from scir_cli import registry
+from scir_cli.registry import Stage
+
 Figures = dict[str, Any]
 LITTLE_MASS = 0.5  # P(A) + P(B) below this: something else is the likelier answer
 
@@ -259,31 +262,37 @@ def plan_tables(estimate: Figures) -> list[Table]:
     return [run, lengths]
 
 
-def show(stage: str, manifest: Figures) -> None:
+def show(stage: Stage, manifest: Figures) -> None:
     """Prints a stage's results on stdout, where it has any beside its dataset."""
     console = Console(markup=False)  # names of models and subsets are whatever they are
     summary = manifest.get("summary") or {}
     tables: list[Any] = []
     if "estimate" in manifest:
         tables = plan_tables(manifest["estimate"])
-    elif stage == "eval winrate" and summary:
-        tables = winrate_tables(summary)
-    elif stage == "eval mt-bench" and summary:
-        tables = [grade_table(summary)]
-    elif "models" in summary and stage in ("check-consistency", "eval rewards"):
-        tables = verdict_tables(stage, manifest)
+    elif summary and stage.tables is not None:
+        tables = registry.load(stage.tables)(manifest)
     for table in tables:
         console.print(table)
     for note in summary.get("notes", ()):
         console.print(f"note: {note}", markup=False)
 
 
-def verdict_tables(stage: str, manifest: Figures) -> list[Any]:
+def match_tables(manifest: Figures) -> list[Table]:
+    """All of `eval winrate`."""
+    return winrate_tables(manifest["summary"])
+
+
+def grade_tables(manifest: Figures) -> list[Table]:
+    """All of `eval mt-bench`."""
+    return [grade_table(manifest["summary"])]
+
+
+def verdict_tables(manifest: Figures) -> list[Any]:
     """All of `check-consistency` or `eval rewards`, the whole first and then each subset."""
     summary = manifest["summary"]
     tables: list[Any] = consistency_tables(summary) + accuracy_tables(summary) + bias_tables(summary.get("biases"))
     tables += across_tables(manifest.get("across"))
-    if stage == "eval rewards" and set(summary["by_subset"]) - {"(none)"}:
+    if set(summary.get("by_subset", ())) - {"(none)"}:
         tables.append(subset_table(summary["by_subset"], list(summary["models"])))
     for subset, figures in manifest.get("by_subset", {}).items():
         if subset != "(none)":

@@ -19,7 +19,7 @@ from conftest import load_fp32
 from safetensors.torch import load_file
 from toy import make_adapter, make_model
 
-from scir_cli import config, model_sources, objectives, stages, store
+from scir_cli import config, model_sources, objectives, registry, stages, store
 from scir_cli.errors import ConfigError, DataError, EngineError, ModelError, PlanMismatch, StoreError
 from scir_cli.objectives import Example
 from scir_cli.stages.common import LazyPolicy, encode_pair
@@ -28,7 +28,7 @@ FP32 = {"dtype": "fp32", "device": "cpu"}
 
 
 def run(stage: str, **values: Any) -> dict[str, Any]:
-    settings = config.STAGES[stage]
+    settings = registry.STAGES[stage].settings
     known = {k: v for k, v in FP32.items() if k in settings.model_fields}
     return stages.load(stage)(config.build(settings, known, values, where="test"))
 

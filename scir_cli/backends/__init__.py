@@ -76,7 +76,7 @@ class Backend(ABC):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in the order of the requests."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (most backends hold nothing)
         """Releases what it holds beside the model: a process, its memory, connections."""
 
 

@@ -61,8 +61,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
         return consistency.summary(v) | figures | {"notes": consistency.data_notes(v, len(v.pair_ids) - len(set(v.pair_ids)))}
 
     manifest = store.write_dataset(out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, summarise=summarise)
-    if settings.report:
-        pages.write(settings.report, pages.checked(out, path if judged else out / "judged"))
+    pages.write_for("eval rewards", settings, judged=path if judged else out / "judged")
     return manifest
 
 

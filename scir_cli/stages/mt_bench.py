@@ -70,8 +70,7 @@ def run(settings: EvalMtBenchSettings) -> Json:
     manifest = store.write_dataset(
         out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, dropped_before=dropped, summarise=summarise
     )
-    if settings.report:
-        pages.write(settings.report, pages.grades(out))
+    pages.write_for("eval mt-bench", settings)
     return manifest
 
 

@@ -64,8 +64,8 @@ def run(settings: TrainSettings) -> Json:
     ranks = Ranks(policies.resolve_device(settings.device).startswith("cuda"))
     try:
         manifest = _run(settings, ranks)
-        if settings.report and ranks.main and not settings.dry_run:
-            pages.write(settings.report, pages.training(settings.output_dir))
+        if ranks.main and not settings.dry_run:
+            pages.write_for("train", settings)
         return manifest
     finally:
         ranks.close()
@@ -79,9 +79,7 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
         warn(
             f"--entropy-weight {settings.entropy_weight:g} is large: pairs grow sure of what they happen to say. 0.1 is the default"
         )
-    scorer = Scorer(settings) if settings.objective == "scir" else None  # refuses a degenerate reward_reference
-    if scorer:
-        objectives.check_scir(settings, scorer.models)
+    scorer = _scorer(settings)
     start = scorer.model if scorer else LazyPolicy(settings, settings.model)
     reference = scorer.reference if scorer else None
     reward_key = reference.key if reference else None
@@ -120,6 +118,15 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
         if scorer and settings.scale == "fitted" and "implicit_scale" not in kept:
             settings = settings.model_copy(update={"implicit_scale": fitted_scale(rows, examples, scorer, settings)})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
+
+
+def _scorer(settings: TrainSettings) -> Scorer | None:
+    """The reward models of objective scir; raises ConfigError for a degenerate reward_reference and for settings they rule out."""
+    if settings.objective != "scir":
+        return None
+    scorer = Scorer(settings)
+    objectives.check_scir(settings, scorer.models)
+    return scorer
 
 
 def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:

@@ -85,8 +85,7 @@ def run(settings: EvalWinrateSettings) -> Json:
     manifest = store.write_dataset(
         out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, dropped_before=dropped, summarise=summarise
     )
-    if settings.report:
-        pages.write(settings.report, pages.winrate(out))
+    pages.write_for("eval winrate", settings)
     return manifest
 
 
