@@ -24,7 +24,9 @@ REWARD_MODELS = ("judge", "implicit", "rubric", "rationale", "likelihood", "pmi"
 def _reward_model(name: str) -> str:
     """A built-in name, or "module:Class", which is not imported here; raises ValueError for anything else."""
     if name not in REWARD_MODELS and not plugins.is_target(name):
-        raise ValueError(f"no such reward model.{suggest(name, REWARD_MODELS)} A class of your own is written my_package.my_module:Class")
+        raise ValueError(
+            f"no such reward model.{suggest(name, REWARD_MODELS)} A class of your own is written my_package.my_module:Class"
+        )
     return name
 
 

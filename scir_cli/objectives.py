@@ -246,8 +246,8 @@ class Scir(_Base):
             else {}
         )
         return kept | {
-            f"scir/{self.settings.preference_loss}": float((t.preference.detach() * t.mask).sum() / n),
-            f"scir/{self.settings.penalty}": float(t.sym.detach().mean()),
+            "scir/preference_loss": float((t.preference.detach() * t.mask).sum() / n),
+            "scir/inconsistency": float(t.sym.detach().mean()),
             "scir/entropy": float(t.conf.detach().mean()),
             "scir/mask_rate": float(t.mask.float().mean()),
             "scir/agreement": float((averaged.sign() == averaged[0].sign()).all(0).float().mean()),

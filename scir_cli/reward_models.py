@@ -317,7 +317,9 @@ def load_all(names: Sequence[str]) -> dict[str, type[RewardModel]]:
     for name in names:
         model = load(name)
         if model.name in models:
-            raise ConfigError(f"two of the reward models {', '.join(names)} are called '{model.name}'; set the attribute `name` of one")
+            raise ConfigError(
+                f"two of the reward models {', '.join(names)} are called '{model.name}'; set the attribute `name` of one"
+            )
         models[model.name] = model
     return models
 
@@ -341,7 +343,9 @@ def ask(models: dict[str, RewardModel], pair: Pair) -> list[Branch]:
 def _check(model: RewardModel, pair: Pair, branches: list[Branch]) -> None:
     """Raises ConfigError if a user's model does not return the branches that its attributes promise."""
     if len(branches) != model.n_branches:
-        raise ConfigError(f"reward model '{model.name}' returned {len(branches)} branches for a pair; its n_branches is {model.n_branches}")
+        raise ConfigError(
+            f"reward model '{model.name}' returned {len(branches)} branches for a pair; its n_branches is {model.n_branches}"
+        )
     if model.reads_verdicts and any(len(branch.target_tokens) != 1 for branch in branches):
         raise ConfigError(f"reward model '{model.name}' sets reads_verdicts, but one of its branches has not one target token")
     answers = [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
@@ -369,7 +373,9 @@ def answer(models: dict[str, RewardModel], logps: Tensor, context: Context) -> d
     answers = {name: models[name].odds(logps[:, part].T, context) for name, part in columns(models).items()}
     for name, answer in answers.items():
         if not isinstance(answer, Odds) or answer.log_odds.shape != context.external.shape:
-            raise ConfigError(f"reward model '{name}' has to return Odds with one log-odds per pair, a tensor of {len(context.external)}")
+            raise ConfigError(
+                f"reward model '{name}' has to return Odds with one log-odds per pair, a tensor of {len(context.external)}"
+            )
         if models[name].has_seats != (answer.seats is not None):
             raise ConfigError(f"reward model '{name}': its Odds have seats if, and only if, its attribute has_seats is True")
     return answers

@@ -72,7 +72,7 @@ def trained(out: Path, steps: int, **more: Any) -> Path:
             noise = float(rng.normal(0, 0.1))
             figures = {
                 "loss": 1 / step + noise,
-                "scir/dpo": 0.6 + noise,
+                "scir/preference_loss": 0.6 + noise,
                 "scir/mask_rate": 0.5,
                 "abs_log_odds/judge_forward": 2.0,
                 "abs_log_odds/implicit": 1.0,
