@@ -125,11 +125,11 @@ def as_table(columns: dict[str, Any], schema: Any) -> Any:
 
 
 def child(given: dict[str, Any]) -> None:
-    from scir_cli import config, stages, store
+    from scir_cli import config, registry, stages, store
 
     run = stages.load(given["stage"])
     values = {"input": given["input"], "output_dir": given["out"], **given["settings"]}
-    settings = config.build(config.STAGES[given["stage"]], values, where="benchmark")
+    settings = config.build(registry.STAGES[given["stage"]].settings, values, where="benchmark")
     pa.array([0])  # with its first array pyarrow imports pandas, where that is installed
     manifest, found = common.measured(lambda: run(settings))
     name = "candidate_id" if given["stage"] == "generate" else "pair_id"

@@ -109,9 +109,9 @@ def raised_errors(function: Function) -> Iterator[ast.Raise]:
 
 def settings_per_command() -> dict[str, int]:
     """Settings of each command, nested ones counted one by one; without --config, --json and --traceback."""
-    from scir_cli import config
+    from scir_cli import config, registry
 
-    return {stage: len(config.fields(settings)) for stage, settings in config.STAGES.items()}
+    return {name: len(config.fields(stage.settings)) for name, stage in registry.STAGES.items()}
 
 
 def share(part: int, whole: int) -> str:

@@ -8,15 +8,16 @@ import os
 import signal
 import sys
 import traceback as tracebacks
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from scir_cli import __version__, config, recipe, report, stages
+from scir_cli import __version__, config, recipe, registry, report
 from scir_cli.errors import ConfigError, ScirError
+from scir_cli.registry import Stage
 
 CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 PANELS = {
@@ -31,21 +32,8 @@ SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
 app = typer.Typer(
     no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode="rich"
 )
-evaluations = typer.Typer(
-    no_args_is_help=True, context_settings=CONTEXT, help="Measure: reward models on labelled pairs, responses against responses."
-)
-
-ABOUT = {
-    "generate": "Sample N responses for each prompt.",
-    "judge": "Pair candidates and let every internal reward model say which is better.",
-    "check-consistency": "How far do the internal reward models agree?",
-    "filter": "Label and select pairs for preference optimisation.",
-    "train": "Train a policy: sft, dpo, or scir.",
-    "eval rewards": "Accuracy of each reward model, and of their agreed label, on labelled pairs.",
-    "eval winrate": "Win rates of responses over others, judged in both orders or by annotations that exist.",
-    "eval responses": "Answer a prompt set in AlpacaEval's format.",
-    "eval mt-bench": "Answer questions of several turns and grade each answer alone, from 1 to 10.",
-}
+#: Help of the groups of commands: the first word of a stage's name, if it has two
+GROUPS = {"eval": "Measure: reward models on labelled pairs, responses against responses."}
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of settings; flags win over it.", rich_help_panel="Every stage")
@@ -69,8 +57,9 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit()
 
 
-def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable[..., None]:
+def _stage_command(stage: Stage) -> Callable[..., None]:
     """A Typer command with an option for every setting; an option that is not given is None and leaves the setting to the layers below."""
+    settings = stage.settings
     known = config.fields(settings)
     options = {name.replace(".", "_"): name for name in known}
 
@@ -79,11 +68,11 @@ def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable
         with _reporting(traceback):
             flags = {options[k]: v for k, v in given.items() if v is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
-            built = config.build(settings, *layers, where=f"scir {stage}")
-            manifest = stages.load(stage)(built)
+            built = config.build(settings, *layers, where=f"scir {stage.name}")
+            manifest = registry.load(stage.run)(built)
             if not _speaks() or "SCIR_LAUNCHED" in os.environ:  # the process that launched this one prints
                 return
-            print(report.line(stage, str(built.output_dir), manifest), file=sys.stderr)
+            print(report.line(stage.name, str(built.output_dir), manifest), file=sys.stderr)
             print(json.dumps(manifest, ensure_ascii=False)) if as_json else report.show(stage, manifest)
 
     parameters = [_parameter(settings, flat, known[name]) for flat, name in options.items()]
@@ -97,7 +86,7 @@ def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters += [inspect.Parameter(name, keyword, default=default, annotation=kind) for name, (kind, default) in extra.items()]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__doc__ = ABOUT[stage]
+    command.__doc__ = stage.about
     return command
 
 
@@ -203,10 +192,21 @@ def run_recipe(
         print(json.dumps(result, ensure_ascii=False)) if as_json else run.show(result)
 
 
-for _name, _settings in config.STAGES.items():
-    _group = evaluations if _name.startswith("eval ") else app
-    _group.command(_name.removeprefix("eval "))(_stage_command(_name, _settings))
-app.add_typer(evaluations, name="eval")
+def add_stages(app: typer.Typer, stages: Iterable[Stage]) -> None:
+    """Adds a command for each stage; those of two words, as "eval rewards", in a group of the first."""
+    groups: dict[str, typer.Typer] = {}
+    for stage in stages:
+        *group, name = stage.words
+        place = app
+        for word in group:
+            if word not in groups:
+                groups[word] = typer.Typer(no_args_is_help=True, context_settings=CONTEXT, help=GROUPS.get(word))
+                app.add_typer(groups[word], name=word)
+            place = groups[word]
+        place.command(name)(_stage_command(stage))
+
+
+add_stages(app, registry.STAGES.values())
 
 
 UsageProblem: Any = typer.BadParameter.__mro__[1]  # every mistake in a command line, wherever this Typer keeps the class

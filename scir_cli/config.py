@@ -12,13 +12,25 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
+from scir_cli import plugins
 from scir_cli.errors import ConfigError, install_hint, suggest
 from scir_cli.places import is_remote, place
 
-RewardModelName = Literal["judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external"]
-REWARD_MODELS = get_args(RewardModelName)
+REWARD_MODELS = ("judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external")
+
+
+def _reward_model(name: str) -> str:
+    """A built-in name, or "module:Class", which is not imported here; raises ValueError for anything else."""
+    if name not in REWARD_MODELS and not plugins.is_target(name):
+        raise ValueError(
+            f"no such reward model.{suggest(name, REWARD_MODELS)} A class of your own is written my_package.my_module:Class"
+        )
+    return name
+
+
+RewardModelName = Annotated[str, AfterValidator(_reward_model)]
 
 #: Marks a setting that cannot change a row: it stays out of the plan, so a stopped run may go on with another value.
 FREE: dict[str, Any] = {"free": True}
@@ -155,7 +167,7 @@ class ModelSettings(StageSettings):
 
 class RewardSettings(ModelSettings):
     reward_models: list[RewardModelName] = setting(
-        ["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}."
+        ["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}; or module:Class of your own."
     )
     reward_reference: str | None = setting(
         None, "Frozen model that defines the implicit reward: the SFT model, not the model itself.", free=True
@@ -183,9 +195,15 @@ class RewardSettings(ModelSettings):
     def _needs(self) -> RewardSettings:
         if not self.reward_models:
             raise ValueError("reward_models is empty; name at least one")
+        if len(set(self.reward_models)) < len(self.reward_models):
+            raise ValueError(f"reward_models names one model twice: {', '.join(self.reward_models)}")
         if "external" in self.reward_models and not self.external:
             raise ValueError("reward model 'external' needs --external COLUMN")
         return self
+
+    def plan(self) -> dict[str, Any]:
+        """As of all settings; a reward model of the user's own with a digest of its source file."""
+        return super().plan() | {"reward_models": [plugins.with_digest(name) for name in self.reward_models]}
 
 
 class BackendSettings(ModelSettings):
@@ -240,8 +258,9 @@ class GenerateSettings(BackendSettings):
 
 
 class JudgeSettings(RewardSettings, BackendSettings):
-    backend: Literal["transformers", "vllm", "openai", "auto"] = setting(  # type: ignore[assignment]
-        "transformers", "Who reads verdicts and writes rationales; log-probabilities of answers come from the engine in any case."
+    backend: str = setting(
+        "transformers",
+        "Who reads verdicts and writes rationales: as in generate. Log-probabilities of answers come from the engine in any case.",
     )
     input: str = setting(..., "Candidates, or pairs (prompt, chosen, rejected; their labels are kept as gold).", free=True)
     pairs: str = setting(
@@ -357,7 +376,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         "averaged",
         "The dynamic mask asks the order-averaged judge and the implicit reward, each reward model of the penalty, or the judge alone.",
     )
-    stop_gradient: Literal["none", RewardModelName] = setting("none", "Reward model that the penalty does not train.")
+    stop_gradient: str = setting("none", "Reward model that the penalty does not train, by the name of its verdicts.")
     scale: Literal["fixed", "fitted", "running"] = setting(
         "fitted",
         "s such that the implicit log-odds have the judge's median size, on the first iteration's data or in every step; or --implicit-scale, where that is given.",
@@ -429,8 +448,8 @@ class TrainSettings(RewardSettings, ReportSettings):
 
     @model_validator(mode="after")
     def _guards(self) -> TrainSettings:
-        seated = sum(name in ("judge", "rationale") for name in self.reward_models) if self.orders == "separate" else 0
-        ceiling = entropy_ceiling(max(2, len(self.reward_models) + seated))
+        # A bound without importing the classes: the judge's two orders count; training checks again with those of all models.
+        ceiling = entropy_ceiling(max(2, len(self.reward_models) + (self.orders == "separate")))
         if self.objective == "scir" and self.entropy_weight >= ceiling:
             raise ValueError(
                 f"entropy_weight is {self.entropy_weight}; from {ceiling:g} on (--orders {self.orders}), the penalty rewards confident disagreement. "
@@ -506,19 +525,6 @@ class EvalMtBenchSettings(GenerateSettings, ReportSettings):
         if self.answers and not self.judge:
             raise ValueError("--answers need a model that grades: give --judge")
         return self
-
-
-STAGES: dict[str, type[StageSettings]] = {
-    "generate": GenerateSettings,
-    "judge": JudgeSettings,
-    "check-consistency": CheckConsistencySettings,
-    "filter": FilterSettings,
-    "train": TrainSettings,
-    "eval rewards": EvalRewardsSettings,
-    "eval winrate": EvalWinrateSettings,
-    "eval responses": EvalResponsesSettings,
-    "eval mt-bench": EvalMtBenchSettings,
-}
 
 
 def fields(settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:

@@ -42,7 +42,9 @@ def load_fitted_values(model: Path, settings: TrainSettings, reward_key: str | N
     fitted = store.read_json(manifest).get("fitted", {})
     if earlier.get("reward_reference") != reward_key:
         return {}
-    if any(earlier["settings"].get(name) != getattr(settings, name) for name in FITTED_FOR):
+    # The plan has a digest of each file and of each reward model of the user's own.
+    now = settings.plan()
+    if any(earlier["settings"].get(name) != now.get(name) for name in FITTED_FOR):
         return {}
     return {name: fitted[name] for name, want in wanted.items() if want and name in fitted}
 

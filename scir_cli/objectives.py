@@ -7,7 +7,7 @@ mean over pairs, so that parts of a step may be taken one after the other withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from scir_cli import losses, odds, reward_models
 from scir_cli.chat import Chat
-from scir_cli.config import TrainSettings
-from scir_cli.errors import warn
+from scir_cli.config import TrainSettings, entropy_ceiling
+from scir_cli.errors import ConfigError, suggest, warn
 from scir_cli.odds import Odds
-from scir_cli.reward_models import Context, Pair
+from scir_cli.reward_models import Context, Pair, RewardModel
 from scir_cli.trees import Branch, continuation
 
 Metrics = dict[str, float]
@@ -135,6 +135,21 @@ class Dpo(_Base):
         return loss, dpo_metrics(logps, ratios, label, self.settings.beta)
 
 
+def check_scir(settings: TrainSettings, models: Mapping[str, RewardModel]) -> None:
+    """Raises ConfigError for what the settings alone cannot check: it takes the reward models' classes."""
+    held, weight = settings.stop_gradient, settings.entropy_weight
+    if held not in ("none", *models):
+        raise ConfigError(f"stop_gradient is '{held}', which is not among the reward models.{suggest(held, models)}")
+    separate = settings.orders == "separate"
+    n_verdicts = sum(2 if model.has_seats and separate else 1 for model in models.values())
+    ceiling = entropy_ceiling(n_verdicts)
+    if weight >= ceiling:
+        raise ConfigError(
+            f"entropy_weight is {weight}; from {ceiling:g} on, with {n_verdicts} verdicts per pair (a model with seats has "
+            f"two), the penalty rewards confident disagreement. Use less than {ceiling:g}, 0.1 is the default"
+        )
+
+
 class Scir(_Base):
     """SCIR (arXiv 2502.08922): inconsistency penalty on every pair, DPO on those the reward models agree about in this step.
 
@@ -231,8 +246,8 @@ class Scir(_Base):
             else {}
         )
         return kept | {
-            f"scir/{self.settings.preference_loss}": float((t.preference.detach() * t.mask).sum() / n),
-            f"scir/{self.settings.penalty}": float(t.sym.detach().mean()),
+            "scir/preference_loss": float((t.preference.detach() * t.mask).sum() / n),
+            "scir/inconsistency": float(t.sym.detach().mean()),
             "scir/entropy": float(t.conf.detach().mean()),
             "scir/mask_rate": float(t.mask.float().mean()),
             "scir/agreement": float((averaged.sign() == averaged[0].sign()).all(0).float().mean()),

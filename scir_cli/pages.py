@@ -25,8 +25,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from rich.table import Table
 
-from scir_cli import __version__, consistency, plots, report, store
+from scir_cli import __version__, consistency, metrics, plots, registry, report, store
+from scir_cli.config import ReportSettings
 from scir_cli.consistency import Array, Verdicts
+from scir_cli.metrics import Metric
 from scir_cli.places import place
 from scir_cli.plots import Picture
 from scir_cli.store import Json
@@ -88,6 +90,13 @@ def write(path: Path, page: Page) -> None:
         temporary.write_text(render(page), encoding="utf-8")
 
 
+def write_for(stage: str, settings: ReportSettings, **more: Any) -> None:
+    """Writes the page of a finished stage at settings.report, if it is set.  more: what its page takes beside the output folder"""
+    target = registry.STAGES[stage].page
+    if settings.report is not None and target is not None:
+        write(settings.report, registry.load(target)(settings.output_dir, **more))
+
+
 def render(page: Page) -> str:
     return _template().render(page=page, version=__version__)
 
@@ -140,19 +149,28 @@ def _grid(table: Table) -> Json:
 # ---------------------------------------------------------------------------------------------------------------------- pages
 
 
-def checked(out: Path, judged: Path, across: Json | None = None) -> Page:
-    """The page of a folder that `check-consistency` or `eval rewards` wrote.
+def consistency_page(out: Path, judged: Path, across: Json | None = None) -> Page:
+    """The page of a folder that `check-consistency` wrote.
 
     judged: the verdicts that it was made from.
 
     across: what stays of the verdicts in other datasets, which the folder does not keep.
     """
+    return _checked("How far the internal reward models agree", out, judged, across)
+
+
+def rewards_page(out: Path, judged: Path) -> Page:
+    """The page of a folder that `eval rewards` wrote.  judged: the dataset with the verdicts that it is made from"""
+    return _checked("Accuracy of the internal reward models", out, judged)
+
+
+def _checked(title: str, out: Path, judged: Path, across: Json | None = None) -> Page:
     plan, manifest = _made(out)
     table = _checked_pairs(out, judged)
     verdicts, settings = consistency.from_table(table), plan.get("settings", {})
     agreement = {"agree_on": settings.get("agree_on"), "min_confidence": settings.get("min_confidence", consistency.MIN_CONFIDENCE)}
     summary = manifest["summary"]
-    shown = [t for t in report.verdict_tables(plan["stage"], {**manifest, "across": across}) if isinstance(t, Table)]
+    shown = [t for t in report.verdict_tables({**manifest, "across": across}) if isinstance(t, Table)]
     tables = Section("All figures", tables=shown)
     sections = [
         _agreement(verdicts, summary),
@@ -161,11 +179,6 @@ def checked(out: Path, judged: Path, across: Json | None = None) -> Page:
         _subsets(verdicts, agreement),
         tables,
     ]
-    title = (
-        "How far the internal reward models agree"
-        if plan["stage"] == "check-consistency"
-        else "Accuracy of the internal reward models"
-    )
     return Page(
         title,
         str(out),
@@ -233,6 +246,12 @@ def grades(out: Path) -> Page:
     )
 
 
+def winrate_story(name: str, manifest: Json) -> list[Section]:
+    """What the page of a whole run shows of one `eval winrate`."""
+    summary = manifest["summary"]
+    return [Section(f"Win rate: {name}", pictures=_wins(summary), tables=report.winrate_tables(summary))]
+
+
 Interval = tuple[str, float | None, float | None, float | None]  # name, rate, and its 95 % interval
 
 
@@ -279,42 +298,42 @@ def _wins(summary: Json) -> list[Picture]:
 def training(out: Path) -> Page:
     """The page of a model folder that `train` wrote."""
     plan, manifest = _made(out)
-    records, last = metrics(out), manifest["summary"]
-    shown = {
-        "loss": ("last loss", report.number(last.get("loss"), 3)),
-        "scir/mask_rate": ("kept by the mask", report.percent(last.get("scir/mask_rate"))),
-        "rewards/accuracies": ("DPO accuracy", report.percent(last.get("rewards/accuracies"))),
-        "validation/agreement": ("agreement, validation", report.percent(last.get("validation/agreement"))),
-    }
+    records, last = logged(out), manifest["summary"]
+    shown = [key for key in ("loss", "scir/mask_rate", "rewards/accuracies", "validation/agreement") if key in last]
     tiles = [
         Tile("optimiser steps", f"{manifest['steps']:,}", f"on {manifest['rows_out']:,} pairs"),
-        *(Tile(name, value, "last step") for key, (name, value) in shown.items() if key in last),
+        *(_metric_tile(key, last[key]) for key in shown),
         Tile("time", report.duration(manifest["seconds"]), _speed(records)),
     ]
     objective = plan["settings"].get("objective", "")
     return Page(f"Training, objective {objective}", str(out), tiles, _curves({"": records}), [], _facts(plan, manifest))
 
 
+def _metric_tile(key: str, value: float) -> Tile:
+    """A figure of the last step."""
+    metric = metrics.find(key)
+    assert metric is not None
+    return Tile(metric.label, report.percent(value) if metric.is_rate else report.number(value, 3), "last step")
+
+
 def story(folders: Sequence[tuple[str, Path]]) -> Page:
     """The page of a whole run: what changes from one iteration to the next.  folders: (stage, folder) in the order of the run"""
     made = [(stage, out, *_made(out)) for stage, out in folders]
-    checks = [(out, m["summary"]) for stage, out, _, m in made if "models" in (m.get("summary") or {}) and stage != "judge"]
+    checks = [(out, m["summary"]) for stage, out, _, m in made if registry.STAGES[stage].shows_agreement]
     short = _short_names([out for _, out in folders])
-    trained = [(out, p) for stage, out, p, _ in made if stage == "train"]
+    trained = [(out, p) for _, out, p, m in made if m.get("kind") == "model"]
     sections = [Section("Agreement", tables=[report.story([(short[out], s) for out, s in checks])])] if checks else []
     groups: dict[str, list[tuple[Path, Json]]] = {}
     for out, summary in checks:
         groups.setdefault(re.sub(r"\d+", "…", short[out]), []).append((out, summary))
     sections += [_iterations(group, [(short[out], s) for out, s in members]) for group, members in groups.items()]
     for objective in dict.fromkeys(p["settings"].get("objective", "") for _, p in trained):
-        runs = {short[out]: metrics(out) for out, p in trained if p["settings"].get("objective") == objective}
-        pictures = [picture for section in _curves(runs) if section.title in TOLD for picture in section.pictures]
+        runs = {short[out]: logged(out) for out, p in trained if p["settings"].get("objective") == objective}
+        pictures = [picture for section in _curves(runs) if section.title in metrics.RUN_SECTIONS for picture in section.pictures]
         sections += [Section(f"Training, objective {objective}", pictures=pictures)]
     for stage, out, _, m in made:
-        if stage == "eval winrate":
-            sections.append(
-                Section(f"Win rate: {short[out]}", pictures=_wins(m["summary"]), tables=report.winrate_tables(m["summary"]))
-            )
+        if target := registry.STAGES[stage].story:
+            sections += registry.load(target)(short[out], m)
     sections.append(
         Section("Stages", "Rows in = rows out + drops.", tables=[_stages([(stage, short[out], m) for stage, out, _, m in made])])
     )
@@ -363,9 +382,11 @@ def _agreement_tiles(summary: Json) -> list[Tile]:
     if first.get("kappa") is not None:
         tiles.append(Tile("Cohen's kappa", report.number(first["kappa"]), f"{first['first']} and {first['second']}"))
     if judge.get("flip_rate") is not None:
-        tiles.append(Tile("judge flips", report.percent(judge["flip_rate"]), "when the seats are swapped"))
+        tiles.append(
+            Tile("order-flip rate", report.percent(judge["flip_rate"]), "verdicts of the judge that change with the order")
+        )
     if a.get("labelled"):
-        tiles.append(Tile("right where all agree", report.percent(a["accuracy"]), _interval(a, "accuracy")))
+        tiles.append(Tile("accuracy where all agree", report.percent(a["accuracy"]), _interval(a, "accuracy")))
     return tiles
 
 
@@ -404,7 +425,7 @@ def _confidence(v: Verdicts, agreement: Json) -> Section:
 def _bias(v: Verdicts, summary: Json) -> Section:
     flips = [(name, *_ends(m, "flip_rate")) for name, m in summary["models"].items() if m["flip_rate"] is not None]
     caption = "Share of verdicts that change when the two responses change seats. Bars: 95 %."
-    pictures = [plots.rates("Flips", flips, caption)] if flips else []
+    pictures = [plots.rates("Order-flip rate", flips, caption)] if flips else []
     leanings = summary.get("biases") or {}
     named = {"position": "seat A", "longer": "the longer", "own": "its own"}
     for model, found in list(leanings.items())[:5]:
@@ -437,7 +458,7 @@ def _subsets(v: Verdicts, agreement: Json) -> Section:
         right = [(name, *_ends(f["models"][model], "accuracy")) for name, f in figures]
         if any(row[1] is not None for row in right):
             pictures.append(
-                plots.rates(f"{model} right, by subset", right, f"Bars: 95 %; the line is chance.{left_out}", 0.5, model)
+                plots.rates(f"Accuracy of {model}, by subset", right, f"Bars: 95 %; the line is chance.{left_out}", 0.5, model)
             )
     return Section("Subsets", pictures=pictures)
 
@@ -446,7 +467,7 @@ def _iterations(group: str, checks: Sequence[tuple[str, Json]]) -> Section:
     names, summaries = [name for name, _ in checks], [summary for _, summary in checks]
 
     agreement: dict[str, list[Rate]] = {"agreed": [_ends(s["agreed"], "rate") for s in summaries]}
-    agreement["judge flips"] = [_ends(s["models"].get("judge", {}), "flip_rate") for s in summaries]
+    agreement["order-flip rate"] = [_ends(s["models"].get("judge", {}), "flip_rate") for s in summaries]
     right = {
         m: [_ends(s["models"].get(m, {}), "accuracy") for s in summaries]
         for m in dict.fromkeys(m for s in summaries for m in s["models"])
@@ -454,7 +475,7 @@ def _iterations(group: str, checks: Sequence[tuple[str, Json]]) -> Section:
     right["agreed"] = [_ends(s["agreed"], "accuracy") for s in summaries]
     pictures = [
         plots.iterations(
-            "Agreement and flips",
+            "Agreement and order flips",
             names,
             _known_rates(agreement),
             "“agreed”: share of pairs on which all reward models agree. Bars: 95 %.",
@@ -462,7 +483,7 @@ def _iterations(group: str, checks: Sequence[tuple[str, Json]]) -> Section:
     ]
     if known := _known_rates(right):
         pictures.append(
-            plots.iterations("Right", names, known, "Against gold labels; “agreed”: the label where all agree. Bars: 95 %.")
+            plots.iterations("Accuracy", names, known, "Against gold labels; “agreed”: the label where all agree. Bars: 95 %.")
         )
     spread = {
         f"{name} {model}": list(m["abs_log_odds_quantiles"].values())
@@ -493,44 +514,22 @@ def _story_tiles(groups: Mapping[str, Sequence[tuple[Path, Json]]], made: Sequen
         note = f"{group}: from {report.percent(first['rate'])} in {len(members)} checks" if len(members) > 1 else group
         tiles.append(Tile("all agree", report.percent(last["rate"]), note))
         if last.get("labelled"):
-            tiles.append(Tile("right where all agree", report.percent(last["accuracy"]), note.split(":")[0] + ", at the end"))
+            tiles.append(Tile("accuracy where all agree", report.percent(last["accuracy"]), note.split(":")[0] + ", at the end"))
     return [*tiles, Tile("time", report.duration(sum(m.get("seconds", 0) for *_, m in made)), f"{len(made)} stages")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------- training curves
 
-#: section, picture, unit, is it a rate, and the metrics in it (a name that ends with "/" takes all that begin so)
-CURVES: list[tuple[str, str, str, bool, tuple[str, ...]]] = [
-    ("Objective", "Loss terms", "nats", False, ("loss", "scir/dpo", "scir/symmetric_kl", "sft/")),
-    ("Objective", "Pairs kept, agreement, flips", "", True, ("scir/mask_rate", "scir/agreement", "scir/flip_rate")),
-    ("Objective", "Right on the step's pairs", "", True, ("rewards/accuracies", "accuracy/")),
-    ("Objective", "DPO margin", "nats", False, ("rewards/margins", "rewards/chosen", "rewards/rejected")),
-    ("Reward models", "Mean |log-odds|", "nats", False, ("abs_log_odds/",)),
-    ("Reward models", "Mean entropy", "nats", False, ("scir/entropy",)),
-    ("Reward models", "Verdict mass P(A)+P(B)", "", True, ("scir/verdict_mass",)),
-    ("Reward models", "Gradient norm of each branch", "", False, ("branch_grad_norm/",)),
-    ("Responses", "Log-probability of a response", "nats", False, ("logps/",)),
-    ("Responses", "Mean length of a response", "tokens", False, ("mean_response_tokens",)),
-    ("Validation", "Right", "", True, ("validation/accuracy/",)),
-    ("Validation", "Agreement and flips", "", True, ("validation/agreement", "validation/flip_rate")),
-    ("Validation", "Mean |log-odds| on validation", "nats", False, ("validation/abs_log_odds/",)),
-    ("The machine", "Gradient norm before clipping", "", False, ("grad_norm",)),
-    ("The machine", "Learning rate", "", False, ("learning_rate",)),
-    ("The machine", "Tokens in a step", "tokens", False, ("tokens", "sequence_tokens")),
-    ("The machine", "Tokens per second", "", False, ("tokens_per_second",)),
-]  # fmt: skip
-TOLD = ("Objective", "Reward models", "Validation")  # in the story of a run
-UNDRAWN = {"step", "kind", "packs", "memory_splits", "step_seconds"}
 Series = dict[str, tuple[list[float], list[float]]]
 
 
-def metrics(out: Path) -> dict[str, Any]:
+def logged(out: Path) -> Series:
     """The figures of metrics.jsonl: name -> (steps, values)."""
     path, series = out / "metrics.jsonl", Series()
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         record = json.loads(line)
         for name, value in record.items():
-            if name not in UNDRAWN and isinstance(value, int | float) and math.isfinite(value):
+            if name not in ("step", "kind") and isinstance(value, int | float) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)
@@ -538,46 +537,34 @@ def metrics(out: Path) -> dict[str, Any]:
 
 
 def _curves(runs: Mapping[str, Series]) -> list[Section]:
-    """Every figure that was logged, in pictures of what belongs together; of several runs, one picture a figure with a line a run."""
+    """Every figure that has a picture; of several runs, one picture per figure with a line per run.
+
+    Figures without an entry in metrics.py are drawn last, under their keys.
+    """
+    keys = list(dict.fromkeys(key for series in runs.values() for key in series))
+    entries = dict(metrics.present(keys))
+    entries |= {key: Metric(key, key, "More", key) for key in keys if key not in entries}
+    groups: dict[tuple[str, str], dict[str, Metric]] = {}
+    for key, metric in entries.items():
+        if metric.picture is not None:
+            groups.setdefault((metric.section, metric.picture), {})[key] = metric
     sections: dict[str, list[Picture]] = {}
-    names = list(dict.fromkeys(name for series in runs.values() for name in series))
-    known = [
-        (*group[:4], [n for n in names if any(n == key or (key.endswith("/") and n.startswith(key)) for key in group[4])])
-        for group in CURVES
-    ]
-    rest = [n for n in names if not any(n in group[4] for group in known)]
-    for section, title, unit, rate, found in [*known, *(("More", n, "", False, [n]) for n in rest)]:
-        for picture in _curve_pictures(title, unit, rate, found, runs) if found else ():
-            sections.setdefault(section, []).append(picture)
+    for (section, title), group in groups.items():
+        sections.setdefault(section, []).extend(_curve_pictures(title, group, runs))
     return [Section(title, pictures=pictures) for title, pictures in sections.items()]
 
 
-def _curve_pictures(title: str, unit: str, rate: bool, found: Sequence[str], runs: Mapping[str, Series]) -> Iterator[Picture]:
+def _curve_pictures(title: str, group: Mapping[str, Metric], runs: Mapping[str, Series]) -> Iterator[Picture]:
+    """The figures of one picture: all in one for a single run, else one picture per figure with a line per run."""
     if len(runs) == 1:
         (series,) = runs.values()
-        yield plots.steps(title, {_label(n): series[n] for n in found}, unit, rate)
+        first = next(iter(group.values()))
+        yield plots.steps(title, {metric.short_label(key): series[key] for key, metric in group.items()}, first.unit, first.is_rate)
         return
-    for name in found:
-        several = {run: series[name] for run, series in runs.items() if name in series}
-        label = LABELS.get(name) or f"{title}: {_label(name)}"
-        yield plots.steps(title if len(found) == 1 else label[0].upper() + label[1:], several, unit, rate)
-
-
-#: what the metrics are called on a page, where their own names say too little
-LABELS = {
-    "scir/dpo": "DPO, on pairs kept",
-    "scir/symmetric_kl": "inconsistency",
-    "scir/mask_rate": "kept by the mask",
-    "scir/agreement": "agreement",
-    "scir/flip_rate": "judge flips",
-    "rewards/accuracies": "DPO right",
-    "accuracy/judge": "judge right",
-    "sequence_tokens": "nothing shared",
-}
-
-
-def _label(name: str) -> str:
-    return LABELS.get(name, name.rsplit("/", 1)[-1])
+    for key, metric in group.items():
+        lines = {run: series[key] for run, series in runs.items() if key in series}
+        label = f"{title}: {metric.short_label(key)}" if len(group) > 1 else title
+        yield plots.steps(label, lines, metric.unit, metric.is_rate)
 
 
 def _speed(series: Series) -> str:

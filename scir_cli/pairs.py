@@ -77,14 +77,12 @@ def make_pairs(table: pa.Table, prompt_ids: Sequence[tuple[int, ...]]) -> list[P
 
 def _make_pair(row: Mapping[str, Any], prompt_ids: tuple[int, ...]) -> Pair:
     first, second = (row[side] for side in SIDES)
-    external = [reward["log_odds"] for reward in row["rewards"] if reward["reward_model"] == "external"]
     return Pair(
         row["pair_id"],
         row["messages"],
         prompt_ids,
         (tuple(first["token_ids"]), tuple(second["token_ids"])),
         (first["text"], second["text"]),
-        external[0] if external else None,
         {r["weights_key"]: (r["first"], r["second"]) for r in row["reference_logps"]},
         {r["reward_model"]: ids for r in row["rewards"] if (ids := r.get("rationale_token_ids"))},
     )

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
-from scir_cli import store
+from scir_cli import backends, store
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, ScirError
 from scir_cli.meter import Meter
@@ -63,7 +63,7 @@ class WorkerPool(Protocol):
 
 def uses_gpus(settings: BackendSettings) -> bool:
     """Whether each worker takes GPUs, if there are any. Raises ConfigError for one chosen GPU."""
-    if settings.device == "cpu" or settings.backend == "openai":
+    if settings.device == "cpu" or not backends.load(settings.backend).uses_gpus:
         return False
     if settings.device != "auto" and settings.device != "cuda":
         raise ConfigError(f"--data-parallel gives each worker a GPU of its own; leave --device {settings.device} out")

@@ -24,6 +24,7 @@ import yaml
 
 from scir_cli import config
 from scir_cli.errors import ConfigError, suggest
+from scir_cli.registry import STAGES
 
 KEYS = ("extends", "name", "output_dir", "set", "all", "steps")
 
@@ -102,8 +103,8 @@ def _expand(path: Path, items: list[Any], names: dict[str, str]) -> Iterator[tup
         if len(item) != 1:
             raise ConfigError(f"{path}: a step should name one stage, got {', '.join(map(str, item))}")
         ((stage, settings),) = item.items()
-        if stage not in config.STAGES:
-            raise ConfigError(f"{path}: unknown stage '{stage}'.{suggest(str(stage), config.STAGES)}")
+        if stage not in STAGES:
+            raise ConfigError(f"{path}: unknown stage '{stage}'.{suggest(str(stage), STAGES)}")
         yield stage, _fill(path, settings or {}, names)
 
 
@@ -124,15 +125,15 @@ def _fill(path: Path, value: Any, names: dict[str, str]) -> Any:
 
 
 def _step(path: Path, stage: str, own: dict[str, Any], common: dict[str, Any]) -> Step:
-    known = config.fields(config.STAGES[stage])
+    known = config.fields(STAGES[stage].settings)
     settings = {k: v for k, v in config.flatten(common, known).items() if k in known} | config.flatten(own, known)
-    config.build(config.STAGES[stage], settings, where=f"{path}: {stage}")
+    config.build(STAGES[stage].settings, settings, where=f"{path}: {stage}")
     return Step(stage, settings)
 
 
 def _check(path: Path, steps: list[Step], common: dict[str, Any]) -> None:
     """Settings for all that no stage knows, and two stages that write the same folder, are mistakes."""
-    known = {name for step in steps for name in config.fields(config.STAGES[step.stage])}
+    known = {name for step in steps for name in config.fields(STAGES[step.stage].settings)}
     for name in common:
         key = str(name).replace("-", "_")
         if key not in known and not any(k.startswith(key + ".") for k in known):

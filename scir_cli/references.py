@@ -12,15 +12,15 @@ from scir_cli.reward_models import Pair
 from scir_cli.trees import continuation
 
 
-def open_reward_reference(settings: RewardSettings, model: LazyPolicy, **options: Any) -> LazyPolicy:
-    """The model behind --reward-reference.  options: more arguments of LazyPolicy
+def open_reward_reference(settings: RewardSettings, model: LazyPolicy, needing: Sequence[str], **options: Any) -> LazyPolicy:
+    """The model behind --reward-reference.  needing: the reward models that read it; options: more arguments of LazyPolicy
 
     Raises ConfigError if it is missing, holds the policy's own weights, or has another tokenizer or template.
     """
     if settings.reward_reference is None:
         raise ConfigError(
-            "the implicit reward needs --reward-reference MODEL (the SFT model the policy came from), "
-            "or leave 'implicit' out of --reward-models"
+            f"the {' and '.join(needing)} reward needs --reward-reference MODEL (the SFT model the policy came from), "
+            f"or leave '{needing[0]}' out of --reward-models"
         )
     reference = LazyPolicy(settings, settings.reward_reference, meter=model.meter, **options)
     if reference.key == model.key:

@@ -8,6 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from scir_cli import registry
+from scir_cli.registry import Stage
+
 Figures = dict[str, Any]
 LITTLE_MASS = 0.5  # P(A) + P(B) below this: something else is the likelier answer
 
@@ -38,7 +41,15 @@ def table_of(*headings: str, title: str | None = None) -> Table:
 def consistency_tables(summary: Figures) -> list[Table]:
     """How each reward model does, how each two agree, and how far all agree."""
     labelled = any(m["labelled"] for m in summary["models"].values())
-    headings = ("reward model", "verdicts", "median\n|a|", "flips", "mass", "length\nr", *(["accuracy (95 %)"] if labelled else []))
+    headings = (
+        "reward model",
+        "verdicts",
+        "median\n|a|",
+        "order\nflips",
+        "mass",
+        "length\nr",
+        *(["accuracy (95 %)"] if labelled else []),
+    )
     models = table_of(*headings, title=f"{summary['pairs']} pairs")
     for name, m in summary["models"].items():
         cells = [
@@ -54,7 +65,7 @@ def consistency_tables(summary: Figures) -> list[Table]:
     for name, count in summary.get("beyond_top_logprobs", {}).items():
         said.append(f"{name}: {count} verdicts unknown, their tokens are not among the endpoint's likeliest")
     if any(m[key] is None for m in summary["models"].values() for key in ("flip_rate", "verdict_mass", "length_correlation")):
-        said.append("–: no seats to flip, no verdict tokens, or lengths or verdicts that are all equal")
+        said.append("–: no order to flip, no verdict tokens, or lengths or verdicts that are all equal")
     models.caption = "\n".join(said) or None
     between = table_of("agreement of", "pairs", "rate (95 %)", "kappa", "rank r")
     for b in summary["between"]:
@@ -63,7 +74,7 @@ def consistency_tables(summary: Figures) -> list[Table]:
     a = summary["agreed"]
     cells = [str(a["pairs"]), percent(a["rate"], a["rate_low"], a["rate_high"])]
     if labelled:
-        between.caption = f"where all agree the label is right in {percent(a['accuracy'], a['accuracy_low'], a['accuracy_high'])} of {a['labelled']} labelled pairs"
+        between.caption = f"accuracy where all agree: {percent(a['accuracy'], a['accuracy_low'], a['accuracy_high'])} of {a['labelled']} labelled pairs"
     between.add_row("all", *cells, "", "")
     return [models, between] if len(summary["models"]) > 1 else [models]
 
@@ -168,20 +179,32 @@ def benchmark_tables(benchmark: Figures | None) -> list[Table]:
 
 
 def story(rows: list[tuple[str, Figures]]) -> Table:
-    """One row a dataset that was checked, in the order of the run: does agreement rise, and do the models stay right?"""
-    caption = "flips: the judge's verdicts that change with the seats; right: against gold labels, of the judge, the implicit reward, and where both agree"
+    """One row per dataset that was checked, in the order of the run: agreement, order flips, and accuracy."""
+    caption = (
+        "order flips: share of the judge's verdicts that change when the two answers change places; "
+        "accuracy against gold labels: of the judge, of the implicit reward, and where all agree"
+    )
     title = "how far the internal reward models agree"
+    # Whole at 80 columns, because padding collapses.
     table = Table(
-        title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )  # whole at 80 columns
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     table.add_column("dataset", no_wrap=True)
-    for heading in ("pairs", "agree", "kappa", "flips", "judge\nright", "implicit\nright", "agreed\nright"):
+    for heading in ("pairs", "agree", "kappa", "order\nflips", "judge\naccuracy", "implicit\naccuracy", "agreed\naccuracy"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, s in rows:
         judge, implicit = s["models"].get("judge", {}), s["models"].get("implicit", {})
         kappa = s["between"][0]["kappa"] if s["between"] else None
-        right = [percent(m.get("accuracy")) for m in (judge, implicit, s["agreed"])]
-        table.add_row(name, str(s["pairs"]), percent(s["agreed"]["rate"]), number(kappa), percent(judge.get("flip_rate")), *right)
+        accuracy = [percent(m.get("accuracy")) for m in (judge, implicit, s["agreed"])]
+        table.add_row(
+            name, str(s["pairs"]), percent(s["agreed"]["rate"]), number(kappa), percent(judge.get("flip_rate")), *accuracy
+        )
     return table
 
 
@@ -259,31 +282,37 @@ def plan_tables(estimate: Figures) -> list[Table]:
     return [run, lengths]
 
 
-def show(stage: str, manifest: Figures) -> None:
+def show(stage: Stage, manifest: Figures) -> None:
     """Prints a stage's results on stdout, where it has any beside its dataset."""
     console = Console(markup=False)  # names of models and subsets are whatever they are
     summary = manifest.get("summary") or {}
     tables: list[Any] = []
     if "estimate" in manifest:
         tables = plan_tables(manifest["estimate"])
-    elif stage == "eval winrate" and summary:
-        tables = winrate_tables(summary)
-    elif stage == "eval mt-bench" and summary:
-        tables = [grade_table(summary)]
-    elif "models" in summary and stage in ("check-consistency", "eval rewards"):
-        tables = verdict_tables(stage, manifest)
+    elif summary and stage.tables is not None:
+        tables = registry.load(stage.tables)(manifest)
     for table in tables:
         console.print(table)
     for note in summary.get("notes", ()):
         console.print(f"note: {note}", markup=False)
 
 
-def verdict_tables(stage: str, manifest: Figures) -> list[Any]:
+def match_tables(manifest: Figures) -> list[Table]:
+    """All of `eval winrate`."""
+    return winrate_tables(manifest["summary"])
+
+
+def grade_tables(manifest: Figures) -> list[Table]:
+    """All of `eval mt-bench`."""
+    return [grade_table(manifest["summary"])]
+
+
+def verdict_tables(manifest: Figures) -> list[Any]:
     """All of `check-consistency` or `eval rewards`, the whole first and then each subset."""
     summary = manifest["summary"]
     tables: list[Any] = consistency_tables(summary) + accuracy_tables(summary) + bias_tables(summary.get("biases"))
     tables += across_tables(manifest.get("across"))
-    if stage == "eval rewards" and set(summary["by_subset"]) - {"(none)"}:
+    if set(summary.get("by_subset", ())) - {"(none)"}:
         tables.append(subset_table(summary["by_subset"], list(summary["models"])))
     for subset, figures in manifest.get("by_subset", {}).items():
         if subset != "(none)":

@@ -1,25 +1,27 @@
 """The internal reward models: what each asks of the policy about a pair, and how the answer becomes log-odds.
 
-Add one here and it is there in judging, training and evaluation. A reward model has three methods: `requests` (prompts it needs answered in
-text first; usually none), `branches` (token paths to score, `n_branches` of them) and `odds` (their log-probabilities -> log-odds, pure).
+Each derives from `RewardModel`, as a user's own does, which `--reward-models module:Class` names: it then works in
+judging, training, evaluation, validation figures and reports.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from scir_cli import chat, odds
+from scir_cli import chat, odds, plugins
 from scir_cli.chat import Chat, Message
 from scir_cli.config import RewardSettings
-from scir_cli.errors import ConfigError, DataError, ModelError
+from scir_cli.errors import ConfigError, DataError, ModelError, suggest
 from scir_cli.odds import Odds
 from scir_cli.trees import Branch, continuation, verdict
 
@@ -33,7 +35,6 @@ class Pair:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[tuple[int, ...], tuple[int, ...]]  # first, second
     texts: tuple[str, str]
-    external: float | None = None  # log-odds somebody else gave, nats
     reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)  # weights key -> summed logps of first, second
     # reward model -> the token ids of its answers to `requests`
     rationale_token_ids: dict[str, Sequence[Sequence[int]]] = field(default_factory=dict)
@@ -48,49 +49,93 @@ class Context:
     external: Tensor  # (pairs,) fp64, as it is in the data, and on the CPU: it enters no loss; NaN: no verdict
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], reward_reference: str | None, device: Any = "cpu") -> Context:
+    def of(
+        cls,
+        pairs: Sequence[Pair],
+        reward_reference: str | None,
+        device: Any = "cpu",
+        external: Tensor | None = None,
+    ) -> Context:
+        """What is known of the pairs.  external: (pairs,) log-odds that came with the data; None: there are none"""
         unknown = (float("nan"), float("nan"))
         reference = [p.reference_logps.get(reward_reference or "", unknown) for p in pairs]
-        external = [float("nan") if p.external is None else p.external for p in pairs]
+        if external is None:
+            external = torch.full((len(pairs),), torch.nan)
         lengths = [[len(ids) for ids in p.response_ids] for p in pairs]
         return cls(
             torch.tensor(lengths, dtype=torch.float32, device=device).T,
             torch.tensor(reference, dtype=torch.float32, device=device).T,
-            torch.tensor(external, dtype=torch.float64),
+            external.double().cpu(),
         )
 
 
-class RewardModel(Protocol):
+#: Where a word of a class name begins, but for the first: brevity|Score, HTTP|Score
+WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+class RewardModel(ABC):
+    """The base class of every reward model, and of a user's own: `--reward-models judge,implicit,my_module:Brevity`.
+
+    A reward model names the token paths to score for a pair (`branches`), and turns their summed log-probabilities
+    under the policy into log-odds that the first response is better (`odds`, a pure function). In training the same two
+    methods are called, and gradients flow through `odds`. The smallest one needs no path at all:
+
+        from scir_cli.odds import Odds
+        from scir_cli.reward_models import RewardModel
+
+
+        class Brevity(RewardModel):
+            n_branches = 0
+
+            def branches(self, pair):
+                return []
+
+            def odds(self, logps, context):
+                return Odds(context.n_tokens[1] - context.n_tokens[0])
+
+    Exchanging first and second must negate the log-odds. NaN is no verdict; in training each pair needs a number.
+    """
+
+    #: Name of its verdicts in datasets, figures and `--rule`; by default the class name in snake case
+    name: ClassVar[str] = ""
+    #: Number of token paths that `branches` returns, the same for each pair
     n_branches: ClassVar[int]
-    reads_verdicts: ClassVar[bool]
+    #: Each path ends in one target token; such a path enters no loss in `judge`, so a backend may score it
+    reads_verdicts: ClassVar[bool] = False
+    #: `odds` returns `seats`: the responses are compared in both orders, as A and B
+    has_seats: ClassVar[bool] = False
+    #: The first two paths are the two answers after their prompt; their log-probabilities are kept for the next iteration
+    scores_answers: ClassVar[bool] = False
+    #: `odds` reads `context.reference_logps`, so --reward-reference has to be given
+    needs_reference: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = WORD_START.sub("_", cls.__name__).lower()
+
+    def __init__(self, chat: Chat, settings: RewardSettings) -> None:
+        self.chat = chat
+        self.settings = settings
 
     def requests(self, pair: Pair) -> list[list[int]]:
-        """Prompts that have to be answered in text before `branches` can be asked."""
-
-    def branches(self, pair: Pair) -> list[Branch]:
-        """Token paths to score; where there are `requests`, their answers are in `pair.rationale_token_ids`."""
-
-    def odds(self, logps: Tensor, context: Context) -> Odds:
-        """Log-odds from summed branch log-probabilities.  logps: (branches, pairs), nats"""
-
-
-@dataclass(frozen=True)
-class _Base:
-    n_branches: ClassVar[int]
-    reads_verdicts: ClassVar[bool] = False  # each branch is one token at one position: it enters no loss, so a backend may score it
-
-    chat: Chat
-    settings: RewardSettings
-
-    def requests(self, pair: Pair) -> list[list[int]]:
+        """Prompts (token ids) that have to be answered in text before `branches` is called; usually none."""
         return []
 
+    @abstractmethod
+    def branches(self, pair: Pair) -> list[Branch]:
+        """Token paths to score; if there are `requests`, their answers are in `pair.rationale_token_ids`."""
 
-class Judge(_Base):
+    @abstractmethod
+    def odds(self, logps: Tensor, context: Context) -> Odds:
+        """Log-odds from summed log-probabilities.  logps: (branches, pairs), nats -> log_odds: (pairs,), nats"""
+
+
+class Judge(RewardModel):
     """Pairwise verdict A or B at the first token of the answer, in both orders."""
 
     n_branches = 4
     reads_verdicts = True
+    has_seats = True
 
     @cached_property
     def template(self) -> str:
@@ -162,7 +207,7 @@ class Rationale(Judge):
         return list(self.chat.tokenizer(text.split("Verdict:")[0].rstrip(), add_special_tokens=False)["input_ids"])
 
 
-class Rubric(_Base):
+class Rubric(RewardModel):
     """Additive score 0-5 of each response, as its expectation over the score tokens (arXiv 2401.10020)."""
 
     n_branches = 12
@@ -184,10 +229,12 @@ class Rubric(_Base):
         return Odds(odds.difference(scores, self.settings.rubric_scale).log_odds, verdict_mass=mass.mean(0))
 
 
-class Implicit(_Base):
+class Implicit(RewardModel):
     """The DPO reward: log-ratio of the policy against `reward_reference` (arXiv 2305.18290)."""
 
     n_branches = 2
+    scores_answers = True
+    needs_reference = True
 
     def branches(self, pair: Pair) -> list[Branch]:
         return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
@@ -198,10 +245,11 @@ class Implicit(_Base):
         return odds.difference(ratios, s.implicit_scale * s.implicit_beta)
 
 
-class Likelihood(_Base):
+class Likelihood(RewardModel):
     """Mean log-probability per token, without a reference (SimPO's reward, arXiv 2405.14734)."""
 
     n_branches = 2
+    scores_answers = True
 
     def branches(self, pair: Pair) -> list[Branch]:
         return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
@@ -210,10 +258,11 @@ class Likelihood(_Base):
         return odds.difference(logps / context.n_tokens, self.settings.likelihood_scale)
 
 
-class Pmi(_Base):
+class Pmi(RewardModel):
     """Mean log-ratio per token of the answer with and without its prompt: pointwise mutual information (ours)."""
 
     n_branches = 4
+    scores_answers = True
 
     def branches(self, pair: Pair) -> list[Branch]:
         nothing = self.chat.prompt_ids([{"role": "user", "content": ""}])
@@ -224,7 +273,7 @@ class Pmi(_Base):
         return odds.difference((with_prompt - without) / context.n_tokens, self.settings.likelihood_scale)
 
 
-class External(_Base):
+class External(RewardModel):
     """Log-odds that came with the data."""
 
     n_branches = 0
@@ -236,19 +285,80 @@ class External(_Base):
         return Odds(context.external)
 
 
-TABLE: dict[str, type[Any]] = {
-    "judge": Judge, "implicit": Implicit, "rubric": Rubric, "rationale": Rationale, "likelihood": Likelihood, "pmi": Pmi, "external": External,
-}  # fmt: skip
+BUILT_IN = (Judge, Implicit, Rubric, Rationale, Likelihood, Pmi, External)
+TABLE: dict[str, type[RewardModel]] = {model.name: model for model in BUILT_IN}
+#: Words that a rule of `filter` or a table uses beside the names of reward models
+RESERVED = {*TABLE, "agree", "agreed", "all", "average", "gold", "majority", "none", "random"}
+#: In the penalty a model with seats is two, under these endings
+ORDERS = ("_forward", "_swapped")
+
+
+def load(name: str) -> type[RewardModel]:
+    """The class of a built-in name or "module:Class"; raises ConfigError for one that cannot be used."""
+    if name in TABLE:
+        return TABLE[name]
+    if not plugins.is_target(name):
+        raise ConfigError(f"unknown reward model '{name}'.{suggest(name, TABLE)}")
+    model = plugins.load_class(name, RewardModel, "reward model")
+    if not isinstance(getattr(model, "n_branches", None), int):
+        raise ConfigError(f"reward model '{name}' lacks n_branches, the number of token paths that `branches` returns")
+    if model.name in RESERVED or model.name.endswith(ORDERS) or not re.fullmatch(r"[a-z]\w*", model.name):
+        raise ConfigError(
+            f"reward model '{name}' cannot be called '{model.name}': set its attribute `name` to another one, of letters, "
+            f"digits and _ (reserved: {', '.join(sorted(RESERVED))}, and what ends in {' or '.join(ORDERS)})"
+        )
+    return model
+
+
+def load_all(names: Sequence[str]) -> dict[str, type[RewardModel]]:
+    """The classes of these names under the name of their verdicts, in this order; raises as `load` does, and for a repeated name."""
+    models: dict[str, type[RewardModel]] = {}
+    for name in names:
+        model = load(name)
+        if model.name in models:
+            raise ConfigError(
+                f"two of the reward models {', '.join(names)} are called '{model.name}'; set the attribute `name` of one"
+            )
+        models[model.name] = model
+    return models
 
 
 def make(names: Sequence[str], chat: Chat, settings: RewardSettings) -> dict[str, RewardModel]:
-    """The reward models of these names, in this order."""
-    return {name: TABLE[name](chat, settings) for name in names}
+    """The reward models of these names, under the name of their verdicts, in this order; raises as `load_all` does."""
+    return {name: model(chat, settings) for name, model in load_all(names).items()}
 
 
 def ask(models: dict[str, RewardModel], pair: Pair) -> list[Branch]:
-    """All branches the models ask about a pair, one model after the other."""
-    return [branch for model in models.values() for branch in model.branches(pair)]
+    """All branches the models ask about a pair, one model after the other; raises ConfigError for one that breaks its promises."""
+    asked = []
+    for name, model in models.items():
+        branches = model.branches(pair)
+        if name not in TABLE:
+            _check(model, pair, branches)
+        asked += branches
+    return asked
+
+
+def _check(model: RewardModel, pair: Pair, branches: list[Branch]) -> None:
+    """Raises ConfigError if a user's model does not return the branches that its attributes promise."""
+    if len(branches) != model.n_branches:
+        raise ConfigError(
+            f"reward model '{model.name}' returned {len(branches)} branches for a pair; its n_branches is {model.n_branches}"
+        )
+    if model.reads_verdicts and any(len(branch.target_tokens) != 1 for branch in branches):
+        raise ConfigError(f"reward model '{model.name}' sets reads_verdicts, but one of its branches has not one target token")
+    answers = [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
+    if model.scores_answers and branches[:2] != answers:
+        raise ConfigError(
+            f"reward model '{model.name}' sets scores_answers, but its first two branches are not continuation(pair.prompt_ids, "
+            "ids) for ids in pair.response_ids"
+        )
+
+
+def answer_logps(models: dict[str, RewardModel], logps: Tensor) -> Tensor | None:
+    """The policy's log-probabilities of both answers, if a model scores them.  logps: (pairs, branches) -> (pairs, 2)"""
+    parts = columns(models)
+    return next((logps[:, parts[name]][:, :2] for name, model in models.items() if model.scores_answers), None)
 
 
 def columns(models: dict[str, RewardModel]) -> dict[str, slice]:
@@ -259,4 +369,12 @@ def columns(models: dict[str, RewardModel]) -> dict[str, slice]:
 
 def answer(models: dict[str, RewardModel], logps: Tensor, context: Context) -> dict[str, Odds]:
     """Each model's log-odds.  logps: (pairs, branches), as scored from `ask`"""
-    return {name: models[name].odds(logps[:, part].T, context) for name, part in columns(models).items()}
+    answers = {name: models[name].odds(logps[:, part].T, context) for name, part in columns(models).items()}
+    for name, answer in answers.items():
+        if not isinstance(answer, Odds) or answer.log_odds.shape != context.external.shape:
+            raise ConfigError(
+                f"reward model '{name}' has to return Odds with one log-odds per pair, a tensor of {len(context.external)}"
+            )
+        if models[name].has_seats != (answer.seats is not None):
+            raise ConfigError(f"reward model '{name}': its Odds have seats if, and only if, its attribute has_seats is True")
+    return answers

@@ -1,7 +1,7 @@
 """The figures of metrics.jsonl for TensorBoard, Weights & Biases, trackio, MLflow and what else accelerate knows, under the names dashboards expect:
 
     train/rewards/margins, train/loss …   what transformers' and TRL's trainers call them
-    eval/accuracy/judge, eval/agreement … looks at the validation pairs
+    eval/accuracy/judge, eval/agreement … on the validation pairs
 
 accelerate's tracker classes are used, and not its Accelerator: that one, on ending, destroys the process group other ranks still need.
 """
@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from scir_cli import metrics
 from scir_cli.errors import ConfigError, suggest
 
 PROJECT = "scir"
@@ -61,14 +62,9 @@ class Trackers:
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         for tracker in self.trackers:
-            tracker.log({tracked(name): float(value) for name, value in figures.items()}, step=step)
+            tracker.log({metrics.tracker_name(name): float(value) for name, value in figures.items()}, step=step)
 
     def close(self) -> None:
         with redirect_stdout(sys.stderr):
             for tracker in self.trackers:
                 tracker.finish()
-
-
-def tracked(name: str) -> str:
-    """A figure's name on a dashboard."""
-    return f"eval/{name.removeprefix('validation/')}" if name.startswith("validation/") else f"train/{name}"

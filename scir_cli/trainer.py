@@ -31,6 +31,7 @@ from torch import Tensor
 from scir_cli import store, trees
 from scir_cli.config import TrainSettings
 from scir_cli.errors import TrainingError, warn
+from scir_cli.metrics import find as find_metric
 from scir_cli.objectives import Example, Metrics, Objective
 from scir_cli.optimizer import MasterAdamW, total_norm
 from scir_cli.parallel import Ranks
@@ -322,6 +323,7 @@ class Trainer:
     def _log(self, metrics: Metrics, kind: str) -> None:
         if not metrics or not self.ranks.main:
             return
+        assert all(map(find_metric, metrics)), f"not in metrics.py: {[key for key in metrics if not find_metric(key)]}"
         record = {"step": self.step, "kind": kind, **{name: round(float(value), 8) for name, value in metrics.items()}}
         path = self.out / "metrics.jsonl"
         with store.disk_errors(path), path.open("a", encoding="utf-8") as file:

@@ -34,9 +34,9 @@ class ValidationMetrics:
         self.guard = Collapse(1)
 
     def _can_score(self, name: str, model: RewardModel) -> bool:
-        if name == "implicit" and not self.reward_key:
+        if name == "external" or (model.needs_reference and self.reward_key is None):
             return False
-        return model.n_branches > 0 and not any(model.requests(pair) for pair in self.pairs[:1])
+        return not any(model.requests(pair) for pair in self.pairs[:1])
 
     def __call__(self) -> Metrics:
         """The figures, by their names in metrics.jsonl; log-odds are in nats. Empty if no reward model can score the pairs."""
@@ -46,13 +46,16 @@ class ValidationMetrics:
         log_odds = np.stack([answer.log_odds.numpy().astype(float) for answer in answers.values()])  # (models, pairs)
         metrics: Metrics = {}
         for name, values in zip(answers, log_odds, strict=True):
-            correct = np.where(values == 0, 0.5, values * self.gold > 0)
-            metrics[f"validation/accuracy/{name}"] = float(np.mean(correct))
-            metrics[f"validation/abs_log_odds/{name}"] = float(np.abs(values).mean())
+            known = ~np.isnan(values)
+            if known.any():
+                # 1, 0, or 1/2 for a tie
+                correct = (1 + np.sign(values[known]) * self.gold[known]) / 2
+                metrics[f"validation/accuracy/{name}"] = float(np.mean(correct))
+                metrics[f"validation/abs_log_odds/{name}"] = float(np.abs(values[known]).mean())
         if "judge" in answers and (orders := answers["judge"].orders) is not None:
             metrics["validation/flip_rate"] = float((orders[0].sign() == -orders[1].sign()).float().mean())
             self.guard(metrics["validation/abs_log_odds/judge"], metrics["validation/flip_rate"])
-        if len(log_odds) > 1:
+        if len(log_odds) > 1 and not np.isnan(log_odds).any(0).all():
             metrics["validation/agreement"] = float(np.nanmean(consistency.agreement(log_odds).agree))
         return metrics
 

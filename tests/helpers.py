@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from scir_cli import cli, config, policy, stages
+from scir_cli import cli, config, policy, registry, stages
 
 FP32 = {"dtype": "fp32", "device": "cpu"}
 PROMPTS = 40
@@ -25,7 +25,7 @@ def load_fp32(folder: Path, **settings: object) -> policy.Policy:
 
 
 def run(stage: str, **values: Any) -> dict[str, Any]:
-    settings = config.STAGES[stage]
+    settings = registry.STAGES[stage].settings
     known = {k: v for k, v in FP32.items() if k in settings.model_fields}
     return stages.load(stage)(config.build(settings, known, values, where="test"))
 

@@ -227,7 +227,7 @@ def test_check_consistency_compares_iterations_and_shows_it_at_eighty_columns(tm
     assert found["kendall"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-6)
     assert found["top_order"] == 0.5
     assert manifest["across"]["unanimous"]["judge"]["unanimous"] == round(4 / 6, 6)
-    text = shown(*report.verdict_tables("check-consistency", manifest))
+    text = shown(*report.verdict_tables(manifest))
     assert max(map(len, text.splitlines())) <= 80 and "CREAM's tau" in text and "same verdict in all" in text
     parts = run(input=now, against=[before], by_subset=True, output_dir=tmp_path / "o")
     assert parts["summary"] == manifest["summary"]  # comparing changes no row

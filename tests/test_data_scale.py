@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
-from scir_cli import config, schemas, stages, store
+from scir_cli import config, registry, schemas, stages, store
 
 MODELS = ("judge", "implicit", "rubric")
 
 
 def run(stage: str, **values: Any) -> dict[str, Any]:
-    return stages.load(stage)(config.build(config.STAGES[stage], values, where="test"))
+    return stages.load(stage)(config.build(registry.STAGES[stage].settings, values, where="test"))
 
 
 def odd_pairs(seed: int, rows: int) -> list[dict[str, Any]]:

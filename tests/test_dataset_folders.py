@@ -13,14 +13,14 @@ import huggingface_hub
 import pyarrow as pa
 import pytest
 
-from scir_cli import cards, config, schemas, stages, store
+from scir_cli import cards, config, registry, schemas, stages, store
 from scir_cli.errors import DataError, PlanMismatch
 
 PLAN = {"stage": "generate", "settings": {"limit": None, "top_p": 0.9}, "input": "abc"}
 
 
 def run(stage: str, **values: Any) -> dict[str, Any]:
-    return stages.load(stage)(config.build(config.STAGES[stage], values, where="test"))
+    return stages.load(stage)(config.build(registry.STAGES[stage].settings, values, where="test"))
 
 
 def prompts(folder: Path, drops: int = 1, **options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from helpers import shown
 from toy import make_model
 
-from scir_cli import config, report, stages, store
+from scir_cli import config, registry, report, stages, store
 from scir_cli.errors import ConfigError, DataError
 
 
@@ -24,7 +24,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(stage: str, **values: Any) -> Any:
-    return stages.load(stage)(config.build(config.STAGES[stage], values, where="test"))
+    return stages.load(stage)(config.build(registry.STAGES[stage].settings, values, where="test"))
 
 
 def numbers(value: Any, path: str = "") -> dict[str, float]:

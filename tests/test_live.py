@@ -17,7 +17,7 @@ from toy import make_model
 from scir_cli.stages.live import LINE_SECONDS, View, sparkline, watching
 
 FIGURES = {
-    "loss": 1.25, "scir/dpo": 0.69, "scir/symmetric_kl": 0.5, "scir/entropy": 0.1, "scir/mask_rate": 0.75, "scir/agreement": 0.8,
+    "loss": 1.25, "scir/preference_loss": 0.69, "scir/inconsistency": 0.5, "scir/entropy": 0.1, "scir/mask_rate": 0.75, "scir/agreement": 0.8,
     "abs_log_odds/judge_forward": 2.0, "abs_log_odds/implicit": 1.0, "tokens_per_second": 1234.0, "grad_norm": 3.0,
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def test_the_view_is_whole_at_80_columns():
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
     assert "…" not in text
-    for said in ("30/200", "inconsistency", "|log-odds| judge_forward", "validation right: judge", "75.0%", "▁▁▂▃▄▅▆▇██"):
+    for said in ("30/200", "inconsistency", "|log-odds| judge_forward", "validation accuracy judge", "75.0%", "▁▁▂▃▄▅▆▇██"):
         assert said in text
     assert "1,234 tokens/s" in text
     assert "5 min 40 s left" in text  # 170 steps left of 2 s; the steps of the run before do not count
@@ -56,7 +56,7 @@ def test_a_pipe_gets_a_line_every_half_minute_and_no_control_characters():
             clock.now += LINE_SECONDS / 3
             see(step, FIGURES)
     assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["train scir: step 3/100", "train scir: step 6/100"]
-    assert "loss 1.25, pairs kept 75.0%, agreement 80.0%, 1,234 tokens/s" in out.getvalue()
+    assert "loss 1.25, pairs kept by mask 75.0%, agreement 80.0%, 1,234 tokens/s" in out.getvalue()
     assert "\x1b" not in out.getvalue()
 
 
@@ -84,7 +84,7 @@ def test_training_on_a_terminal_draws_and_leaves_one_line(tmp_path: Path):
         assert process.stdout is not None
         assert (process.wait(), process.stdout.read()) == (0, b"")
     text = shown.decode()
-    assert "DPO right" in text
+    assert "preference accuracy" in text
     assert "tokens/s" in text
     assert "3 in = 3 out" in text.splitlines()[-1]
     os.close(ours)

@@ -97,7 +97,7 @@ def test_a_running_scale_brings_the_implicit_reward_to_the_judge_s_size(tiny_pol
     _, metrics = objective(tiny_policy.chat, scale="running").loss(logps([*SURE, 1.0, -2.0]), [example()])
     assert metrics["abs_log_odds/implicit"] == pytest.approx(LN4, rel=1e-5)
     assert metrics["scir/scale"] == pytest.approx(5 * LN4, rel=1e-5)
-    assert metrics["scir/symmetric_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["scir/inconsistency"] == pytest.approx(0, abs=1e-6)
 
 
 def test_balance_divides_the_implicit_gradient_of_the_penalty_by_the_scale(tiny_policy: Policy):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from toy import make_model
 
-from scir_cli import config, policy, stages, store
+from scir_cli import config, policy, registry, stages, store
 from scir_cli.lazy_policy import LazyPolicy
 
 
@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(stage: str, root: Path, out: Path, **values: Any) -> None:
     common = {"model": str(root / "policy"), "output_dir": out, "dtype": "fp32", "device": "cpu"}
-    stages.load(stage)(config.build(config.STAGES[stage], common, values, where="test"))
+    stages.load(stage)(config.build(registry.STAGES[stage].settings, common, values, where="test"))
 
 
 def test_judge_reads_the_policy_and_the_reward_reference_once(root: Path, tmp_path: Path, reads: Reads):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
 
-from scir_cli import config, consistency, pages, plots, stages, store
+from scir_cli import config, consistency, pages, plots, registry, stages, store
 from scir_cli.errors import ConfigError
 from scir_cli.store import Part
 
@@ -60,7 +60,7 @@ def dataset(out: Path, made: list[dict[str, Any]]) -> Path:
 
 
 def run(stage: str, **values: Any) -> dict[str, Any]:
-    return stages.load(stage)(config.build(config.STAGES[stage], values, where="test"))
+    return stages.load(stage)(config.build(registry.STAGES[stage].settings, values, where="test"))
 
 
 def trained(out: Path, steps: int, **more: Any) -> Path:
@@ -72,7 +72,7 @@ def trained(out: Path, steps: int, **more: Any) -> Path:
             noise = float(rng.normal(0, 0.1))
             figures = {
                 "loss": 1 / step + noise,
-                "scir/dpo": 0.6 + noise,
+                "scir/preference_loss": 0.6 + noise,
                 "scir/mask_rate": 0.5,
                 "abs_log_odds/judge_forward": 2.0,
                 "abs_log_odds/implicit": 1.0,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from scir_cli import consistency, report
+from scir_cli import consistency, registry, report
 from scir_cli.consistency import Verdicts
 
 
@@ -32,7 +32,7 @@ def test_tables_are_whole_at_80_columns(names: list[str]):
     summary = consistency.summary(v) | {"by_subset": consistency.by_subset(v), "curves": consistency.curves(v)}
     out = io.StringIO()
     console = Console(file=out, width=80, markup=False)
-    for table in report.verdict_tables("eval rewards", {"summary": summary}):
+    for table in report.verdict_tables({"summary": summary}):
         console.print(table)
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
@@ -45,7 +45,7 @@ def test_tables_are_whole_at_80_columns(names: list[str]):
 def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]):
     v = verdicts(["judge", "[bold]other"])
     summary = consistency.summary(v) | {"by_subset": consistency.by_subset(v)}
-    report.show("eval rewards", {"summary": summary})
+    report.show(registry.STAGES["eval rewards"], {"summary": summary})
     printed = capsys.readouterr().out
     assert "[bold]other" in printed
     assert "[/red] subset-number-0" in printed

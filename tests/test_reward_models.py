@@ -35,6 +35,7 @@ TEXTS = [
     ("Sort 3 1 2.", "1 2 3", "3 2 1", -0.5),
     ("What does {a} mean in a judge prompt?", "Nothing: {b} {question}", "It is answer A.", 0.25),
 ]
+EXTERNAL = [text[3] for text in TEXTS]
 
 
 def settings(**values: Any) -> config.RewardSettings:
@@ -43,7 +44,7 @@ def settings(**values: Any) -> config.RewardSettings:
 
 
 def make_pair(policy: Policy, number: int) -> Pair:
-    question, first, second, external = TEXTS[number]
+    question, first, second, _ = TEXTS[number]
     messages = [{"role": "user", "content": question}]
     responses = tuple(tuple(policy.chat.response_ids(messages, text)) for text in (first, second))
     return Pair(
@@ -52,7 +53,6 @@ def make_pair(policy: Policy, number: int) -> Pair:
         prompt_ids=tuple(policy.chat.prompt_ids(messages)),
         response_ids=responses,  # type: ignore[arg-type]
         texts=(first, second),
-        external=external,
         reference_logps={REFERENCE: (-20.0 - number, -30.0 + number)},
     )
 
@@ -63,19 +63,24 @@ def swapped(pair: Pair) -> Pair:
         pair,
         response_ids=pair.response_ids[::-1],
         texts=pair.texts[::-1],
-        external=None if pair.external is None else -pair.external,
         reference_logps={key: logps[::-1] for key, logps in pair.reference_logps.items()},
     )
 
 
 def said(
-    policy: Policy, names: Sequence[str], pairs: Sequence[Pair], written: Sequence[Sequence[str]] | None = None, **values: Any
+    policy: Policy,
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+    written: Sequence[Sequence[str]] | None = None,
+    external: Sequence[float] = EXTERNAL,
+    **values: Any,
 ) -> dict[str, Odds]:
-    """What the models say of the pairs, scored by the policy, pair by pair in packs."""
+    """The models' log-odds of the pairs, scored by the policy, pair by pair in packs."""
     models = reward_models.make(names, policy.chat, settings(**values))
     texts = written or [RATIONALES] * len(pairs)
     asked = [reward_models.ask(models, with_written(policy, pair, each)) for pair, each in zip(pairs, texts, strict=True)]
-    return reward_models.answer(models, torch.stack(list(policy.score(asked, 300))), Context.of(pairs, REFERENCE))
+    context = Context.of(pairs, REFERENCE, external=torch.tensor(external[: len(pairs)]))
+    return reward_models.answer(models, torch.stack(list(policy.score(asked, 300))), context)
 
 
 def with_written(policy: Policy, pair: Pair, texts: Sequence[str]) -> Pair:
@@ -114,7 +119,8 @@ def test_every_reward_model_of_the_settings_is_in_the_table():
 @pytest.mark.parametrize("name", BRANCHES)
 def test_swapping_first_and_second_negates_the_log_odds(name: str, tiny_policy: Policy, pairs: list[Pair]):
     there = said(tiny_policy, [name], pairs)[name]
-    back = said(tiny_policy, [name], [swapped(p) for p in pairs], written=[RATIONALES[::-1]] * len(pairs))[name]
+    negated = [-value for value in EXTERNAL]
+    back = said(tiny_policy, [name], [swapped(p) for p in pairs], [RATIONALES[::-1]] * len(pairs), negated)[name]
     assert there.log_odds.shape == (len(pairs),)
     assert there.log_odds.abs().min() > 1e-3  # it says something about every pair
     assert torch.allclose(back.log_odds, -there.log_odds, rtol=0, atol=1e-4)
@@ -328,7 +334,7 @@ def test_without_a_reference_the_implicit_reward_has_no_verdict(
 
 
 def test_a_missing_external_verdict_stays_missing(tiny_policy: Policy, pairs: list[Pair]):
-    got = said(tiny_policy, ["external"], [pairs[0], replace(pairs[1], external=None), pairs[2]])["external"].log_odds
+    got = said(tiny_policy, ["external"], pairs, external=[1.5, float("nan"), 0.25])["external"].log_odds
     assert got[[0, 2]].tolist() == [1.5, 0.25]
     assert got[1].isnan()
 
@@ -370,11 +376,13 @@ def test_the_rubric_is_the_difference_of_expected_scores(tiny_policy: Policy, pa
 
 
 def test_the_context_has_pairs_along_the_last_axis(pairs: list[Pair]):
-    context = Context.of(pairs, REFERENCE)
+    context = Context.of(pairs, REFERENCE, external=torch.tensor(EXTERNAL))
     assert context.n_tokens.tolist() == [[len(p.response_ids[seat]) for p in pairs] for seat in (0, 1)]
     assert context.reference_logps.tolist() == [[-20.0, -21.0, -22.0], [-30.0, -29.0, -28.0]]
     assert context.external.tolist() == [1.5, -0.5, 0.25]
-    assert Context.of(pairs, None).reference_logps.isnan().all()
+    without = Context.of(pairs, None)
+    assert without.reference_logps.isnan().all()
+    assert without.external.isnan().tolist() == [True, True, True]
 
 
 def test_answers_are_shared_out_pair_by_pair_and_model_by_model(tiny_policy: Policy, pairs: list[Pair]):

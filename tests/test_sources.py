@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from scir_cli import config, schemas, sources, stages, store
+from scir_cli import config, registry, schemas, sources, stages, store
 from scir_cli.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -515,7 +515,7 @@ def test_a_consistency_folder_is_refused_and_the_judged_dataset_is_named(tmp_pat
     for stage, values in (("filter", {}), ("eval rewards", {}), ("check-consistency", {"against": [str(out)]})):
         given = {"input": judged if values else str(out), "output_dir": tmp_path / "refused", **values}
         with pytest.raises(DataError, match="pass the judged dataset"):
-            stages.load(stage)(config.build(config.STAGES[stage], given, where="test"))
+            stages.load(stage)(config.build(registry.STAGES[stage].settings, given, where="test"))
 
 
 def test_our_own_folder_of_another_kind_or_unfinished_is_refused(tmp_path: Path) -> None:

@@ -82,6 +82,5 @@ def test_a_long_function_without_a_docstring_is_listed(tmp_path: Path):
 
 
 def test_every_command_has_a_count_of_settings():
-    from scir_cli import config
 
-    assert style.settings_per_command().keys() == config.STAGES.keys()
+    assert style.settings_per_command().keys() == registry.STAGES.keys()

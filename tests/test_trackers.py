@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from toy import make_model
 
-from scir_cli import config, stages, trackers
+from scir_cli import config, metrics, stages, trackers
 from scir_cli.errors import ConfigError
 
 
@@ -56,7 +56,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds_under_the_fields_names(world
     for line in (tmp_path / "m" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for name in record.keys() - {"step", "kind"}:
-            logged.setdefault(trackers.tracked(name), []).append((record["step"], record[name]))
+            logged.setdefault(metrics.tracker_name(name), []).append((record["step"], record[name]))
     assert {"train/loss", "train/grad_norm", "train/learning_rate", "eval/accuracy/judge", "eval/flip_rate"} <= set(found)
     if objective == "dpo":
         theirs = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from scir_cli import config, consistency, recipe, stages, store
+from scir_cli import config, consistency, recipe, registry, stages, store
 from study.experiments import EXPERIMENTS, RATIONALES, WORLDS, Method, Setup
 from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows
 
@@ -41,7 +41,7 @@ MEASURED = {"dtype": "fp32", "device": "cpu"}  # where nothing else is said
 
 def run(stage: str, **values: Any) -> Json:
     """Runs a stage with these settings and returns its manifest."""
-    settings = config.STAGES[stage]
+    settings = registry.STAGES[stage].settings
     known = {k: v for k, v in MEASURED.items() if k in settings.model_fields}
     return stages.load(stage)(config.build(settings, known, values, where=stage))
 

@@ -1,20 +1,25 @@
 """Backends produce text, and verdicts at one position; whatever enters a loss comes from the engine (policy.py).
 
-One is chosen by name, or as "module:Class". Each is given the model as a stage holds it, whose weights it reads only if it needs them in this process.
+One is chosen by name, or as "module:Class", and derives from `Backend`, or from `VerdictBackend` if it can score
+verdicts too. Each is given the model as a stage holds it, whose weights it reads only if it needs them in this process.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from scir_cli import plugins
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, suggest
 from scir_cli.trees import Branch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TABLE = {
     "transformers": "scir_cli.backends.transformers:TransformersBackend",
@@ -50,15 +55,39 @@ class Completion:
     finish_reason: str
 
 
-class Backend(Protocol):
+class Backend(ABC):
+    """The base class of every backend, and of a user's own: `--backend my_module:MyBackend`.
+
+    In `judge` it writes rationales; the engine scores the verdicts.
+    """
+
+    #: It computes on this machine's GPUs, so each worker gets its own
+    uses_gpus: ClassVar[bool] = True
+    #: It scores verdicts by itself: see `VerdictBackend`
+    reads_verdicts: ClassVar[bool] = False
+    #: It returns the likeliest tokens only, so a verdict may be unknown (NaN)
+    truncates_logprobs: ClassVar[bool] = False
+
+    @abstractmethod
     def __init__(self, model: Any, sampling: Sampling, settings: Any) -> None:
         """model: with `chat`, `path`, `meter`, and `load()`, which returns it with its weights (lazy_policy.py)."""
 
+    @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+        """One completion per request, in the order of the requests."""
 
-    def close(self) -> None:
-        """Gives back what it holds beside the model: a process, its memory, connections."""
+    def close(self) -> None:  # noqa: B027 (most backends hold nothing)
+        """Releases what it holds beside the model: a process, its memory, connections."""
+
+
+class VerdictBackend(Backend):
+    """A backend that also scores verdicts: tokens at one position, which enter no loss."""
+
+    reads_verdicts = True
+
+    @abstractmethod
+    def score(self, branches: Sequence[Branch]) -> Tensor:
+        """Log-probability of the one target of each branch; NaN if it is unknown.  -> (branches,) nats, fp32"""
 
 
 def verdict_tokens(branches: Sequence[Branch]) -> dict[tuple[int, ...], list[int]]:
@@ -78,14 +107,14 @@ def resolve(name: str) -> str:
     return "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
 
 
-def make(name: str, model: Any, sampling: Sampling, settings: BackendSettings | None = None) -> Backend:
-    """The backend of this name or "module:Class"; raises ConfigError for an unknown one."""
+def load(name: str) -> type[Backend]:
+    """The class of the backend of this name or "module:Class"; raises ConfigError for one that cannot be used."""
     target = TABLE.get(name, name)
-    module, _, attribute = target.partition(":")
-    if not attribute:
+    if not plugins.is_target(target):
         raise ConfigError(f"unknown backend '{name}'.{suggest(name, [*TABLE, 'auto'])}")
-    try:
-        backend = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"the backend '{name}' cannot be imported: {error}") from error
-    return backend(model, sampling, settings)  # type: ignore[no-any-return]
+    return plugins.load_class(target, Backend, "backend")
+
+
+def make(name: str, model: Any, sampling: Sampling, settings: BackendSettings | None = None) -> Backend:
+    """The backend of this name or "module:Class"; raises as `load` does."""
+    return load(name)(model, sampling, settings)

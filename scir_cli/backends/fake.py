@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scir_cli.backends import Completion, Request, Sampling
+from scir_cli.backends import Backend, Completion, Request, Sampling
 
 
-class FakeBackend:
+class FakeBackend(Backend):
+    uses_gpus = False
+
     def __init__(self, model: Any, sampling: Sampling, settings: Any = None) -> None:
         self.end = min(model.chat.end_ids)
         self.limit = sampling.max_new_tokens
@@ -17,6 +19,3 @@ class FakeBackend:
         answers = [r.prompt_ids[-(2 + r.seed % 7) :] for r in requests]
         finished = [(*a, self.end) for a in answers]
         return [Completion(f, "stop") if len(f) <= self.limit else Completion(f[: self.limit], "length") for f in finished]
-
-    def close(self) -> None:
-        pass

@@ -18,7 +18,7 @@ import torch
 import urllib3
 from torch import Tensor
 
-from scir_cli.backends import Completion, Request, Sampling, verdict_tokens
+from scir_cli.backends import Completion, Request, Sampling, VerdictBackend, verdict_tokens
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError
 from scir_cli.trees import Branch
@@ -26,7 +26,10 @@ from scir_cli.trees import Branch
 BUSY = (408, 429, 500, 502, 503, 504)
 
 
-class OpenAIBackend:
+class OpenAIBackend(VerdictBackend):
+    uses_gpus = False
+    truncates_logprobs = True
+
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         url = (settings.base_url or "").rstrip("/")
         if not url.startswith(("http://", "https://")):

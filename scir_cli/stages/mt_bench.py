@@ -83,8 +83,7 @@ def run(settings: EvalMtBenchSettings) -> Json:
         summarise=summarise,
         inputs={"input": settings.input, "model": settings.model or None, "answers": settings.answers, "judge": settings.judge},
     )
-    if settings.report:
-        pages.write(settings.report, pages.grades(out))
+    pages.write_for("eval mt-bench", settings)
     return manifest
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from scir_cli import consistency, schemas, sources, store
+from scir_cli import consistency, reward_models, schemas, sources, store
 from scir_cli.config import JudgeSettings
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.odds import Odds
@@ -66,7 +66,7 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
     if rule == "random":
         pairs.before_scoring = partial(sample_pairs, n=n_sampled, seed=settings.seed)
     if rule == "best-worst":
-        pairs.after_scoring = partial(best_and_worst, reward_model=settings.reward_models[0])
+        pairs.after_scoring = partial(best_and_worst, reward_model=next(iter(reward_models.load_all(settings.reward_models))))
     return pairs
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scir_cli import pages, report, store
+from scir_cli import pages, registry, report, store
 from scir_cli.errors import StageFailed
 from scir_cli.places import place
 from scir_cli.processes import exit_with_parent
@@ -28,9 +28,9 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
         _child(step, quiet)
     figures = {}
     for step in steps:
-        summary = store.read_json(place(step.settings["output_dir"]) / "manifest.json").get("summary") or {}
-        if "models" in summary and step.stage != "judge":  # check-consistency has the same pairs
-            figures[str(step.settings["output_dir"])] = summary
+        if registry.STAGES[step.stage].shows_agreement:
+            manifest = store.read_json(place(step.settings["output_dir"]) / "manifest.json")
+            figures[str(step.settings["output_dir"])] = manifest["summary"]
     if page:
         folders = [(step.stage, place(step.settings["output_dir"])) for step in steps]
         pages.write(page, pages.story(folders))

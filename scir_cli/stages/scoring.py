@@ -96,7 +96,7 @@ def count_verdicts_beyond_top_logprobs(made: store.Dataset, scorer: Scorer) -> J
 
     Empty if the endpoint returned all, or if no endpoint was used.
     """
-    if scorer.backend_settings is None or scorer.backend_settings.backend != "openai":
+    if scorer.backend_settings is None or not backends.load(scorer.backend_settings.backend).truncates_logprobs:
         return {}
     reading = [name for name, model in scorer.models.items() if model.reads_verdicts]
     counts: Counter[str] = Counter()
@@ -121,7 +121,8 @@ class Scorer:
         self.meter = Meter()
         self.model = LazyPolicy(settings, settings.model, meter=self.meter)
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
-        self.reference = open_reward_reference(settings, self.model) if "implicit" in self.models else None
+        needing = [name for name, model in self.models.items() if model.needs_reference]
+        self.reference = open_reward_reference(settings, self.model, needing) if needing else None
         self.reference_key = self.reference.key if self.reference else None
         self.keys = {"model": self.model.key, "reward_reference": self.reference_key}
         self.opened = ExitStack()
@@ -155,7 +156,7 @@ class Scorer:
         fits = total <= self.max_total_tokens
         table, too_long = filter_rows(table, fits, "too_long")
         drops += too_long
-        if not any(model.n_branches for model in self.models.values()):
+        if not self.reference and not any(model.n_branches for model in self.models.values()):
             return self._with_verdicts(table, [], torch.zeros(len(table), 0)), drops
         encoded = make_pairs(table, list(itertools.compress(prompt_ids, fits)))
         self._generate_rationales(encoded)
@@ -191,13 +192,16 @@ class Scorer:
 
         pairs: of each row, or empty if no model has branches. logps: (pairs, branches), nats.
         """
+        external = torch.from_numpy(consistency.log_odds(table, ["external"])[0])
         if pairs:
-            context = Context.of(pairs, self.reference_key)
+            context = Context.of(pairs, self.reference_key, external=external)
         else:
-            nothing = torch.empty(2, len(table))
-            context = Context(nothing, nothing, torch.from_numpy(consistency.log_odds(table, ["external"])[0]))
+            sides = [pc.struct_field(table[side], "token_ids") for side in SIDES]
+            n_tokens = np.stack([pc.list_value_length(ids).to_numpy() for ids in sides])
+            unknown = torch.full(n_tokens.shape, torch.nan)
+            context = Context(torch.from_numpy(n_tokens.astype(np.float32)), unknown, external)
         answers = reward_models.answer(self.models, logps, context)
-        policy_logps = _policy_logps(self.models, logps)
+        policy_logps = reward_models.answer_logps(self.models, logps)
         if policy_logps is not None:
             for pair, (first, second) in zip(pairs, policy_logps.tolist(), strict=True):
                 pair.reference_logps[self.model.key] = (first, second)
@@ -217,7 +221,7 @@ class Scorer:
         groups: the branches of each pair.  -> (pairs, branches)
         """
         flags = [model.reads_verdicts for model in self.models.values() for _ in range(model.n_branches)]
-        by_backend = self.backend_settings is not None and self.backend_settings.backend != "transformers"
+        by_backend = self.backend_settings is not None and backends.load(self.backend_settings.backend).reads_verdicts
         verdicts = torch.tensor(flags, dtype=torch.bool) & by_backend
         logps = torch.zeros(len(groups), len(flags))
         for chosen, score in ((verdicts, self._by_backend), (~verdicts, self._by_engine)):

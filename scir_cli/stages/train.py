@@ -57,8 +57,8 @@ def run(settings: TrainSettings) -> Json:
     ranks = Ranks(policies.resolve_device(settings.device).startswith("cuda"))
     try:
         manifest = run_rank(settings, ranks)
-        if settings.report and ranks.main and not settings.dry_run:
-            pages.write(settings.report, pages.training(settings.output_dir))
+        if ranks.main and not settings.dry_run:
+            pages.write_for("train", settings)
         return manifest
     finally:
         ranks.close()
@@ -135,13 +135,15 @@ class TrainJob:
             sharding = {"ranks": ranks, "cpu_offload": settings.cpu_offload}
         adapt = partial(adapters.add_adapters, settings=settings) if settings.lora.rank else None
         policy = LazyPolicy(settings, settings.model, adapt=adapt, **sharding)
-        reference = open_reward_reference(settings, policy, **sharding) if is_scir else None
+        reference = open_reward_reference(settings, policy, ["implicit"], **sharding) if is_scir else None
         reward_key = reference.key if reference else None
         fitted = fitting.load_fitted_values(policy.path, settings, reward_key) if is_scir else {}
         plan = {"stage": "train", "settings": settings.plan(), **digests, "model": policy.key, "reward_reference": reward_key}
         if fitted:
             plan["kept"] = fitted
         objective = build_objective(settings, policy, reward_key)
+        if isinstance(objective, objectives.Scir):
+            objectives.check_scir(settings, objective.models)
         return cls(settings, ranks, rows, dropped, policy, reference, objective, fitted, plan)
 
     @property

@@ -86,8 +86,7 @@ def run(settings: EvalWinrateSettings) -> Json:
         summarise=summarise,
         inputs={"inputs": ", ".join(inputs), "model": settings.model},
     )
-    if settings.report:
-        pages.write(settings.report, pages.winrate(out))
+    pages.write_for("eval winrate", settings)
     return manifest
 
 
@@ -228,7 +227,7 @@ def _judged(matches: list[Match], settings: EvalWinrateSettings, scorer: Scorer,
     bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
     write_judged_dataset("eval winrate", inner, scorer, PairInput(table, bounds, Counter(), digest))
     v = from_table(store.read_dataset(inner.output_dir, "judged"))
-    odds = dict(zip(v.pair_ids, v.log_odds[v.names.index(settings.reward_models[0])], strict=True))
+    odds = dict(zip(v.pair_ids, v.log_odds[v.names.index(next(iter(scorer.models)))], strict=True))
     found = []
     for match in matches:
         log_odds = np.array([odds.get(_pair_id(row), math.nan) for row in match.rows])

@@ -1,0 +1,112 @@
+"""Every figure of metrics.jsonl, once: its key, its label, its unit, and where it is shown.
+
+    key that ends in "/"   one figure per name after it (a reward model, a branch): "abs_log_odds/judge"
+    label                  in the terminal's view, and in the legend of a picture
+    section, picture       of the HTML page; figures of one picture share its unit. No picture: not drawn
+
+Keys do not depend on settings: `scir/preference_loss` is the term's value under dpo and under ipo.
+The live view, the page and trackers read this list; a figure that is not in it cannot be logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+OBJECTIVE, REWARD_MODELS, RESPONSES = "Objective", "Reward models", "Responses"
+VALIDATION, OPTIMIZER, THROUGHPUT = "Validation", "Optimizer", "Throughput"
+#: Sections of the page of a whole run, which has one line per iteration in each picture
+RUN_SECTIONS = (OBJECTIVE, REWARD_MODELS, VALIDATION)
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    label: str
+    section: str
+    picture: str | None = None
+    unit: str = ""  # "nats", "tokens", "s" …; "": a rate, or a number without a unit
+    is_rate: bool = False  # between 0 and 1, shown in per cent
+    in_view: bool = False  # a row of the terminal's view
+    in_line: bool = False  # in the one line that a pipe gets
+    is_loss_term: bool = False  # indented below the loss
+
+    @property
+    def is_prefix(self) -> bool:
+        return self.key.endswith("/")
+
+    def covers(self, key: str) -> bool:
+        """Whether this is the entry of a key of metrics.jsonl."""
+        return key.startswith(self.key) if self.is_prefix else key == self.key
+
+    def full_label(self, key: str) -> str:
+        """The label of a key of metrics.jsonl, with the name that a prefix leaves open: "accuracy judge"."""
+        return f"{self.label} {key.removeprefix(self.key)}" if self.is_prefix else self.label
+
+    def short_label(self, key: str) -> str:
+        """The label inside its picture, whose title names what a prefix stands for: "judge"."""
+        return key.removeprefix(self.key) if self.is_prefix else self.label
+
+
+#: In the order in which they are shown
+METRICS = (
+    Metric("loss", "loss", OBJECTIVE, "Loss terms", "nats", in_view=True, in_line=True),
+    Metric("scir/preference_loss", "preference loss", OBJECTIVE, "Loss terms", "nats", in_view=True, is_loss_term=True),
+    Metric("scir/inconsistency", "inconsistency", OBJECTIVE, "Loss terms", "nats", in_view=True, is_loss_term=True),
+    Metric("scir/entropy", "entropy", REWARD_MODELS, "Mean entropy", "nats", in_view=True, is_loss_term=True),
+    Metric("sft/answer_nll", "answer loss", OBJECTIVE, "Loss terms", "nats", in_view=True, is_loss_term=True),
+    Metric("sft/verdict_nll", "verdict loss", OBJECTIVE, "Loss terms", "nats", in_view=True, is_loss_term=True),
+    Metric("anchors/verdict_nll", "verdict loss of anchors", OBJECTIVE, "Loss terms", "nats", in_view=True, is_loss_term=True),
+    Metric("scir/mask_rate", "pairs kept by mask", OBJECTIVE, "Pairs kept, agreement, order flips", is_rate=True, in_view=True,
+           in_line=True),
+    Metric("scir/agreement", "agreement", OBJECTIVE, "Pairs kept, agreement, order flips", is_rate=True, in_view=True, in_line=True),
+    Metric("scir/flip_rate", "order-flip rate", OBJECTIVE, "Pairs kept, agreement, order flips", is_rate=True, in_view=True),
+    Metric("rewards/accuracies", "preference accuracy", OBJECTIVE, "Accuracy on the step's pairs", is_rate=True, in_view=True,
+           in_line=True),
+    Metric("rewards/margins", "preference margin", OBJECTIVE, "Preference margin", "nats", in_view=True),
+    Metric("rewards/chosen", "reward of chosen", OBJECTIVE, "Preference margin", "nats"),
+    Metric("rewards/rejected", "reward of rejected", OBJECTIVE, "Preference margin", "nats"),
+    Metric("accuracy/judge", "judge accuracy", OBJECTIVE, "Accuracy on the step's pairs", is_rate=True, in_view=True, in_line=True),
+    Metric("abs_log_odds/", "|log-odds|", REWARD_MODELS, "Mean |log-odds|", "nats", in_view=True),
+    Metric("scir/verdict_mass", "verdict mass", REWARD_MODELS, "Verdict mass P(A)+P(B)", is_rate=True),
+    Metric("branch_grad_norm/", "branch gradient norm", REWARD_MODELS, "Gradient norm of each branch"),
+    Metric("logps/chosen", "chosen", RESPONSES, "Log-probability of a response", "nats"),
+    Metric("logps/rejected", "rejected", RESPONSES, "Log-probability of a response", "nats"),
+    Metric("mean_response_tokens", "mean length", RESPONSES, "Mean length of a response", "tokens"),
+    Metric("grad_norm", "gradient norm", OPTIMIZER, "Gradient norm before clipping", in_view=True),
+    Metric("learning_rate", "learning rate", OPTIMIZER, "Learning rate"),
+    Metric("scir/scale", "implicit scale", OPTIMIZER, "Scale of the implicit reward"),
+    Metric("scir/penalty_weight", "penalty weight", OPTIMIZER, "Weight of the inconsistency penalty"),
+    Metric("validation/accuracy/", "validation accuracy", VALIDATION, "Accuracy on validation pairs", is_rate=True, in_view=True),
+    Metric("validation/agreement", "validation agreement", VALIDATION, "Agreement and order flips on validation pairs", is_rate=True,
+           in_view=True),
+    Metric("validation/flip_rate", "validation order-flip rate", VALIDATION, "Agreement and order flips on validation pairs",
+           is_rate=True, in_view=True),
+    Metric("validation/abs_log_odds/", "validation |log-odds|", VALIDATION, "Mean |log-odds| on validation pairs", "nats"),
+    Metric("tokens", "tokens", THROUGHPUT, "Tokens per step", "tokens"),
+    Metric("sequence_tokens", "tokens without sharing", THROUGHPUT, "Tokens per step", "tokens"),
+    Metric("tokens_per_second", "tokens per second", THROUGHPUT, "Tokens per second", "tokens/s"),
+    Metric("step_seconds", "seconds per step", THROUGHPUT, unit="s"),
+    Metric("packs", "packs per step", THROUGHPUT),
+    Metric("memory_splits", "halvings of the pack size", THROUGHPUT),
+)  # fmt: skip
+
+
+def find(key: str) -> Metric | None:
+    """The entry of a key of metrics.jsonl; None for one that nothing logs (a file from elsewhere)."""
+    return next((metric for metric in METRICS if metric.covers(key)), None)
+
+
+def present(keys: Iterable[str]) -> Iterator[tuple[str, Metric]]:
+    """Each key that has an entry, with it, in the order of METRICS."""
+    keys = list(keys)
+    for metric in METRICS:
+        for key in keys:
+            if metric.covers(key):
+                yield key, metric
+
+
+def tracker_name(key: str) -> str:
+    """A figure's name on a dashboard, as transformers' and TRL's trainers have it: train/loss, eval/accuracy/judge."""
+    prefix = "validation/"
+    return f"eval/{key.removeprefix(prefix)}" if key.startswith(prefix) else f"train/{key}"
