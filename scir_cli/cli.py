@@ -17,43 +17,44 @@ import typer
 
 from scir_cli import __version__, config, recipe, report, stages
 from scir_cli.errors import ConfigError, ScirError
+from scir_cli.stages import overwrite
 
 CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
-PANELS = {
-    config.StageSettings: "Every stage",
-    config.ModelSettings: "Model",
-    config.RewardSettings: "Internal reward models",
-    config.ReportSettings: "Every stage",
-    config.BackendSettings: "Backend",
-}
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
 
 app = typer.Typer(
     no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode="rich"
 )
 evaluations = typer.Typer(
-    no_args_is_help=True, context_settings=CONTEXT, help="Measure: reward models on labelled pairs, responses against responses."
+    no_args_is_help=True, context_settings=CONTEXT, help="Measure reward models on labelled pairs, and responses against responses."
 )
 
 ABOUT = {
-    "generate": "Sample N responses for each prompt.",
-    "judge": "Pair candidates and let every internal reward model say which is better.",
-    "check-consistency": "How far do the internal reward models agree?",
-    "filter": "Label and select pairs for preference optimisation.",
-    "train": "Train a policy: sft, dpo, or scir.",
-    "eval rewards": "Accuracy of each reward model, and of their agreed label, on labelled pairs.",
-    "eval winrate": "Win rates of responses over others, judged in both orders or by annotations that exist.",
-    "eval responses": "Answer a prompt set in AlpacaEval's format.",
-    "eval mt-bench": "Answer questions of several turns and grade each answer alone, from 1 to 10.",
+    "generate": "Sample N responses per prompt.",
+    "judge": "Pair candidates and score each pair with every internal reward model.",
+    "check-consistency": "Measure how far the internal reward models agree.",
+    "filter": "Label and select pairs for preference optimization.",
+    "train": "Train a policy: sft, dpo or scir.",
+    "eval rewards": "Measure the accuracy of each reward model, and of their agreed label, on labelled pairs.",
+    "eval winrate": "Win rates between models, judged in both orders or read from existing annotations.",
+    "eval responses": "Respond to a prompt set, in AlpacaEval's format.",
+    "eval mt-bench": "Answer questions of several turns, and grade each answer by itself from 1 to 10.",
 }
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file of settings; flags win over it.", rich_help_panel="Every stage")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file of settings; flags take precedence.",
+        metavar="PATH",
+        rich_help_panel=config.INPUT_OUTPUT,
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.", rich_help_panel="Every stage")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.", rich_help_panel="Every stage")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.", rich_help_panel=config.INPUT_OUTPUT)]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.", rich_help_panel=config.RARE)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings by name, as lora.rank=8.", show_default=False)
+    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings by their names, as lora.rank=8.", show_default=False)
 ]
 
 
@@ -80,14 +81,14 @@ def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable
             flags = {options[k]: v for k, v in given.items() if v is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
             built = config.build(settings, *layers, where=f"scir {stage}")
+            overwrite.check(built, f"scir {stage}")
             manifest = stages.load(stage)(built)
             if not _speaks() or "SCIR_LAUNCHED" in os.environ:  # the process that launched this one prints
                 return
             print(report.line(stage, str(built.output_dir), manifest), file=sys.stderr)
             print(json.dumps(manifest, ensure_ascii=False)) if as_json else report.show(stage, manifest)
 
-    parameters = [_parameter(settings, flat, known[name]) for flat, name in options.items()]
-    parameters.sort(key=lambda p: p.name in config.RewardSettings.model_fields)  # the stage's own first
+    parameters = [_parameter(settings, flat, name, known[name]) for flat, name in _in_help_order(settings, options)]
     extra = {
         "config": (ConfigFile, None),
         "as_json": (AsJson, False),
@@ -101,21 +102,33 @@ def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable
     return command
 
 
-def _parameter(settings: type[config.StageSettings], flat: str, info: Any) -> inspect.Parameter:
+def _in_help_order(settings: type[config.StageSettings], options: dict[str, str]) -> list[tuple[str, str]]:
+    """The options by group; within a group required ones first, then the stage's own, then inherited ones."""
+    known = config.fields(settings)
+    inherited = {name for base in settings.__bases__ for name in getattr(base, "model_fields", {})}
+
+    def rank(option: tuple[str, str]) -> tuple[int, bool, bool]:
+        name = option[1]
+        group = config.GROUPS.index(config.group_of(settings, name, known[name]))
+        return group, not known[name].is_required(), name in inherited
+
+    return sorted(options.items(), key=rank)
+
+
+def _parameter(settings: type[config.StageSettings], flat: str, name: str, info: Any) -> inspect.Parameter:
     flag = "--" + flat.replace("_", "-")
     boolean = info.annotation is bool
     names = [f"{flag}/--no-{flag[2:]}" if boolean and info.default else flag, *([SHORT[flat]] if flat in SHORT else [])]
     default = "required" if info.is_required() else f"default: {_shown(info.default)}"
-    text = (
-        info.description
-        if info.default in (None, "", []) or (boolean and not info.default)
-        else f"{info.description} [dim]\\[{default}][/dim]"
-    )
-    panel = next(
-        (title for base, title in PANELS.items() if flat in base.model_fields and issubclass(settings, base)), "This stage"
-    )
+    text = config.help_text(info)
+    if info.default not in (None, "", []) and not (boolean and not info.default):
+        text += f" [dim]\\[{default}][/dim]"
     option = typer.Option(
-        *names, help=text, metavar=None if boolean else config.takes(info), show_default=False, rich_help_panel=panel
+        *names,
+        help=text,
+        metavar=None if boolean else config.metavar(info),
+        show_default=False,
+        rich_help_panel=config.group_of(settings, name, info),
     )
     kind = bool if boolean else str
     return inspect.Parameter(flat, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
@@ -191,6 +204,7 @@ def run_recipe(
     """Run a recipe: every stage of every iteration, each in a process of its own. Killed and started again, it goes on where it stopped."""
     with _reporting(traceback):
         steps = recipe.load(recipe_file, output_dir, _overrides(overrides))
+        overwrite.check_steps(steps, str(recipe_file))
         if dry_run:
             print("#!/bin/sh\nset -e")
             print("\n".join(step.line() for step in steps))

@@ -195,8 +195,7 @@ class Implicit(_Base):
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
         s = self.settings
-        ratios = odds.length_controlled(logps - context.reference_logps, context.n_tokens, s.length_control, s.length_alpha)
-        return odds.difference(ratios, s.implicit_scale * s.implicit_beta)
+        return odds.difference(logps - context.reference_logps, s.implicit_scale * s.implicit_beta)
 
 
 class Likelihood(_Base):

@@ -62,20 +62,20 @@ class Crew(Protocol):
 
 
 def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
-    """How `store.write_dataset` has its parts made by settings.data_parallel workers; None where this process does.
+    """How `store.write_dataset` has its parts made by settings.workers workers; None where this process does.
 
     target: as Job has it. meter: what they compute is added to it. Raises ConfigError where there are too few GPUs, or no Ray.
     """
-    if settings.executor == "ray":
+    if settings.workers_on == "ray":
         if find_spec("ray") is None:
-            raise ConfigError("--executor ray needs the package ray: pip install 'scir[ray]'")
+            raise ConfigError("--workers-on ray needs the package ray: pip install 'scir[ray]'")
         from scir_cli import cluster
 
         def staffed(actors: int) -> None:
             meter.processes = actors
 
         return lambda kind, todo, advance: cluster.run(Job(target, settings, kind), todo, _counted(advance, meter), staffed)
-    if settings.data_parallel == 1:
+    if settings.workers == 1:
         return None
     devices = _devices(settings)
     if len(devices) == 1:
@@ -100,19 +100,17 @@ def on_gpus(settings: BackendSettings) -> bool:
     if settings.device == "cpu" or settings.backend == "openai":
         return False
     if settings.device != "auto" and settings.device != "cuda":
-        raise ConfigError(f"--data-parallel gives each worker a GPU of its own; leave --device {settings.device} out")
+        raise ConfigError(f"--workers gives each worker a GPU of its own; leave --device {settings.device} out")
     return True
 
 
 def count(settings: BackendSettings, gpus: int) -> int:
     """Workers there are to be: `auto` is as many as the GPUs are enough for, and one where there are none. Raises ConfigError where they are too few."""
-    n, each = settings.data_parallel, settings.tensor_parallel_size
-    n = max(1, gpus // each) if isinstance(n, str) else n
+    each = settings.tensor_parallel_size
+    n = max(1, gpus // each) if settings.workers == "auto" else settings.workers
     if gpus and gpus < n * each:
-        step = f"give --data-parallel {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
-        raise ConfigError(
-            f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}"
-        )
+        step = f"give --workers {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
+        raise ConfigError(f"--workers {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}")
     return n
 
 

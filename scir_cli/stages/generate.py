@@ -9,13 +9,17 @@ from typing import Any
 
 from scir_cli import backends, sources, store, workers
 from scir_cli.backends import Request, Sampling
-from scir_cli.config import GenerateSettings
+from scir_cli.config import EvalResponsesSettings, GenerateSettings
 from scir_cli.errors import DataError
 from scir_cli.stages.common import LazyPolicy, progress
 from scir_cli.store import Json, Part
 
+#: Setting -> its name in the hash that is a candidate's id: renaming a setting changes no id, and so no pair drawn by ids.
+NAME_IN_IDS = {"vllm_arg": "engine_arg"}
+SamplerSettings = GenerateSettings | EvalResponsesSettings
 
-def run(settings: GenerateSettings) -> Json:
+
+def run(settings: SamplerSettings) -> Json:
     """Writes a candidates dataset and returns its manifest; counts are in candidates (prompts times n)."""
     settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
     prompts, dropped = sources.open_prompts(settings.input, settings.limit)
@@ -43,7 +47,7 @@ def run(settings: GenerateSettings) -> Json:
         )
 
 
-def opened(settings: GenerateSettings) -> Sampler:
+def opened(settings: SamplerSettings) -> Sampler:
     """What a worker makes parts with."""
     return Sampler(settings, sources.open_prompts(settings.input, settings.limit)[0], LazyPolicy(settings, settings.model))
 
@@ -51,7 +55,7 @@ def opened(settings: GenerateSettings) -> Sampler:
 class Sampler:
     """Makes parts of candidates; the backend starts with the first part there is to make, and not before."""
 
-    def __init__(self, settings: GenerateSettings, prompts: Any, model: LazyPolicy) -> None:
+    def __init__(self, settings: SamplerSettings, prompts: Any, model: LazyPolicy) -> None:
         self.settings, self.prompts, self.model = settings, prompts, model
         self.meter = model.meter
 
@@ -86,10 +90,10 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
     with sampler.meter.working():
         completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
     out: list[dict[str, Any]] = []
-    plan = settings.plan()
+    sampled_with = _id_settings(settings)
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     for (row, _, seed), completion in zip(seeds, completions, strict=True):
-        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, plan])[:16]
+        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, sampled_with])[:16]
         duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
         text = model.chat.tokenizer.decode([t for t in completion.token_ids if t not in model.chat.end_ids])
         out.append(
@@ -107,6 +111,14 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
             }
         )
     return Part(out, len(rows) * settings.n, drops)
+
+
+def _id_settings(settings: SamplerSettings) -> Json:
+    """The settings that a candidate's id is a hash of, with the prompt, the model and the seed."""
+    plan = {"n": settings.n, **settings.plan()}
+    for name, name_in_ids in NAME_IN_IDS.items():
+        plan[name_in_ids] = plan.pop(name)
+    return plan
 
 
 def sample_seed(seed: int, row_id: str, sample: int) -> int:

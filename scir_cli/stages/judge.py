@@ -21,7 +21,7 @@ import torch
 
 from scir_cli import backends, consistency, reward_models, schemas, sources, store, workers
 from scir_cli.backends import Request, Sampling
-from scir_cli.config import BackendSettings, EvalRewardsSettings, EvalWinrateSettings, JudgeSettings, TrainSettings
+from scir_cli.config import BackendSettings, JudgeSettings, JudgingSettings, TrainSettings
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.meter import Meter
 from scir_cli.odds import Odds
@@ -32,7 +32,6 @@ from scir_cli.stages.generate import sample_seed
 from scir_cli.store import Json, Part
 from scir_cli.trees import Branch
 
-AnySettings = JudgeSettings | EvalRewardsSettings | EvalWinrateSettings | TrainSettings
 Index = np.ndarray  # (pairs,) rows of a table
 SIDES = ("first", "second")
 
@@ -61,7 +60,7 @@ def work_of(settings: JudgeSettings) -> Work:
         table: store.Rows = candidates
         dropped: Counter[str] = Counter()
     else:
-        table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
+        table, dropped = sources.open_pairs(settings.input, settings.limit, settings.score_column)
         bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
         make_pairs = given_pairs
     return Work(table, bounds, make_pairs, dropped, sources.digest(settings.input), choose)
@@ -82,7 +81,7 @@ class Work:
 
     table: store.Rows
     bounds: list[tuple[int, int]]
-    make_pairs: Callable[[pa.Table, AnySettings], tuple[pa.Table, Counter[str]]]
+    make_pairs: Callable[[pa.Table, JudgingSettings], tuple[pa.Table, Counter[str]]]
     dropped: Counter[str]  # before there were rows
     digest: str
     choose: tuple[str, int] = ("all", 0)
@@ -92,7 +91,7 @@ class Work:
 class Judging:
     """Makes parts of judged pairs."""
 
-    settings: AnySettings
+    settings: JudgingSettings
     scorer: Scorer
     work: Work
 
@@ -112,7 +111,7 @@ class Judging:
         self.scorer.close()
 
 
-def judge_table(stage: str, settings: AnySettings, scorer: Scorer, work: Work, share: Any = None) -> Json:
+def judge_table(stage: str, settings: JudgingSettings, scorer: Scorer, work: Work, share: Any = None) -> Json:
     """Writes the judged dataset of a table of candidates or pairs: the one place where pairs are scored and written."""
     if not work.table.num_rows:
         raise DataError(f"the input holds no usable row ({dict(work.dropped) or 'it is empty'})")
@@ -155,11 +154,11 @@ def unseen(made: store.Dataset, scorer: Scorer) -> Json:
 # ---------------------------------------------------------------------------------------------------------------------- making pairs
 
 
-def given_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
+def given_pairs(table: pa.Table, settings: JudgingSettings) -> tuple[pa.Table, Counter[str]]:
     return table, Counter()
 
 
-def candidate_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
+def candidate_pairs(table: pa.Table, settings: JudgingSettings) -> tuple[pa.Table, Counter[str]]:
     """All pairs of each prompt's candidates, less those with a duplicate or an empty response."""
     duplicate, empty = _unusable(table)
     seats = [low + _combinations(high - low) for low, high in _prompts(table)]
@@ -168,7 +167,7 @@ def candidate_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, C
     drops = Counter(duplicate_candidate=int(repeats.sum()), empty_response=int((blank & ~repeats).sum()))
     good = ~(repeats | blank)
     first, second = first[good], second[good]
-    return _paired(table, first, second, first, settings.external), +drops
+    return _paired(table, first, second, first, settings.score_column), +drops
 
 
 @cache
@@ -177,7 +176,7 @@ def _combinations(n: int) -> np.ndarray:
     return np.stack(np.triu_indices(n, 1))
 
 
-def crossed_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
+def crossed_pairs(table: pa.Table, settings: JudgingSettings) -> tuple[pa.Table, Counter[str]]:
     """Each candidate beside one of another prompt of the part, the nearest in length; the side does not tell which is whose."""
     usable = ~np.logical_or(*_unusable(table))
     drops, table = Counter(unusable_candidate=int((~usable).sum())), table.filter(pa.array(usable))
@@ -198,7 +197,7 @@ def crossed_pairs(table: pa.Table, settings: AnySettings) -> tuple[pa.Table, Cou
     other = other[own]
     drops["no_other_prompt"] = len(names) - len(own)
     swap = np.array([int(name, 16) % 2 for name in _pair_ids(names, own, other)], bool)
-    return _paired(table, np.where(swap, other, own), np.where(swap, own, other), own, settings.external), +drops
+    return _paired(table, np.where(swap, other, own), np.where(swap, own, other), own, settings.score_column), +drops
 
 
 def _unusable(candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
@@ -268,7 +267,7 @@ def _sampled(pairs: pa.Table, choose: tuple[str, int], seed: int) -> tuple[pa.Ta
     return _kept(pairs, kept, "not_sampled")
 
 
-def _best_worst(pairs: pa.Table, choose: tuple[str, int], settings: AnySettings) -> tuple[pa.Table, Counter[str]]:
+def _best_worst(pairs: pa.Table, choose: tuple[str, int], settings: JudgingSettings) -> tuple[pa.Table, Counter[str]]:
     """The pair of each prompt's best and worst candidate by the first reward model's mean log-odds against the others."""
     if choose[0] != "best-worst":
         return pairs, Counter()
@@ -291,7 +290,7 @@ def _best_worst(pairs: pa.Table, choose: tuple[str, int], settings: AnySettings)
 class Scorer:
     """A policy, its reward reference, and the reward models that read them."""
 
-    def __init__(self, settings: AnySettings, backend: BackendSettings | None = None) -> None:
+    def __init__(self, settings: JudgingSettings | TrainSettings, backend: BackendSettings | None = None) -> None:
         self.settings, self.backend_settings = settings, backend
         self.model = LazyPolicy(settings, settings.model)
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
@@ -324,6 +323,7 @@ class Scorer:
     @cached_property
     def backend(self) -> Any:
         """Who writes rationales and, where it is not transformers, reads the verdicts."""
+        assert isinstance(self.settings, JudgingSettings)  # `train` writes no rationale
         sampling = Sampling(0.0, 1.0, self.settings.rationale_max_tokens, self.settings.rationale_batch_size)
         return backends.make(
             self.backend_settings.backend if self.backend_settings else "transformers", self.model, sampling, self.backend_settings

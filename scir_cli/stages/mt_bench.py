@@ -171,7 +171,14 @@ def _sampled(conversations: list[list[Row]], name: str, temperature: float, sett
     with store.writing(prompts) as temporary:
         temporary.write_text("".join(json.dumps({"messages": m}) + "\n" for m in conversations), encoding="utf-8")
     values = {key: value for key, value in settings if key in GenerateSettings.model_fields}
-    values |= {"input": str(prompts), "output_dir": folder / name, "temperature": temperature, "limit": None, "overwrite": False}
+    values |= {
+        "input": str(prompts),
+        "output_dir": folder / name,
+        "n": 1,
+        "temperature": temperature,
+        "limit": None,
+        "overwrite": False,
+    }
     generate.run(GenerateSettings(**values))
     turns = 1 if settings.system_prompt else 0  # the system turn that `generate` put first
     return {_key(row["messages"][turns:]): row["response"] for row in store.read_dataset(folder / name, "candidates").to_pylist()}

@@ -47,11 +47,9 @@ from scir_cli.store import Json
 from scir_cli.trainer import Trainer
 
 LABEL = {"first": 1, "second": -1, None: 0}
+#: Settings that are fitted, and the value with which
+FITTED: dict[str, Any] = {"implicit_scale": "fitted", "penalty_weight": None}
 FITTED_ON = 4  # steps whose gradients lambda is fitted on
-#: Settings under which what was fitted in one iteration holds in the next
-FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "voters", "confidence_threshold",
-              "penalty", "penalty_ratio", "entropy_weight", "entropy_floor", "stop_gradient", "balance", "preference_loss", "beta",
-              "target_margin")  # fmt: skip
 REFERENCE_ROWS = 256  # pairs between two moves of the progress bar
 
 
@@ -115,7 +113,7 @@ def _run(settings: TrainSettings, ranks: Ranks) -> Json:
         if reference is not None:
             reference.__dict__.pop("policy", None)  # its log-probabilities are known: the second model leaves the memory
         settings = settings.model_copy(update=kept)
-        if scorer and settings.scale == "fitted" and "implicit_scale" not in kept:
+        if scorer and settings.implicit_scale == "fitted":
             settings = settings.model_copy(update={"implicit_scale": fitted_scale(rows, examples, scorer, settings)})
         return _train(settings, start, reward_key, examples, validation, dropped + drops, plan, ranks)
 
@@ -126,7 +124,9 @@ def _check_zero(settings: TrainSettings, ranks: Ranks) -> None:
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
         raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
     if ranks.zero and settings.objective == "scir" and settings.penalty_weight is None:
-        raise ConfigError("DeepSpeed gives no gradient back, so --penalty-ratio cannot be had: give --penalty-weight")
+        raise ConfigError(
+            "--penalty-ratio is not available under DeepSpeed, which does not expose gradients: give --penalty-weight"
+        )
 
 
 def objective_for(settings: TrainSettings, start: LazyPolicy, reward_key: str | None) -> Objective:
@@ -165,17 +165,21 @@ def kept_fits(model: Path, settings: TrainSettings, reward_key: str | None) -> d
 
     Fitting the scale anew in each iteration lowers it as log-ratios grow, and with it the penalty's hold on the policy (docs/study.md).
     """
-    wanted = {"implicit_scale": settings.scale == "fitted", "penalty_weight": settings.penalty_weight is None}
+    now = settings.plan()
+    wanted = [name for name, value in FITTED.items() if now[name] == value]
     plan, manifest = model / "plan.json", model / "manifest.json"
-    if not any(wanted.values()) or not (plan.exists() and manifest.exists()):
+    if not wanted or not (plan.exists() and manifest.exists()):
         return {}
     made, found = store.read_json(plan), store.read_json(manifest).get("fitted", {})
-    same = made.get("reward_reference") == reward_key and all(made["settings"].get(n) == getattr(settings, n) for n in FITTED_FOR)
-    return {name: found[name] for name, want in wanted.items() if want and name in found} if same else {}
+    before = made["settings"]
+    same = all(before.get(name) == now[name] for name in config.names_with(TrainSettings, "affects_fit"))
+    if not same or made.get("reward_reference") != reward_key:
+        return {}
+    return {name: found[name] for name in wanted if name in found and before.get(name) == FITTED[name]}
 
 
 def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Scorer, settings: TrainSettings) -> float:
-    """--scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts, those in the data or, where there are none, its own."""
+    """--implicit-scale fitted: s such that the implicit log-odds have the median size of the judge's verdicts, those in the data or, where there are none, its own."""
     pairs = [e.pair for e in examples]
     said = [[r["log_odds"] for r in row["rewards"] if r["reward_model"] == "judge"] for row in rows]
     judge = torch.tensor([float("nan") if a is None else a for one in said for a in one])
@@ -184,8 +188,10 @@ def fitted_scale(rows: list[dict[str, Any]], examples: list[Example], scorer: Sc
         logps = torch.stack(list(scorer.model.policy.score(asked, settings.max_tokens_per_pack)))
         judge = scorer.models["judge"].odds(logps.T, Context.of(pairs[:REFERENCE_ROWS], None)).log_odds
     own = torch.tensor([p.reference_logps[scorer.model.key] for p in pairs]).T  # (2, pairs)
-    implicit = scorer.models["implicit"].odds(own, Context.of(pairs, scorer.reference_key)).log_odds
-    return settings.implicit_scale * losses.matching_scale(judge, implicit)
+    unfitted = settings.model_copy(update={"implicit_scale": config.IMPLICIT_SCALE})
+    models = reward_models.make(["implicit"], scorer.model.chat, unfitted)
+    implicit = models["implicit"].odds(own, Context.of(pairs, scorer.reference_key)).log_odds
+    return config.IMPLICIT_SCALE * losses.matching_scale(judge, implicit)
 
 
 def fitted_weight(trainer: Trainer, ratio: float) -> float:
