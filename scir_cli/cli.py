@@ -17,7 +17,6 @@ import typer
 
 from scir_cli import __version__, config, recipe, report, stages
 from scir_cli.errors import ConfigError, ScirError
-from scir_cli.stages import overwrite
 
 CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
@@ -81,6 +80,8 @@ def _stage_command(stage: str, settings: type[config.StageSettings]) -> Callable
             flags = {options[k]: v for k, v in given.items() if v is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
             built = config.build(settings, *layers, where=f"scir {stage}")
+            from scir_cli.stages import overwrite  # here, so that --help imports no pyarrow
+
             overwrite.check(built, f"scir {stage}")
             manifest = stages.load(stage)(built)
             if not _speaks() or "SCIR_LAUNCHED" in os.environ:  # the process that launched this one prints
@@ -189,21 +190,23 @@ def run_recipe(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe; see recipes/.")],
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Folder of the whole run, in place of the recipe's.")
+        Path | None, typer.Option("--output-dir", "-o", help="Output folder of the whole run, instead of the recipe's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole script and run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the run as a shell script, and run nothing.")] = False,
     page: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE.html", help="Also write the story of the run as one self-contained HTML page."),
+        typer.Option("--report", metavar="FILE.html", help="Also write the run to this file, as one self-contained HTML page."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all figures as JSON on stdout; the stages' tables go to stderr.")
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Run a recipe: every stage of every iteration, each in a process of its own. Killed and started again, it goes on where it stopped."""
+    """Run a recipe: every stage of every iteration, each in its own process. The same command resumes an interrupted run."""
     with _reporting(traceback):
         steps = recipe.load(recipe_file, output_dir, _overrides(overrides))
+        from scir_cli.stages import overwrite
+
         overwrite.check_steps(steps, str(recipe_file))
         if dry_run:
             print("#!/bin/sh\nset -e")

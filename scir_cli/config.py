@@ -206,7 +206,7 @@ class RewardSettings(ModelSettings):
     )
     reward_reference: str | None = setting(
         None,
-        "Frozen reference model of the implicit reward: the SFT model, not the model itself.",
+        "Frozen reference model of the implicit reward (folder or hub id): the SFT model, not the model itself.",
         group=REWARDS,
         path=True,
         affects_output=False,
@@ -390,7 +390,7 @@ class GenerateSettings(SamplingSettings):
     @model_validator(mode="after")
     def _differ(self) -> GenerateSettings:
         if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"temperature 0 gives the same response {self.n} times; use --n 1 or a temperature above 0")
+            raise ValueError(f"temperature 0 gives {self.n} equal responses; use --n 1 or a temperature above 0")
         return self
 
 
@@ -403,7 +403,7 @@ class JudgeSettings(JudgingSettings, BackendSettings):
     )
     input: str = setting(
         ...,
-        "Candidates, or pairs (prompt, chosen, rejected); labels of pairs are kept as gold labels.",
+        "A candidates dataset, or pairs (prompt, chosen, rejected); labels of pairs are kept as gold labels.",
         group=INPUT_OUTPUT,
         path=True,
         affects_output=False,
@@ -435,7 +435,7 @@ class CheckConsistencySettings(ReportSettings):
         affects_output=False,
     )
     judge_author: str | None = setting(
-        None, "Author whose responses count as the judge's own (self-preference). Default: the model that judged.", group=AGREEMENT
+        None, "Author of the judge's own responses (self-preference). Default: the model that judged.", group=AGREEMENT
     )
     fail_under: Rate | None = setting(
         None, "Exit with status 1 if the agreement rate is below this.", group=AGREEMENT, affects_output=False
@@ -508,14 +508,14 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     input: str = setting(
         ...,
-        "Training pairs: preferences or judged pairs (scir), labelled pairs (sft, dpo).",
+        "Training pairs (file or dataset): preferences or judged pairs (scir), labelled pairs (sft, dpo).",
         group=INPUT_OUTPUT,
         path=True,
         affects_output=False,
     )
     validation: str | None = setting(
         None,
-        "Labelled pairs (a file or dataset) for evaluation during training.",
+        "Labelled pairs (file or dataset) for evaluation during training.",
         group=INPUT_OUTPUT,
         path=True,
         affects_output=False,
@@ -613,7 +613,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     anchors: str | None = setting(
         None,
-        "Labelled pairs (a file or dataset) added to the steps; a supervised verdict loss on them keeps the judge from drifting.",
+        "Labelled pairs (file or dataset) added to the steps; a supervised verdict loss on them keeps the judge from drifting.",
         group=CONSISTENCY,
         path=True,
         affects_output=False,
@@ -782,7 +782,11 @@ class EvalResponsesSettings(SamplingSettings):
 
 class EvalMtBenchSettings(SamplingSettings, ReportSettings):
     input: str = setting(
-        ..., "Questions of one or more turns: FastChat's question.jsonl.", group=INPUT_OUTPUT, path=True, affects_output=False
+        ...,
+        "File of questions of one or more turns: FastChat's question.jsonl.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
     model: str = setting(
         "", "Model that answers the questions. Not needed with --answers.", group=INPUT_OUTPUT, path=True, affects_output=False
