@@ -119,8 +119,8 @@ FILTERS: dict[str, tuple[dict[str, Any], str]] = {
             "length_neutral": True,
             "max_pairs_per_prompt": 1,
             "cream_previous": "before",
-            "certainty": "prompt",
-            "format": "trl",
+            "cream_average": "prompt",
+            "trl_jsonl": True,
             "min_margin": 0.05,
         },
         "10cb3845fc299bc6c3487097b8d35452",
@@ -135,7 +135,7 @@ def test_filter_keeps_the_rows_that_it_kept_row_by_row(world: Path, tmp_path: Pa
     settings = settings | {key: str(world / settings[key]) for key in ("cream_previous",) if key in settings}
     manifest = run("filter", input=str(world / "judged"), output_dir=tmp_path / "out", **settings)
     assert content(manifest, tmp_path / "out") == digest
-    if settings.get("format") == "trl":
+    if settings.get("trl_jsonl"):
         assert store.digest_file(tmp_path / "out" / "trl.jsonl") == "e87a69cd8b51cbbaa141277367a78e02"
 
 
@@ -153,7 +153,7 @@ def test_the_repeats_are_those_that_a_set_of_whole_texts_finds(tmp_path: Path, b
 
 
 def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_path: Path):
-    more = {"by_subset": True, "against": [str(world / "before")]}
+    more = {"by_subset": True, "compare_to": [str(world / "before")]}
     manifest = run("check-consistency", input=str(world / "judged"), output_dir=tmp_path / "out", **PARTS, **more)
     assert content(manifest, tmp_path / "out") == "2f5d0eaa4b7f34155caa022400363c67"
     stays = {name: figures for name, figures in manifest["across"]["against"][0].items() if name != "dataset"}

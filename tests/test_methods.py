@@ -236,6 +236,21 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(chain: 
         run("filter", **{**common, "cream_previous": str(tmp_path / "other")}, output_dir=tmp_path / "none")
 
 
+def test_judge_writes_no_verdict_below_the_smallest_verdict_mass(chain: Path, tmp_path: Path):
+    def verdicts(folder: Path) -> list[dict[str, Any]]:
+        rows = store.read_dataset(folder, "judged").to_pylist()
+        return [reward for row in rows for reward in row["rewards"] if reward["reward_model"] == "judge"]
+
+    before = verdicts(chain / "judged")
+    least = sorted(verdict["verdict_mass"] for verdict in before)[len(before) // 2]
+    common = {"model": str(chain / "policy"), "reward_models": ["judge"], "input": str(chain / "candidates")}
+    manifest = run("judge", **common, min_verdict_mass=least, output_dir=tmp_path / "judged")
+    after = verdicts(tmp_path / "judged")
+    assert [v["log_odds"] is None for v in after] == [v["verdict_mass"] < least for v in before]
+    assert sum(v["log_odds"] is None for v in after) == len(before) // 2
+    assert manifest["summary"]["models"]["judge"]["verdicts"] == len(before) - len(before) // 2
+
+
 def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_path: Path):
     def difference(folder: Path) -> float:
         rows = store.read_dataset(folder, "preferences").to_pylist()
