@@ -60,7 +60,7 @@ def run(asked: Json) -> Json:
         "device": "cpu",
         "max_model_len": 2048,
     }
-    given |= {"backend": asked["backend"], "engine_arg": asked["engine_arg"]}
+    given |= {"backend": asked["backend"], "vllm_arg": asked["vllm_arg"]}
     settings = config.build(
         config.GenerateSettings, {**given, "n": asked["answers"], "max_new_tokens": asked["max_new_tokens"]}, where=""
     )
@@ -169,8 +169,8 @@ def main() -> None:
             few = [*engine, f"num_gpu_blocks_override={a.small_cache // BLOCK}"]
             runs += [("vllm", a.vllm_python, engine, ["generate", "judge", "shuffled"])]
             runs += [(f"vllm, {a.small_cache} tokens of cache", a.vllm_python, few, ["judge", "shuffled"])]
-        for name, python, engine_arg, tasks in (r for r in runs if a.only in r[0]):
-            asked = {**common, "backend": name.partition(",")[0], "engine_arg": engine_arg, "tasks": tasks}
+        for name, python, vllm_arg, tasks in (r for r in runs if a.only in r[0]):
+            asked = {**common, "backend": name.partition(",")[0], "vllm_arg": vllm_arg, "tasks": tasks}
             found += [{"backend": name, "task": task, **record} for task, record in child("backends.py", asked, python).items()]
             print(
                 f"{name}: {json.dumps([shown(record) for record in found if record['backend'] == name])}",

@@ -206,7 +206,7 @@ def measure(stage: str, rows: int, root: Path, model: Path | None, form: str, co
     if stage == "generate":
         given["settings"] = {"model": str(model), "backend": "fake", "n": 1}
     if stage == "judge":
-        given["settings"] = {"model": str(model), "reward_models": ["external"], "external": "score", "rows_per_part": 2000}
+        given["settings"] = {"model": str(model), "reward_models": ["external"], "score_column": "score", "rows_per_part": 2000}
     if cold:
         forget(source)
     return line(rows, f"scir {stage}", source, common.child("data_stages.py", given))

@@ -26,7 +26,7 @@ def settings(a: Json, folder: str) -> config.TrainSettings:
     values = {
         "model": a["model"], "dtype": a["dtype"], "input": "-", "output_dir": folder, "objective": a["objective"],
         "batch_size": a["batch_size"], "max_steps": a["steps"], "learning_rate": a["learning_rate"], "beta": a["beta"],
-        "schedule": "constant", "warmup_ratio": 0.0, "reward_reference": EARLIER, "branch_gradients": False,
+        "schedule": "constant", "warmup_ratio": 0.0, "reward_reference": EARLIER, "implicit_scale": config.IMPLICIT_SCALE,
         "gradient_checkpointing": a.get("gradient_checkpointing", False),
     }  # fmt: skip
     if a.get("max_tokens_per_pack"):

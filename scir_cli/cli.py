@@ -20,28 +20,28 @@ from scir_cli.errors import ConfigError, ScirError
 from scir_cli.registry import Stage
 
 CONTEXT = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
-PANELS = {
-    config.StageSettings: "Every stage",
-    config.ModelSettings: "Model",
-    config.RewardSettings: "Internal reward models",
-    config.ReportSettings: "Every stage",
-    config.BackendSettings: "Backend",
-}
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
 
 app = typer.Typer(
     no_args_is_help=True, context_settings=CONTEXT, pretty_exceptions_enable=False, add_completion=True, rich_markup_mode="rich"
 )
 #: Help of the groups of commands: the first word of a stage's name, if it has two
-GROUPS = {"eval": "Measure: reward models on labelled pairs, responses against responses."}
+GROUPS = {"eval": "Measure reward models on labelled pairs, and responses against responses."}
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file of settings; flags win over it.", rich_help_panel="Every stage")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="YAML file of settings; flags take precedence.",
+        metavar="PATH",
+        rich_help_panel=config.INPUT_OUTPUT,
+    ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.", rich_help_panel="Every stage")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.", rich_help_panel="Every stage")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON on stdout.", rich_help_panel=config.INPUT_OUTPUT)]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.", rich_help_panel=config.RARE)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings by name, as lora.rank=8.", show_default=False)
+    list[str] | None, typer.Argument(metavar="NAME=VALUE", help="Settings by their names, as lora.rank=8.", show_default=False)
 ]
 
 
@@ -69,14 +69,16 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
             flags = {options[k]: v for k, v in given.items() if v is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
             built = config.build(settings, *layers, where=f"scir {stage.name}")
+            from scir_cli.stages import overwrite  # here, so that --help imports no pyarrow
+
+            overwrite.check(built, f"scir {stage.name}")
             manifest = registry.load(stage.run)(built)
             if not _speaks() or "SCIR_LAUNCHED" in os.environ:  # the process that launched this one prints
                 return
             print(report.line(stage.name, str(built.output_dir), manifest), file=sys.stderr)
             print(json.dumps(manifest, ensure_ascii=False)) if as_json else report.show(stage, manifest)
 
-    parameters = [_parameter(settings, flat, known[name]) for flat, name in options.items()]
-    parameters.sort(key=lambda p: p.name in config.RewardSettings.model_fields)  # the stage's own first
+    parameters = [_parameter(settings, flat, name, known[name]) for flat, name in _in_help_order(settings, options)]
     extra = {
         "config": (ConfigFile, None),
         "as_json": (AsJson, False),
@@ -90,21 +92,33 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
     return command
 
 
-def _parameter(settings: type[config.StageSettings], flat: str, info: Any) -> inspect.Parameter:
+def _in_help_order(settings: type[config.StageSettings], options: dict[str, str]) -> list[tuple[str, str]]:
+    """The options by group; within a group required ones first, then the stage's own, then inherited ones."""
+    known = config.fields(settings)
+    inherited = {name for base in settings.__bases__ for name in getattr(base, "model_fields", {})}
+
+    def rank(option: tuple[str, str]) -> tuple[int, bool, bool]:
+        name = option[1]
+        group = config.GROUPS.index(config.group_of(settings, name, known[name]))
+        return group, not known[name].is_required(), name in inherited
+
+    return sorted(options.items(), key=rank)
+
+
+def _parameter(settings: type[config.StageSettings], flat: str, name: str, info: Any) -> inspect.Parameter:
     flag = "--" + flat.replace("_", "-")
     boolean = info.annotation is bool
     names = [f"{flag}/--no-{flag[2:]}" if boolean and info.default else flag, *([SHORT[flat]] if flat in SHORT else [])]
     default = "required" if info.is_required() else f"default: {_shown(info.default)}"
-    text = (
-        info.description
-        if info.default in (None, "", []) or (boolean and not info.default)
-        else f"{info.description} [dim]\\[{default}][/dim]"
-    )
-    panel = next(
-        (title for base, title in PANELS.items() if flat in base.model_fields and issubclass(settings, base)), "This stage"
-    )
+    text = config.help_text(info)
+    if info.default not in (None, "", []) and not (boolean and not info.default):
+        text += f" [dim]\\[{default}][/dim]"
     option = typer.Option(
-        *names, help=text, metavar=None if boolean else config.takes(info), show_default=False, rich_help_panel=panel
+        *names,
+        help=text,
+        metavar=None if boolean else config.metavar(info),
+        show_default=False,
+        rich_help_panel=config.group_of(settings, name, info),
     )
     kind = bool if boolean else str
     return inspect.Parameter(flat, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
@@ -165,21 +179,24 @@ def run_recipe(
     recipe_file: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe; see recipes/.")],
     overrides: Overrides = None,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="Folder of the whole run, in place of the recipe's.")
+        Path | None, typer.Option("--output-dir", "-o", help="Output folder of the whole run, instead of the recipe's.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole script and run nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the run as a shell script, and run nothing.")] = False,
     page: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE.html", help="Also write the story of the run as one self-contained HTML page."),
+        typer.Option("--report", metavar="FILE.html", help="Also write the run to this file, as one self-contained HTML page."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print all figures as JSON on stdout; the stages' tables go to stderr.")
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print the traceback of an error.")] = False,
 ) -> None:
-    """Run a recipe: every stage of every iteration, each in a process of its own. Killed and started again, it goes on where it stopped."""
+    """Run a recipe: every stage of every iteration, each in its own process. The same command resumes an interrupted run."""
     with _reporting(traceback):
         steps = recipe.load(recipe_file, output_dir, _overrides(overrides))
+        from scir_cli.stages import overwrite
+
+        overwrite.check_steps(steps, str(recipe_file))
         if dry_run:
             print("#!/bin/sh\nset -e")
             print("\n".join(step.line() for step in steps))

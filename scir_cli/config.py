@@ -1,4 +1,4 @@
-"""Every setting, its default and its help text, once. The command line, recipes and plans are made from these classes.
+"""Every setting, its default, help text and roles, once. The command line, recipes and plans are made from these classes.
 
 Precedence: defaults < recipe or --config file < flags and `name=value` arguments. An unknown name is an error with a suggestion.
 Defaults marked [ours] in docs/method.md are our reconstruction and not the paper's.
@@ -10,7 +10,7 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
@@ -32,13 +32,57 @@ def _reward_model(name: str) -> str:
 
 RewardModelName = Annotated[str, AfterValidator(_reward_model)]
 
-#: Marks a setting that cannot change a row: it stays out of the plan, so a stopped run may go on with another value.
-FREE: dict[str, Any] = {"free": True}
+# The groups of a command's help.
+INPUT_OUTPUT = "Input and output"
+MODEL = "Model"
+SAMPLING = "Sampling"
+LABELS = "Labels"
+SELECTION = "Selection"
+AGREEMENT = "Agreement"
+REWARDS = "Reward models"
+OPTIMIZER = "Optimizer"
+PREFERENCE_LOSS = "Preference loss"
+CONSISTENCY = "Consistency"
+MEMORY = "Memory and processes"
+LOGGING = "Logging"
+WORKERS = "Backend and workers"
+RARE = "Rarely needed"
+
+#: The order in which help shows them.
+GROUPS = (
+    INPUT_OUTPUT, MODEL, SAMPLING, LABELS, SELECTION, AGREEMENT, REWARDS,
+    OPTIMIZER, PREFERENCE_LOSS, CONSISTENCY, MEMORY, LOGGING, WORKERS, RARE,
+)  # fmt: skip
 
 
-def setting(default: Any, help: str, *, free: bool = False, **limits: Any) -> Any:
-    return Field(default, description=help, json_schema_extra=FREE if free else None, **limits)
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    path: bool = False,
+    affects_output: bool = True,
+    affects_fit: bool = False,
+    **limits: Any,
+) -> Any:
+    """A setting with the roles that other code reads.
 
+    group           heading in the command's help, one of GROUPS
+    path            names a file, folder, dataset or model that --overwrite must not delete
+    affects_output  part of the plan; False if it cannot change a row: a stopped run may resume with another value
+    affects_fit     a scale or lambda that was fitted under another value of it is not kept
+    """
+    roles: Any = {"group": group, "path": path, "affects_output": affects_output, "affects_fit": affects_fit}
+    return Field(default, description=help, json_schema_extra=roles, **limits)
+
+
+def role(info: Any, name: str) -> Any:
+    """The role of a setting (`path`, say), as it was declared."""
+    return info.json_schema_extra[name]
+
+
+#: Default factor on the implicit reward's log-odds when judging: with it they have the judge's order of magnitude [ours].
+IMPLICIT_SCALE = 5.0
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -48,8 +92,20 @@ def _workers(value: Any) -> int | str:
     if value == "auto":
         return "auto"
     if isinstance(value, bool) or not str(value).isdecimal() or not int(value):
-        raise ValueError("it takes a number of at least 1, or auto")
+        raise ValueError("expected a number of at least 1, or auto")
     return int(value)
+
+
+def _scale(value: Any) -> float | str:
+    if value == "fitted":
+        return "fitted"
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError("expected a number above 0, or fitted")
+    return number
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
@@ -64,6 +120,9 @@ def _members(annotation: Any) -> tuple[Any, ...]:
 class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    #: Where this command's help shows a setting, or all of a group, if not in the group of its declaration.
+    regrouped: ClassVar[dict[str, str]] = {}
+
     @field_validator("*", mode="before")
     @classmethod
     def _words(cls, value: Any, info: Any) -> Any:
@@ -76,8 +135,8 @@ class Settings(BaseModel):
         return [word.strip() for word in value.split(",") if word.strip()] if listed else value
 
     def plan(self) -> dict[str, Any]:
-        """The settings that determine the rows, JSON-ready; of a file, a digest of what it holds. Inputs and models have their own."""
-        free = {name for name, info in type(self).model_fields.items() if info.json_schema_extra == FREE}
+        """The settings that determine the rows, JSON-ready; for a file, a digest of its content. Inputs and models have their own."""
+        free = {name for name, info in type(self).model_fields.items() if not role(info, "affects_output")}
         plan = self.model_dump(mode="json", exclude=free)
         files = {name: value for name, value in self if name in plan and isinstance(value, Path) and value.is_file()}
         return plan | {
@@ -88,49 +147,26 @@ class Settings(BaseModel):
 
 class StageSettings(Settings):
     output_dir: Annotated[Path, PlainValidator(place)] = setting(
-        ..., "Folder to write, or a URL (s3://…); the same settings resume it.", free=True
+        ...,
+        "Output folder, or a URL (s3://…). The same command resumes an unfinished run.",
+        group=INPUT_OUTPUT,
+        affects_output=False,
     )
-    seed: int = setting(0, "Seed of everything random.")
-    limit: Positive | None = setting(None, "Use the first N input rows only.")
-    overwrite: bool = setting(False, "Replace what the output folder holds.", free=True)
-    dry_run: bool = setting(False, "Check inputs and settings, say what would be done, write nothing.", free=True)
-
-    @model_validator(mode="after")
-    def _spares_its_inputs(self) -> StageSettings:
-        """--overwrite would delete an input, or the model behind an adapter, that is or lies in the output folder."""
-        from scir_cli import model_sources
-
-        out = self.output_dir.resolve()
-        for name in (
-            "input",
-            "model",
-            "reward_reference",
-            "validation",
-            "anchors",
-            "previous",
-            "responses",
-            "baseline",
-            "annotations",
-            "against",
-            "answers",
-            "judge",
-            "chat_template",
-            "judge_prompt",
-            "rationale_prompt",
-            "rubric_prompt",
-        ):
-            given = getattr(self, name, None) or ""
-            for spec in given if isinstance(given, list) else str(given).split("|"):
-                base = model_sources.named_base(place(spec.strip())) if spec.strip() else None
-                for what, one in ((name, spec.strip()), (f"the base model of {name} {spec.strip()},", base)):
-                    path = place(one or "").resolve()
-                    if one and path.exists() and (path == out or out in path.parents):
-                        raise ValueError(f"output_dir {self.output_dir} is or holds {what} {one}; choose another folder")
-        return self
+    seed: int = setting(0, "Seed of all random choices.", group=INPUT_OUTPUT)
+    limit: Positive | None = setting(None, "Use only the first N rows of the input.", group=RARE)
+    overwrite: bool = setting(False, "Delete the content of the output folder first.", group=INPUT_OUTPUT, affects_output=False)
+    dry_run: bool = setting(
+        False,
+        "Check settings and inputs, print what the command would do, and write nothing.",
+        group=INPUT_OUTPUT,
+        affects_output=False,
+    )
 
 
 class ReportSettings(StageSettings):
-    report: Path | None = setting(None, "Also write the results as one self-contained HTML page, FILE.html.", free=True)
+    report: Path | None = setting(
+        None, "Also write the results to this file, as one self-contained HTML page.", group=INPUT_OUTPUT, affects_output=False
+    )
 
     @field_validator("report")
     @classmethod
@@ -141,7 +177,7 @@ class ReportSettings(StageSettings):
 
 
 def report_problem(path: Path) -> str | None:
-    """What would keep a page from being written there, known before the work and not after it."""
+    """Why an HTML page could not be written to `path`, found before the work and not after it; None if it can."""
     if find_spec("matplotlib") is None:
         return f"a report needs the package matplotlib: {install_hint('report')}"
     return "a report is a file, and this is a folder; name a FILE.html" if path.is_dir() else None
@@ -150,55 +186,94 @@ def report_problem(path: Path) -> str | None:
 class ModelSettings(StageSettings):
     model: str = setting(
         ...,
-        "Model folder, hub id, or package:NAME (a GGUF file in a pip package); 'a | b' takes the first that can be had.",
-        free=True,
+        "Model: a folder, a hub id, or package:NAME (a GGUF file in a pip package). 'A | B' uses B if A is not available.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
     dtype: Literal["auto", "bf16", "fp32"] = setting(
-        "auto", "Precision of the forward pass; auto is bf16 where the hardware has it."
+        "auto", "Precision of weights and activations; auto is bf16 if the hardware supports it.", group=MODEL
     )
     quantization: Literal["none", "4bit"] = setting(
-        "none", "Hold the weights in 4 bits (NF4, bitsandbytes); training then needs --lora-rank: QLoRA."
+        "none",
+        "Hold the weights in 4 bits (NF4, bitsandbytes). Training then requires --lora-rank (QLoRA).",
+        group=MODEL,
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 …", free=True)
-    trust_remote_code: bool = setting(False, "Run code that comes with the model.", free=True)
-    chat_template: Path | None = setting(None, "Jinja file to use in place of the model's chat template.")
-    max_tokens_per_pack: Positive = setting(16384, "Tokens in one forward pass, packed without padding.", free=True)
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:1, …", group=MODEL, affects_output=False)
+    trust_remote_code: bool = setting(False, "Run Python code from the model folder.", group=RARE, affects_output=False)
+    chat_template: Path | None = setting(None, "Jinja file that replaces the model's chat template.", group=RARE, path=True)
+    max_tokens_per_pack: Positive = setting(
+        16384, "Tokens per forward pass, packed without padding.", group=MODEL, affects_output=False
+    )
 
 
 class RewardSettings(ModelSettings):
+    """What defines the internal reward models, in training as in judging."""
+
     reward_models: list[RewardModelName] = setting(
-        ["judge", "implicit"], f"Internal reward models, of: {', '.join(REWARD_MODELS)}; or module:Class of your own."
+        ["judge", "implicit"],
+        f"Internal reward models to use: any of {', '.join(REWARD_MODELS)}, or your own module:Class.",
+        group=REWARDS,
+        affects_fit=True,
     )
     reward_reference: str | None = setting(
-        None, "Frozen model that defines the implicit reward: the SFT model, not the model itself.", free=True
+        None,
+        "Frozen reference model of the implicit reward (folder or hub id): the SFT model, not the model itself.",
+        group=REWARDS,
+        path=True,
+        affects_output=False,
     )
-    implicit_beta: float = setting(0.1, "beta of the implicit reward.", gt=0)
-    implicit_scale: float = setting(5.0, "s: factor on the implicit log-odds, to bring them to the judge's scale.", gt=0)
-    length_control: Literal["sum", "mean", "penalty"] = setting(
-        "sum", "Length control of the implicit reward: sum, mean per token, or sum - alpha * tokens."
+    implicit_scale: float = setting(
+        IMPLICIT_SCALE, "Factor on the implicit reward's log-odds, to match the judge's magnitude.", group=REWARDS, gt=0
     )
-    length_alpha: float = setting(0.0, "alpha of --length-control penalty, nats a token.")
-    rubric_scale: float = setting(1.0, "Log-odds per rubric point.", gt=0)
-    likelihood_scale: float = setting(1.0, "Factor on the mean log-probabilities of likelihood and pmi.", gt=0)
-    judge_prompt: Path | None = setting(None, "Text file with {question}, {a} and {b}: the pairwise judge's prompt.")
-    rationale_prompt: Path | None = setting(None, "The same, for the judge that gives its reasons first.")
-    rubric_prompt: Path | None = setting(None, "Text file with {question} and {response}: asks for a score from 0 to 5.")
-    verdict_tokens: tuple[str, str] = setting(("A", "B"), "The judge's two verdicts; each must be one token.")
-    min_verdict_mass: Rate = setting(0.0, "Below this P(A)+P(B) the judge gives no verdict (null).")
-    rationale_max_tokens: Positive = setting(128, "Tokens of a written rationale, at most.")
-    rationale_batch_size: Positive = setting(16, "Rationales written at a time.", free=True)
-    external: str | None = setting(
-        None, "Column of log-odds, or two columns 'CHOSEN,REJECTED' (for candidates: one column) of scores."
+    implicit_beta: float = setting(
+        0.1, "beta of the implicit reward: log-odds per nat of log-ratio, before the scale.", group=RARE, affects_fit=True, gt=0
+    )
+    rubric_scale: float = setting(1.0, "Log-odds (nats) per rubric point.", group=RARE, affects_fit=True, gt=0)
+    likelihood_scale: float = setting(
+        1.0,
+        "Factor on the mean log-probabilities (nats per token) of the likelihood and pmi reward models.",
+        group=RARE,
+        affects_fit=True,
+        gt=0,
+    )
+    judge_prompt: Path | None = setting(
+        None,
+        "Text file with the prompt of the pairwise judge; it contains {question}, {a} and {b}.",
+        group=REWARDS,
+        path=True,
+        affects_fit=True,
+    )
+    rationale_prompt: Path | None = setting(
+        None,
+        "Text file with the prompt of the judge that writes a rationale first; same placeholders.",
+        group=RARE,
+        path=True,
+        affects_fit=True,
+    )
+    rubric_prompt: Path | None = setting(
+        None,
+        "Text file with the rubric prompt, which requests a score from 0 to 5; it contains {question} and {response}.",
+        group=RARE,
+        path=True,
+        affects_fit=True,
+    )
+    verdict_tokens: tuple[str, str] = setting(
+        ("A", "B"), "The judge's two verdicts; each must be a single token.", group=RARE, affects_fit=True
+    )
+    min_verdict_mass: Rate = setting(
+        0.0,
+        "Smallest probability P(A)+P(B) of a verdict; below it, the pair has no verdict (null).",
+        group=RARE,
+        affects_fit=True,
     )
 
     @model_validator(mode="after")
-    def _needs(self) -> RewardSettings:
+    def _has_reward_models(self) -> RewardSettings:
         if not self.reward_models:
             raise ValueError("reward_models is empty; name at least one")
         if len(set(self.reward_models)) < len(self.reward_models):
             raise ValueError(f"reward_models names one model twice: {', '.join(self.reward_models)}")
-        if "external" in self.reward_models and not self.external:
-            raise ValueError("reward model 'external' needs --external COLUMN")
         return self
 
     def plan(self) -> dict[str, Any]:
@@ -206,109 +281,225 @@ class RewardSettings(ModelSettings):
         return super().plan() | {"reward_models": [plugins.with_digest(name) for name in self.reward_models]}
 
 
-class BackendSettings(ModelSettings):
-    backend: str = setting(
-        "transformers",
-        "Who samples: transformers, vllm, openai (an endpoint), auto (vllm where it is installed and a GPU is there), or module:Class of your own.",
-    )
-    tensor_parallel_size: Positive = setting(1, "vLLM: GPUs that hold one copy of the model.", free=True)
-    gpu_memory_utilization: float | None = setting(None, "vLLM: share of a GPU's memory it may take.", free=True, gt=0, le=1)
-    max_model_len: Positive | None = setting(
-        None, "vLLM: positions it makes room for; longer rows are dropped. The model's own by default."
-    )
-    data_parallel: Annotated[int | str, PlainValidator(_workers)] = setting(
-        1,
-        "Workers that share the parts, each with a GPU (or --tensor-parallel-size GPUs) of its own; auto: as many as there are GPUs for, on a CPU 1.",
-        free=True,
-    )
-    executor: Literal["local", "ray"] = setting(
-        "local",
-        "Where those workers run: processes of this machine, or actors of a Ray cluster (a local one where none is there).",
-        free=True,
-    )
-    engine_arg: list[str] = setting([], "vLLM: more of its engine's arguments, as enforce_eager=true,max_num_seqs=64.")
-    base_url: str | None = setting(
-        None, "openai: the endpoint, as http://localhost:8000/v1; its key is read from OPENAI_API_KEY.", free=True
-    )
-    served_model: str | None = setting(None, "openai: the model's name there, where it serves several.", free=True)
-    endpoint_retries: int = setting(
-        6, "openai: tries after the first, from 0.5 s apart and twice as far each time.", free=True, ge=0
-    )
-    endpoint_timeout: float = setting(600.0, "openai: seconds to wait for an answer.", free=True, gt=0)
-    top_logprobs: Positive = setting(
-        20, "openai: likeliest tokens a verdict is looked for among, where the endpoint cannot be asked for a token by its id."
-    )
+class JudgingSettings(RewardSettings):
+    """What a command that judges pairs needs as well."""
 
-
-class GenerateSettings(BackendSettings):
-    input: str = setting(..., "Prompts: a dataset folder, JSONL, Parquet, CSV or hub id.", free=True)
-    n: Positive = setting(5, "Responses sampled for each prompt.")
-    temperature: float = setting(0.8, "Sampling temperature; 0 is greedy.", ge=0)
-    top_p: float = setting(0.95, "Nucleus sampling: keep the smallest set of tokens with this probability.", gt=0, le=1)
-    max_new_tokens: Positive = setting(512, "Tokens of a response, at most.")
-    system_prompt: str | None = setting(None, "System turn put before each prompt.")
-    batch_size: Positive = setting(16, "Responses sampled at a time.", free=True)
-    rows_per_part: Positive = setting(64, "Prompts a part; a stopped run loses the part at work.")
+    rationale_max_tokens: Positive = setting(128, "Maximum number of tokens per written rationale.", group=RARE)
+    rationale_batch_size: Positive = setting(16, "Rationales sampled per batch.", group=RARE, affects_output=False)
+    score_column: str | None = setting(
+        None,
+        "Input column for the reward model external: log-odds (nats), or 'CHOSEN,REJECTED', two columns of scores. "
+        "For candidates: one column of scores.",
+        group=RARE,
+    )
 
     @model_validator(mode="after")
-    def _greedy(self) -> GenerateSettings:
-        if self.temperature == 0 and self.n > 1:
-            raise ValueError(f"temperature 0 gives the same response {self.n} times; use --n 1 or a temperature above 0")
+    def _has_a_score_column(self) -> JudgingSettings:
+        if "external" in self.reward_models and not self.score_column:
+            raise ValueError("reward model 'external' requires --score-column COLUMN")
         return self
 
 
-class JudgeSettings(RewardSettings, BackendSettings):
+class EndpointArguments(BaseModel):
+    """What --endpoint-arg accepts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = None  # the model's name at the endpoint; required if it serves several
+    retries: Annotated[int, Field(ge=0)] = 6  # after the first try; 0.5 s apart at first, then twice as far each time
+    timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds to wait for an answer
+    top_logprobs: Positive = 20  # requested from an endpoint that does not know logprob_token_ids
+
+
+class BackendSettings(ModelSettings):
     backend: str = setting(
         "transformers",
-        "Who reads verdicts and writes rationales: as in generate. Log-probabilities of answers come from the engine in any case.",
+        "What samples responses: transformers, vllm, openai (an endpoint), auto (vllm if it is installed and a GPU is "
+        "available), or your own module:Class.",
+        group=WORKERS,
     )
-    input: str = setting(..., "Candidates, or pairs (prompt, chosen, rejected; their labels are kept as gold).", free=True)
+    workers: Annotated[int | Literal["auto"], PlainValidator(_workers)] = setting(
+        1,
+        "Number of workers that share the parts, each with its own GPU (or --tensor-parallel-size GPUs); auto: as many "
+        "as the GPUs allow, 1 without a GPU.",
+        group=WORKERS,
+        affects_output=False,
+    )
+    workers_on: Literal["local", "ray"] = setting(
+        "local",
+        "Run workers as processes of this machine, or as actors of a Ray cluster (a local cluster if none is running).",
+        group=WORKERS,
+        affects_output=False,
+    )
+    tensor_parallel_size: Positive = setting(1, "vllm: number of GPUs per copy of the model.", group=WORKERS, affects_output=False)
+    gpu_memory_utilization: float | None = setting(
+        None, "vllm: fraction of a GPU's memory to use.", group=RARE, affects_output=False, gt=0, le=1
+    )
+    max_model_len: Positive | None = setting(
+        None, "vllm: maximum sequence length in tokens; longer rows are dropped. Default: the model's.", group=RARE
+    )
+    vllm_arg: list[str] = setting([], "vllm: further engine arguments, as enforce_eager=true.", group=WORKERS)
+    base_url: str | None = setting(
+        None,
+        "openai: URL of the endpoint, as http://localhost:8000/v1. Its key is read from OPENAI_API_KEY.",
+        group=WORKERS,
+        affects_output=False,
+    )
+    endpoint_arg: list[str] = setting(
+        [],
+        "openai: model=NAME (if the endpoint serves several), timeout=SECONDS (600), retries=N (6), top_logprobs=N (20; "
+        "for an endpoint without logprob_token_ids).",
+        group=WORKERS,
+        affects_output=False,
+    )
+
+    @field_validator("endpoint_arg")
+    @classmethod
+    def _endpoint_arguments_are_valid(cls, value: list[str]) -> list[str]:
+        endpoint_arguments(value)
+        return value
+
+    @property
+    def endpoint(self) -> EndpointArguments:
+        return endpoint_arguments(self.endpoint_arg)
+
+    def plan(self) -> dict[str, Any]:
+        """As `Settings.plan`; of --endpoint-arg only top_logprobs, which decides the verdicts that an endpoint returns."""
+        return super().plan() | {"top_logprobs": self.endpoint.top_logprobs}
+
+
+def endpoint_arguments(words: list[str]) -> EndpointArguments:
+    """The arguments of --endpoint-arg, with their types; raises ValueError for an unknown name or a value out of bounds."""
+    known = EndpointArguments.model_fields
+    values = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"expected NAME=VALUE, as timeout=60; got {word!r}")
+        if name not in known:
+            raise ValueError(f"unknown endpoint argument '{name}'.{suggest(name, known)}")
+        values[name] = value
+    try:
+        return EndpointArguments.model_validate(values)
+    except ValidationError as error:
+        problems = [f"{item['loc'][0]} is {item['input']!r}: {item['msg']}" for item in error.errors()]
+        raise ValueError("; ".join(problems)) from error
+
+
+class SamplingSettings(BackendSettings):
+    """What samples responses to prompts."""
+
+    input: str = setting(
+        ..., "Prompts: a dataset folder, JSONL, Parquet, CSV or hub id.", group=INPUT_OUTPUT, path=True, affects_output=False
+    )
+    temperature: float = setting(0.8, "Sampling temperature; 0 is greedy.", group=SAMPLING, ge=0)
+    top_p: float = setting(
+        0.95, "Nucleus sampling: sample from the smallest set of tokens with this probability.", group=SAMPLING, gt=0, le=1
+    )
+    max_new_tokens: Positive = setting(512, "Maximum number of tokens per response.", group=SAMPLING)
+    system_prompt: str | None = setting(None, "System message before each prompt.", group=SAMPLING)
+    batch_size: Positive = setting(16, "Responses sampled per batch.", group=SAMPLING, affects_output=False)
+    rows_per_part: Positive = setting(64, "Prompts per part; an interrupted run loses at most the current part.", group=RARE)
+
+
+class GenerateSettings(SamplingSettings):
+    n: Positive = setting(5, "Responses per prompt.", group=SAMPLING)
+
+    @model_validator(mode="after")
+    def _differ(self) -> GenerateSettings:
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(f"temperature 0 gives {self.n} equal responses; use --n 1 or a temperature above 0")
+        return self
+
+
+class JudgeSettings(JudgingSettings, BackendSettings):
+    backend: str = setting(
+        "transformers",
+        "What reads verdicts and writes rationales: as in generate; log-probabilities of responses always come from "
+        "the engine.",
+        group=WORKERS,
+    )
+    input: str = setting(
+        ...,
+        "A candidates dataset, or pairs (prompt, chosen, rejected); labels of pairs are kept as gold labels.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
     pairs: str = setting(
         "all",
-        "Pairs of each prompt's candidates: all, best-worst (by the first reward model), random:K; or cross: each beside an answer to another prompt.",
+        "Pairs per prompt: all, best-worst (by the first reward model), random:K, or cross (each candidate beside one "
+        "for another prompt).",
+        group=REWARDS,
     )
-    rows_per_part: Positive = setting(64, "Input rows a part; a stopped run loses the part at work.")
+    rows_per_part: Positive = setting(64, "Input rows per part; an interrupted run loses at most the current part.", group=RARE)
 
 
 class CheckConsistencySettings(ReportSettings):
-    input: str = setting(..., "A judged dataset.", free=True)
-    min_confidence: float = setting(0.5, "Pairs agree only where every model is at least this sure.", ge=0.5, lt=1)
-    agree_on: list[str] | None = setting(None, "Reward models that have to agree; all by default.")
-    by_subset: bool = setting(False, "Figures for each value of the subset column, too.", free=True)
-    against: list[str] = setting(
-        [], "The same pairs judged again (another iteration, judge prompt or seed): what stays of each verdict and rank.", free=True
+    input: str = setting(..., "A judged dataset.", group=INPUT_OUTPUT, path=True, affects_output=False)
+    min_confidence: float = setting(
+        0.5, "Smallest confidence max(p, 1-p) of every reward model in a pair on which they agree.", group=AGREEMENT, ge=0.5, lt=1
     )
-    own: str | None = setting(
-        None, "Author whose responses are the judge's own, for self-preference; the model that judged, by default."
+    agree_on: list[str] | None = setting(None, "Reward models that must agree. Default: all.", group=AGREEMENT)
+    by_subset: bool = setting(
+        False, "Also report the figures for each value of the subset column.", group=AGREEMENT, affects_output=False
     )
-    fail_under: Rate | None = setting(None, "Exit with status 1 when the agreement rate is below this.", free=True)
-    rows_per_part: Positive = setting(50_000, "Rows a part.")
+    compare_to: list[str] = setting(
+        [],
+        "Other judgements of the same pairs (judged datasets of another model, prompt or seed); report how verdicts and "
+        "ranks change.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
+    judge_author: str | None = setting(
+        None, "Author of the judge's own responses (self-preference). Default: the model that judged.", group=AGREEMENT
+    )
+    fail_under: Rate | None = setting(
+        None, "Exit with status 1 if the agreement rate is below this.", group=AGREEMENT, affects_output=False
+    )
+    rows_per_part: Positive = setting(50_000, "Rows per part.", group=RARE)
 
 
 class FilterSettings(StageSettings):
-    input: str = setting(..., "A judged dataset.", free=True)
+    input: str = setting(..., "A judged dataset.", group=INPUT_OUTPUT, path=True, affects_output=False)
     rule: str = setting(
-        "agree", "Who labels: agree, majority, random:RATE (labels of --random-label), or the name of a reward model."
+        "agree",
+        "Source of the labels: agree, majority, the name of a reward model, or random:RATE:MODEL (labels of MODEL, judge "
+        "if left out, for a random share of the pairs).",
+        group=LABELS,
     )
-    random_label: str = setting("judge", "Reward model that labels under --rule random:RATE.")
+    agree_on: list[str] | None = setting(None, "Reward models that must agree. Default: all.", group=LABELS)
     length_neutral: bool = setting(
-        False, "Take as much per token out of the log-odds that label as makes chosen and rejected equally long (DICE)."
+        False,
+        "Subtract a per-token penalty from the labelling log-odds, so that chosen and rejected have the same mean length (DICE).",
+        group=LABELS,
     )
-    previous: str | None = setting(
-        None, "The same pairs judged by the previous model: labels are as certain as the two models rank alike (CREAM).", free=True
+    min_margin: float = setting(0.0, "Smallest |log-odds| of the labelling models, in nats.", group=LABELS, ge=0)
+    min_confidence: float = setting(0.5, "Smallest confidence max(p, 1-p) of the labelling models.", group=LABELS, ge=0.5, lt=1)
+    min_response_tokens: int = setting(0, "Drop pairs with a response of fewer tokens.", group=SELECTION, ge=0)
+    max_response_tokens: Positive | None = setting(None, "Drop pairs with a response of more tokens.", group=SELECTION)
+    max_pairs_per_prompt: Positive | None = setting(
+        None, "Maximum number of pairs per prompt; those with the largest margins are kept.", group=SELECTION
     )
-    previous_model: str | None = setting(None, "Reward model of --previous; the one that labels by default.")
-    certainty: Literal["average", "prompt"] = setting("average", "Certainty from --previous: one for all, or one a prompt.")
-    agree_on: list[str] | None = setting(None, "Reward models that have to agree; all by default.")
-    min_margin: float = setting(0.0, "Smallest |log-odds| in nats of the models that label.", ge=0)
-    min_confidence: float = setting(0.5, "Smallest confidence max(p, 1-p) of the models that label.", ge=0.5, lt=1)
-    min_response_tokens: int = setting(0, "Drop pairs with a shorter response.", ge=0)
-    max_response_tokens: Positive | None = setting(None, "Drop pairs with a longer response.")
-    max_pairs_per_prompt: Positive | None = setting(None, "Keep this many pairs of a prompt, largest margin first.")
-    dedup: bool = setting(True, "Drop pairs whose two texts were seen before under the same prompt.")
-    keep_unlabelled: bool = setting(False, "Keep pairs without a label: SCIR's penalty uses them.")
-    format: Literal["scir", "trl"] = setting("scir", "trl: also write OUT/trl.jsonl with prompt, chosen, rejected.")
-    rows_per_part: Positive = setting(50_000, "Rows a part.")
+    dedup: bool = setting(True, "Drop pairs whose two responses occurred before for the same prompt.", group=SELECTION)
+    keep_unlabelled: bool = setting(False, "Keep pairs without a label, for SCIR's inconsistency penalty.", group=SELECTION)
+    trl_jsonl: bool = setting(False, "Also write OUT/trl.jsonl (prompt, chosen, rejected) for TRL.", group=INPUT_OUTPUT)
+    cream_previous: str | None = setting(
+        None,
+        "The same pairs judged by the previous model (a judged dataset); weight each label by how consistently the two "
+        "models rank the responses (CREAM).",
+        group=RARE,
+        path=True,
+        affects_output=False,
+    )
+    cream_reward_model: str | None = setting(
+        None, "Reward model to read in --cream-previous. Default: the one that labels.", group=RARE
+    )
+    cream_average: Literal["all", "prompt"] = setting(
+        "all", "Average CREAM's consistency over all prompts, or use each prompt's own.", group=RARE
+    )
+    rows_per_part: Positive = setting(50_000, "Rows per part.", group=RARE)
 
 
 def entropy_ceiling(n_models: int) -> float:
@@ -317,147 +508,210 @@ def entropy_ceiling(n_models: int) -> float:
 
 
 class LoraSettings(Settings):
-    rank: int = setting(0, "Rank of LoRA adapters; 0 trains all weights.", ge=0)
-    alpha: int = setting(16, "LoRA alpha.", ge=1)
-    target_modules: str = setting("all-linear", "Modules with adapters, a peft name or regular expression.")
+    rank: int = setting(0, "Rank of LoRA adapters; 0 trains all weights.", group=MEMORY, ge=0)
+    alpha: int = setting(16, "LoRA alpha.", group=RARE, ge=1)
+    target_modules: str = setting(
+        "all-linear", "Modules with adapters: a name that peft knows, or a regular expression.", group=RARE
+    )
 
 
 class TrainSettings(RewardSettings, ReportSettings):
-    objective: Literal["sft", "dpo", "scir"] = setting(
-        "scir", "sft: teach to answer and to judge; dpo: labelled pairs; scir: penalty and dynamic mask."
-    )
-    input: str = setting(..., "Preferences or judged pairs (scir), labelled pairs (sft, dpo).", free=True)
-    validation: str | None = setting(None, "Labelled pairs on which each reward model is watched.", free=True)
-    validation_every: Positive = setting(50, "Optimiser steps between two looks at the validation pairs.")
+    regrouped: ClassVar[dict[str, str]] = {MODEL: MEMORY, REWARDS: CONSISTENCY, "report": LOGGING}
 
-    learning_rate: float = setting(5e-7, "Peak learning rate.", gt=0)
-    num_epochs: Positive = setting(1, "Passes over the data.")
-    max_steps: Positive | None = setting(None, "Stop after this many optimiser steps.")
-    batch_size: Positive = setting(32, "Pairs in an optimiser step; --max-tokens-per-pack says how many at a time.")
+    objective: Literal["sft", "dpo", "scir"] = setting(
+        "scir",
+        "sft: teach to answer and to judge. dpo: labelled pairs. scir: inconsistency penalty and dynamic mask.",
+        group=INPUT_OUTPUT,
+        affects_fit=True,
+    )
+    input: str = setting(
+        ...,
+        "Training pairs (file or dataset): preferences or judged pairs (scir), labelled pairs (sft, dpo).",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
+    validation: str | None = setting(
+        None,
+        "Labelled pairs (file or dataset) for evaluation during training.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
+
+    learning_rate: float = setting(5e-7, "Peak learning rate.", group=OPTIMIZER, gt=0)
+    num_epochs: Positive = setting(1, "Passes over the data.", group=OPTIMIZER)
+    max_steps: Positive | None = setting(None, "Stop after this many optimizer steps.", group=OPTIMIZER)
+    batch_size: Positive = setting(
+        32, "Pairs per optimizer step; --max-tokens-per-pack limits how many are computed at once.", group=OPTIMIZER
+    )
     max_tokens_per_step: Positive | None = setting(
-        None, "Tokens in an optimiser step, in place of --batch-size: as many pairs as fit."
+        None, "Tokens per optimizer step, instead of --batch-size: as many pairs as fit.", group=RARE
     )
     max_tokens_per_pack: Positive = setting(
-        8192, "Tokens in one forward and backward pass, packed without padding; halved where memory runs out.", free=True
+        8192,
+        "Tokens per forward and backward pass, packed without padding; halved if memory runs out.",
+        group=MEMORY,
+        affects_output=False,
     )
-    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate after warm-up.")
-    warmup_ratio: Rate = setting(0.1, "Share of steps with a rising learning rate.")
-    weight_decay: float = setting(0.0, "AdamW weight decay.", ge=0)
-    max_grad_norm: float = setting(1.0, "Gradient norm is clipped to this.", gt=0)
-    gradient_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.", free=True)
-    compile: bool = setting(False, "Compile the model's layers (torch.compile): half a minute or more at the start.", free=True)
-    lora: LoraSettings = setting(LoraSettings(), "Low-rank adapters.")
+    schedule: Literal["cosine", "linear", "constant"] = setting("cosine", "Learning rate after warm-up.", group=OPTIMIZER)
+    warmup_ratio: Rate = setting(0.1, "Fraction of the steps in which the learning rate rises.", group=OPTIMIZER)
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", group=OPTIMIZER, ge=0)
+    max_grad_norm: float = setting(1.0, "Clip the gradient norm to this.", group=OPTIMIZER, gt=0)
+    gradient_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, more time.", group=MEMORY, affects_output=False
+    )
+    compile: bool = setting(
+        False,
+        "Compile the model's layers (torch.compile); adds half a minute or more at the start.",
+        group=MEMORY,
+        affects_output=False,
+    )
+    lora: LoraSettings = setting(LoraSettings(), "Low-rank adapters.", group=MEMORY)
 
-    preference_loss: Literal["dpo", "ipo", "simpo", "sppo"] = setting("dpo", "Loss of a labelled (or agreed) pair.")
-    beta: float = setting(0.1, "beta of the preference loss (dpo, simpo); tau of ipo; 1/eta of sppo.", gt=0)
-    target_margin: float = setting(0.0, "gamma of simpo: the margin it wants, after beta.", ge=0)
-    penalty: Literal["symmetric_kl", "entropy_of_mean", "agreement_likelihood"] = setting(
-        "symmetric_kl", "Form of the inconsistency penalty."
+    preference_loss: Literal["dpo", "ipo", "simpo", "sppo"] = setting(
+        "dpo",
+        "Loss on a pair with a label (dpo), or on which the reward models agree (scir).",
+        group=PREFERENCE_LOSS,
+        affects_fit=True,
     )
-    # scale and penalty_ratio: docs/study.md, experiments main, sweep and real; lambda 1 at an implicit scale of 5 let the policy feed on its own mistakes
+    beta: float = setting(0.1, "beta of dpo and simpo; tau of ipo; 1/eta of sppo.", group=PREFERENCE_LOSS, affects_fit=True, gt=0)
+    target_margin: float = setting(
+        0.0, "gamma of simpo: target margin, in nats after beta.", group=PREFERENCE_LOSS, affects_fit=True, ge=0
+    )
+    # implicit_scale and penalty_ratio: docs/study.md, experiments main, sweep and real; with lambda 1 at an implicit scale of 5
+    # the policy trained on its own mistakes
     penalty_weight: float | None = setting(
-        None, "lambda: weight of the inconsistency penalty; found by --penalty-ratio where none is given.", ge=0
+        None, "lambda: weight of the inconsistency penalty. Default: fitted by --penalty-ratio.", group=CONSISTENCY, ge=0
     )
     penalty_ratio: float = setting(
-        2.0, "lambda such that the penalty's gradient begins as this many times the preference loss's; kept over iterations.", gt=0
-    )
-    penalty_schedule: Literal["constant", "rising", "falling"] = setting(
-        "constant", "lambda over the steps: as it is, from 0 up to it, or from it down to 0."
+        2.0,
+        "Choose lambda so that at step 0 the penalty's gradient norm is this multiple of the preference loss's; later "
+        "iterations reuse it.",
+        group=CONSISTENCY,
+        affects_fit=True,
+        gt=0,
     )
     entropy_weight: float = setting(
-        0.1, "alpha: weight of the entropy in the penalty; from 2K/(K-1) on for K models, disagreement would grow by itself.", ge=0
+        0.1,
+        "alpha: weight of the entropy (nats) in the penalty. At 2K/(K-1) or more for K models, disagreement would grow.",
+        group=CONSISTENCY,
+        affects_fit=True,
+        ge=0,
     )
-    confidence_threshold: float = setting(0.5, "tau: DPO uses a pair only where every model is at least this sure.", ge=0.5, lt=1)
-    entropy_floor: float = setting(0.05, "Nats; the entropy term stops pushing a verdict below this.", ge=0)
-    orders: Literal["separate", "averaged", "forward"] = setting(
-        "separate", "The judge's two orders as two reward models, as their average, or the first order only."
-    )
-    voters: Literal["averaged", "each", "judge"] = setting(
-        "averaged",
-        "The dynamic mask asks the order-averaged judge and the implicit reward, each reward model of the penalty, or the judge alone.",
-    )
-    stop_gradient: str = setting("none", "Reward model that the penalty does not train, by the name of its verdicts.")
-    scale: Literal["fixed", "fitted", "running"] = setting(
+    implicit_scale: Annotated[float | Literal["fitted"], PlainValidator(_scale)] = setting(  # type: ignore[assignment]
         "fitted",
-        "s such that the implicit log-odds have the judge's median size, on the first iteration's data or in every step; or --implicit-scale, where that is given.",
+        "Factor on the implicit reward's log-odds. fitted: match the judge's median |log-odds| once; later iterations reuse it.",
+        group=CONSISTENCY,
+        affects_fit=True,
     )
-    balance: bool = setting(False, "Divide the penalty's gradient through the implicit reward by its scale s.")
+    mask: Literal["all", "judge"] = setting(
+        "all",
+        "Which reward models must agree for a pair to enter the preference loss: all, or the judge alone (then every "
+        "pair with a verdict).",
+        group=CONSISTENCY,
+        affects_fit=True,
+    )
+    min_confidence: float = setting(
+        0.5,
+        "Smallest confidence max(p, 1-p) of those reward models for a pair to enter the preference loss.",
+        group=CONSISTENCY,
+        affects_fit=True,
+        ge=0.5,
+        lt=1,
+    )
+    judge_orders: Literal["separate", "averaged"] = setting(
+        "separate",
+        "Treat the judge's two response orders as two reward models of the penalty, or as their average.",
+        group=CONSISTENCY,
+        affects_fit=True,
+    )
+    stop_gradient: Literal["none", "judge"] = setting(
+        "none", "Reward model that the penalty does not train.", group=CONSISTENCY, affects_fit=True
+    )
     anchors: str | None = setting(
         None,
-        "Labelled pairs mixed into SCIR's steps, on whose verdicts the judge goes on being taught so that it does not drift.",
-        free=True,
+        "Labelled pairs (file or dataset) added to the steps; a supervised verdict loss on them keeps the judge from drifting.",
+        group=CONSISTENCY,
+        path=True,
+        affects_output=False,
     )
-    anchor_weight: float = setting(1.0, "Weight of the verdict's loss on --anchors.", ge=0)
-    sft_response_weight: float = setting(1.0, "sft: weight of the chosen response's mean token loss.", ge=0)
-    sft_judge_weight: float = setting(1.0, "sft: weight of the verdict's loss, both orders.", ge=0)
+    anchor_weight: float = setting(1.0, "Weight of the verdict loss on --anchors.", group=CONSISTENCY, ge=0)
+    sft_response_weight: float = setting(
+        1.0, "sft: weight of the chosen response's mean token loss, relative to the verdict loss.", group=RARE, ge=0
+    )
 
     num_processes: Positive = setting(
-        1, "Processes on this machine, one a GPU; 1 also where torchrun or accelerate launch has started them.", free=True
+        1,
+        "Number of local processes, one per GPU. Leave at 1 under torchrun or accelerate launch.",
+        group=MEMORY,
+        affects_output=False,
     )
     sharding: Literal["ddp", "fsdp"] = setting(
         "ddp",
-        "Each process holds the whole model, or a shard of it (FSDP2); accelerate's DeepSpeed plugin replaces both.",
-        free=True,
+        "Each process holds the whole model (ddp) or a shard of it (fsdp: FSDP2). accelerate's DeepSpeed plugin replaces both.",
+        group=MEMORY,
+        affects_output=False,
     )
     cpu_offload: bool = setting(
-        False, "Keep sharded weights and optimizer state in CPU memory (fsdp): slower, for models that do not fit.", free=True
+        False,
+        "fsdp: keep weights and optimizer state in CPU memory, for a model that does not fit otherwise; slower.",
+        group=MEMORY,
+        affects_output=False,
     )
-    save_every: Positive = setting(100, "Optimiser steps between checkpoints.", free=True)
-    branch_gradients: bool = setting(
-        True, "Log the gradient norm of each branch at each validation (not under DeepSpeed).", free=True
+    validation_every: Positive = setting(50, "Optimizer steps between evaluations on the validation pairs.", group=LOGGING)
+    save_every: Positive = setting(100, "Optimizer steps between checkpoints.", group=LOGGING, affects_output=False)
+    report_to: list[str] = setting(
+        [],
+        "Experiment trackers that accelerate supports: tensorboard, wandb, trackio, mlflow, …",
+        group=LOGGING,
+        affects_output=False,
     )
-    report_to: list[str] = setting([], "Trackers known to accelerate: tensorboard, wandb, trackio, mlflow …", free=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _given_scale(cls, values: Any) -> Any:
-        """A number that is given is meant."""
-        return {"scale": "fixed", **values} if "implicit_scale" in values else values
 
     @model_validator(mode="after")
-    def _quantised(self) -> TrainSettings:
+    def _quantized_trains_adapters(self) -> TrainSettings:
         if self.quantization != "none" and (not self.lora.rank or self.sharding == "fsdp"):
             raise ValueError(
-                f"quantization {self.quantization} trains adapters only, each process with the whole model: set lora.rank and sharding ddp"
+                f"quantization {self.quantization} trains adapters only, each process with the whole model: "
+                "set lora.rank and sharding ddp"
             )
         return self
 
     @model_validator(mode="after")
-    def _here(self) -> TrainSettings:
+    def _output_is_local(self) -> TrainSettings:
         if is_remote(self.output_dir):
-            raise ValueError(f"a model is written to a folder, and output_dir is {self.output_dir}; datasets may be URLs")
-        return self
-
-    @model_validator(mode="after")
-    def _offload(self) -> TrainSettings:
-        if self.cpu_offload and self.sharding != "fsdp":
-            raise ValueError("cpu_offload is of sharded weights: set sharding fsdp and num_processes")
-        return self
-
-    @model_validator(mode="after")
-    def _sft(self) -> TrainSettings:
-        if (
-            self.objective == "sft"
-            and not self.sft_response_weight
-            and not (self.sft_judge_weight and "judge" in self.reward_models)
-        ):
             raise ValueError(
-                "sft has nothing to teach: sft_response_weight and sft_judge_weight are both 0 (or 'judge' is not among reward_models)"
+                f"a model is written to a local folder, and output_dir is {self.output_dir}; only datasets may be URLs"
             )
         return self
 
     @model_validator(mode="after")
-    def _guards(self) -> TrainSettings:
+    def _offload_needs_shards(self) -> TrainSettings:
+        if self.cpu_offload and self.sharding != "fsdp":
+            raise ValueError("--cpu-offload needs --sharding fsdp and --num-processes above 1")
+        return self
+
+    @model_validator(mode="after")
+    def _sft_has_a_loss(self) -> TrainSettings:
+        if self.objective == "sft" and not self.sft_response_weight and "judge" not in self.reward_models:
+            raise ValueError("sft has no loss: sft_response_weight is 0, and 'judge' is not among reward_models")
+        return self
+
+    @model_validator(mode="after")
+    def _entropy_is_below_its_ceiling(self) -> TrainSettings:
         # A bound without importing the classes: the judge's two orders count; training checks again with those of all models.
-        ceiling = entropy_ceiling(max(2, len(self.reward_models) + (self.orders == "separate")))
+        ceiling = entropy_ceiling(max(2, len(self.reward_models) + (self.judge_orders == "separate")))
         if self.objective == "scir" and self.entropy_weight >= ceiling:
             raise ValueError(
-                f"entropy_weight is {self.entropy_weight}; from {ceiling:g} on (--orders {self.orders}), the penalty rewards confident disagreement. "
-                f"Use less than {ceiling:g}, 0.1 is the default"
+                f"entropy_weight is {self.entropy_weight}; from {ceiling:g} on (--judge-orders {self.judge_orders}), the penalty "
+                f"rewards confident disagreement. Use less than {ceiling:g}, 0.1 is the default"
             )
-        if self.objective == "scir" and not {"judge", "implicit"} <= set(self.reward_models) - {"external"} == set(
-            self.reward_models
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _scir_trains_judge_and_implicit(self) -> TrainSettings:
+        names = set(self.reward_models)
+        if self.objective == "scir" and not ({"judge", "implicit"} <= names and "external" not in names):
             raise ValueError(
                 "objective scir trains the reward models 'judge' and 'implicit' together, and other internal ones beside them; "
                 f"got {', '.join(self.reward_models)}"
@@ -465,35 +719,70 @@ class TrainSettings(RewardSettings, ReportSettings):
         return self
 
 
-class EvalRewardsSettings(RewardSettings, ReportSettings):
+class EvalRewardsSettings(JudgingSettings, ReportSettings):
     input: str = setting(
-        ..., "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are then used as they are.", free=True
+        ...,
+        "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are then used as they are.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
-    model: str = setting("", "Model folder, hub id or package:NAME; not needed where the input is already judged.", free=True)
-    rows_per_part: Positive = setting(64, "Input rows a part.")
+    model: str = setting(
+        "",
+        "Model: a folder, hub id or package:NAME. Not needed if the input is a judged dataset.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
+    rows_per_part: Positive = setting(64, "Input rows per part.", group=RARE)
 
 
-class EvalWinrateSettings(RewardSettings, ReportSettings):
+class EvalWinrateSettings(JudgingSettings, ReportSettings):
     responses: list[str] = setting(
-        [], "Responses of the model under test, or of several: AlpacaEval's JSON lists, or candidates datasets.", free=True
+        [],
+        "Responses of one or more models to compare: AlpacaEval JSON files, or candidates datasets.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
     baseline: str | None = setting(
-        None, "Responses to compare with, of the same form; without it, every two of --responses are compared.", free=True
+        None,
+        "Responses to compare with (file or dataset). Without it, all pairs of --responses are compared.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
-    annotations: list[str] = setting([], "AlpacaEval annotations that exist, in place of responses: nothing is judged.", free=True)
+    annotations: list[str] = setting(
+        [],
+        "Existing AlpacaEval annotation files, instead of responses; nothing is judged.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
     gamed_baselines: Path | None = setting(
         None,
-        "AlpacaEval's df_gamed.csv, for its length-controlled rate; without it, the rate is the same GLM's without difficulty and regularisation to baselines.",
-        free=True,
+        "AlpacaEval's df_gamed.csv, for its length-controlled win rate. Without this file, the rate comes from the same "
+        "regression without difficulty and without regularization to baselines.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
-    model: str = setting("", "The judge: model folder, hub id or package:NAME; not needed with --annotations.", free=True)
-    reward_models: list[RewardModelName] = setting(["judge"], "Who judges.")
-    rows_per_part: Positive = setting(64, "Input rows a part.")
+    model: str = setting(
+        "",
+        "Judge model: a folder, hub id or package:NAME. Not needed with --annotations.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
+    reward_models: list[RewardModelName] = setting(
+        ["judge"], f"Reward models that judge: any of {', '.join(REWARD_MODELS)}.", group=REWARDS
+    )
+    rows_per_part: Positive = setting(64, "Input rows per part.", group=RARE)
 
     @model_validator(mode="after")
-    def _something_to_compare(self) -> EvalWinrateSettings:
+    def _has_something_to_compare(self) -> EvalWinrateSettings:
         if bool(self.annotations) == bool(self.responses):
-            raise ValueError("give --responses to be judged, or --annotations that exist, and not both")
+            raise ValueError("give either --responses to judge, or existing --annotations")
         if self.responses and not self.model:
             raise ValueError("--responses need a judge: give --model")
         if self.responses and not self.baseline and len(self.responses) < 2:
@@ -501,27 +790,44 @@ class EvalWinrateSettings(RewardSettings, ReportSettings):
         return self
 
 
-class EvalResponsesSettings(GenerateSettings):
-    n: Positive = setting(1, "Responses sampled for each prompt: evaluators take one.", le=1)
-    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", ge=0)
-    generator: str = setting("scir", "Name of the model in the file.")
+class EvalResponsesSettings(SamplingSettings):
+    n: ClassVar[int] = 1  # evaluators read one response per prompt
+
+    temperature: float = setting(0.7, "Sampling temperature; 0 is greedy.", group=SAMPLING, ge=0)
+    generator: str = setting("scir", "Name of the model in responses.json.", group=INPUT_OUTPUT)
 
 
-class EvalMtBenchSettings(GenerateSettings, ReportSettings):
-    input: str = setting(..., "Questions of one turn or more: FastChat's question.jsonl.", free=True)
-    model: str = setting("", "Model that answers; not needed with --answers.", free=True)
-    answers: str | None = setting(None, "Answers that exist (FastChat's model_answer file), in place of --model.", free=True)
-    judge: str | None = setting(None, "Model that grades; --model itself by default.", free=True)
-    n: Positive = setting(1, "Responses sampled for each turn.", le=1)
-    temperature: float | None = setting(  # type: ignore[assignment]  # None is no temperature of `generate`: this stage chooses one
-        None, "Sampling temperature; FastChat's for the question's category by default.", ge=0
+class EvalMtBenchSettings(SamplingSettings, ReportSettings):
+    n: ClassVar[int] = 1  # one answer per turn
+    input: str = setting(
+        ...,
+        "File of questions of one or more turns: FastChat's question.jsonl.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
     )
-    max_new_tokens: Positive = setting(1024, "Tokens of a response, at most.")
+    model: str = setting(
+        "", "Model that answers the questions. Not needed with --answers.", group=INPUT_OUTPUT, path=True, affects_output=False
+    )
+    answers: str | None = setting(
+        None,
+        "Existing answers (a FastChat model_answer file), instead of --model.",
+        group=INPUT_OUTPUT,
+        path=True,
+        affects_output=False,
+    )
+    judge: str | None = setting(
+        None, "Model that grades the answers. Default: --model.", group=INPUT_OUTPUT, path=True, affects_output=False
+    )
+    temperature: float | None = setting(  # type: ignore[assignment]  # None is no temperature of `generate`: this stage chooses one
+        None, "Sampling temperature. Default: FastChat's for the question's category.", group=SAMPLING, ge=0
+    )
+    max_new_tokens: Positive = setting(1024, "Maximum number of tokens per response.", group=SAMPLING)
 
     @model_validator(mode="after")
-    def _someone(self) -> EvalMtBenchSettings:
+    def _has_answers_and_a_judge(self) -> EvalMtBenchSettings:
         if bool(self.model) == bool(self.answers):
-            raise ValueError("give --model to answer the questions, or --answers that exist, and not both")
+            raise ValueError("give either --model to answer the questions, or existing --answers")
         if self.answers and not self.judge:
             raise ValueError("--answers need a model that grades: give --judge")
         return self
@@ -534,6 +840,17 @@ def fields(settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
         found |= fields(info.annotation, f"{prefix}{name}.") if nested else {prefix + name: info}  # type: ignore[arg-type]
     return found
+
+
+def group_of(settings: type[Settings], name: str, info: Any) -> str:
+    """The group in which this command's help shows a setting.  name: dotted, as `fields` has it"""
+    group = role(info, "group")
+    return settings.regrouped.get(name) or settings.regrouped.get(group, group)
+
+
+def names_with(settings: type[Settings], wanted: str) -> list[str]:
+    """The settings (not the nested ones) that have a role: names_with(TrainSettings, "path")."""
+    return [name for name, info in settings.model_fields.items() if role(info, wanted)]
 
 
 def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
@@ -583,11 +900,31 @@ def _explain(item: Any) -> str:
     return f"'{name}' is {item['input']!r}: {message}" if name else message
 
 
-def takes(info: Any) -> str:
-    """What a setting takes, for help texts: `a|b` for choices, INTEGER, NUMBER, PATH, LIST or TEXT."""
-    member = next(m for m in _members(info.annotation) if m is not NoneType)
-    if get_origin(member) is Literal:
-        return "|".join(get_args(member))
-    if get_origin(member) in (list, tuple):
+WIDEST_METAVAR = 14  # characters; a longer list of choices goes into the help text
+
+
+def choices(info: Any) -> tuple[str, ...]:
+    """The words that a setting accepts as a whole, or () if it accepts anything else as well."""
+    members = [m for m in _members(info.annotation) if m is not NoneType]
+    return get_args(members[0]) if len(members) == 1 and get_origin(members[0]) is Literal else ()
+
+
+def metavar(info: Any) -> str:
+    """What a setting accepts, for help texts: `a|b` for few choices, INTEGER, NUMBER, PATH, LIST, CHOICE or TEXT."""
+    members = [m for m in _members(info.annotation) if m is not NoneType]
+    if any(get_origin(m) in (list, tuple) for m in members):
         return "A,B,…"
-    return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(member, "TEXT")
+    if role(info, "path"):
+        return "PATH"
+    kinds = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
+    literals = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
+    others = [kinds.get(m, "TEXT") for m in members if get_origin(m) is not Literal]
+    joined = "|".join([*literals, *others])
+    return joined if len(joined) <= WIDEST_METAVAR else "CHOICE"
+
+
+def help_text(info: Any) -> str:
+    """The help text of a setting; choices that are too many for its metavar stand at the end."""
+    words = choices(info)
+    hidden = words and metavar(info) == "CHOICE"
+    return f"{info.description} One of: {', '.join(words)}." if hidden else str(info.description)

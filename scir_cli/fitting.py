@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from scir_cli import consistency, losses, store
+from scir_cli import config, consistency, losses, reward_models, store
 from scir_cli.config import TrainSettings
 from scir_cli.errors import warn
 from scir_cli.lazy_policy import LazyPolicy
@@ -22,10 +23,8 @@ N_FITTING_STEPS = 4
 #: Pairs that the judge scores for the scale, if the data hold no verdicts of it.
 N_JUDGED_PAIRS = 256
 
-#: Settings under which what was fitted in one iteration holds in the next
-FITTED_FOR = ("objective", "reward_models", "scale", "implicit_beta", "length_control", "length_alpha", "orders", "voters", "confidence_threshold",
-              "penalty", "penalty_ratio", "entropy_weight", "entropy_floor", "stop_gradient", "balance", "preference_loss", "beta",
-              "target_margin")  # fmt: skip
+#: Settings that are fitted, and the value that requests it.
+FITTED: dict[str, Any] = {"implicit_scale": "fitted", "penalty_weight": None}
 
 
 def load_fitted_values(model: Path, settings: TrainSettings, reward_key: str | None) -> dict[str, float]:
@@ -34,19 +33,19 @@ def load_fitted_values(model: Path, settings: TrainSettings, reward_key: str | N
     A scale that is fitted again in each iteration falls as log-ratios grow, and with it the penalty's hold on the policy
     (docs/study.md).
     """
-    wanted = {"implicit_scale": settings.scale == "fitted", "penalty_weight": settings.penalty_weight is None}
+    # The plan has a digest of each prompt file and of each reward model of the user's own.
+    now = settings.plan()
+    wanted = [name for name, value in FITTED.items() if now[name] == value]
     plan, manifest = model / "plan.json", model / "manifest.json"
-    if not any(wanted.values()) or not (plan.exists() and manifest.exists()):
+    if not wanted or not (plan.exists() and manifest.exists()):
         return {}
     earlier = store.read_json(plan)
+    before = earlier["settings"]
+    same = all(before.get(name) == now[name] for name in config.names_with(TrainSettings, "affects_fit"))
+    if not same or earlier.get("reward_reference") != reward_key:
+        return {}
     fitted = store.read_json(manifest).get("fitted", {})
-    if earlier.get("reward_reference") != reward_key:
-        return {}
-    # The plan has a digest of each file and of each reward model of the user's own.
-    now = settings.plan()
-    if any(earlier["settings"].get(name) != now.get(name) for name in FITTED_FOR):
-        return {}
-    return {name: fitted[name] for name, want in wanted.items() if want and name in fitted}
+    return {name: fitted[name] for name in wanted if name in fitted and before.get(name) == FITTED[name]}
 
 
 def fit_implicit_scale(
@@ -57,7 +56,7 @@ def fit_implicit_scale(
     reward_key: str | None,
     settings: TrainSettings,
 ) -> float:
-    """--scale fitted: s with which the implicit log-odds have the median size of the judge's.
+    """--implicit-scale fitted: s with which the implicit log-odds have the median size of the judge's.
 
     rows: of the dataset, with the judge's verdicts; if it holds none, the policy scores the first pairs as the judge.
     pairs: with log-probabilities under the policy and the reward reference, whose keys are policy.key and reward_key.
@@ -67,8 +66,10 @@ def fit_implicit_scale(
     else:
         judge = _judge_log_odds(pairs[:N_JUDGED_PAIRS], models["judge"], policy, settings.max_tokens_per_pack)
     logps = torch.tensor([pair.reference_logps[policy.key] for pair in pairs]).T  # (2, pairs)
-    implicit = models["implicit"].odds(logps, Context.of(pairs, reward_key)).log_odds
-    return settings.implicit_scale * losses.matching_scale(judge, implicit)
+    unfitted = settings.model_copy(update={"implicit_scale": config.IMPLICIT_SCALE})
+    (model,) = reward_models.make(["implicit"], policy.chat, unfitted).values()
+    implicit = model.odds(logps, Context.of(pairs, reward_key)).log_odds
+    return config.IMPLICIT_SCALE * losses.matching_scale(judge, implicit)
 
 
 def _judge_log_odds(pairs: Sequence[Pair], judge: RewardModel, policy: LazyPolicy, max_tokens: int) -> torch.Tensor:

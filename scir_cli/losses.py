@@ -6,7 +6,6 @@ Source: SCIR, arXiv 2502.08922 (penalty, dynamic mask); DPO, arXiv 2305.18290 (p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -14,6 +13,10 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+#: Nats. Below it the entropy term has no gradient: a verdict at P = 0.991 is sure enough, and is not pushed further. What it
+#: does was too small to measure (docs/study.md, experiment ablation), so it is no setting.
+ENTROPY_FLOOR = 0.05
 
 
 def entropy(log_odds: Tensor) -> Tensor:
@@ -31,34 +34,6 @@ def symmetric_kl(log_odds: Tensor) -> Tensor:
     return torch.stack(terms).mean(0)
 
 
-def entropy_of_mean(log_odds: Tensor) -> Tensor:
-    """Entropy of the models' mean preference, nats.  H(mean_i p_i): 0 only where all are sure of the same; ln 2 for sure disagreement [ours]
-
-    log_odds: (models, pairs) -> (pairs,)
-    """
-    log_p, log_q = (torch.logsumexp(F.logsigmoid(sign * log_odds), 0) - math.log(len(log_odds)) for sign in (1, -1))
-    return -(log_p.exp() * log_p + log_q.exp() * log_q)
-
-
-def agreement_likelihood(log_odds: Tensor) -> Tensor:
-    """Surprise that models which decide by chance decide alike, nats.  -log( prod_i p_i + prod_i (1 - p_i) ) [ours]
-
-    log_odds: (models, pairs) -> (pairs,)
-    """
-    return -torch.logaddexp(F.logsigmoid(log_odds).sum(0), F.logsigmoid(-log_odds).sum(0))
-
-
-#: Forms of the inconsistency of a pair, (models, pairs) -> (pairs,)
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "symmetric_kl": symmetric_kl, "entropy_of_mean": entropy_of_mean, "agreement_likelihood": agreement_likelihood,
-}  # fmt: skip
-
-
-def with_gradient(values: Tensor, factor: float) -> Tensor:
-    """The same values, whose gradient is `factor` times as large; 0 stops it.  (...) -> (...)"""
-    return factor * values + (1 - factor) * values.detach()
-
-
 def matching_scale(judge: Tensor, implicit: Tensor) -> float:
     """s with which the implicit log-odds have the judge's median size.  s = median |a_judge| / median |a_implicit|, 1 where undefined
 
@@ -68,12 +43,12 @@ def matching_scale(judge: Tensor, implicit: Tensor) -> float:
     return sizes[0] / sizes[1] if sizes[0] > 0 and sizes[1] > 0 else 1.0
 
 
-def confidence(log_odds: Tensor, entropy_floor: float = 0.0) -> Tensor:
-    """Unconfidence of each pair, nats.  L_conf = mean_i max(H(p_i), floor): no gradient once a verdict is surer than the floor.
+def confidence(log_odds: Tensor) -> Tensor:
+    """Unconfidence of each pair, nats.  L_conf = mean_i max(H(p_i), ENTROPY_FLOOR)
 
     log_odds: (models, pairs) -> (pairs,)
     """
-    return entropy(log_odds).clamp(min=entropy_floor).mean(0)
+    return entropy(log_odds).clamp(min=ENTROPY_FLOOR).mean(0)
 
 
 def consistent(log_odds: Tensor, threshold: float = 0.5) -> Tensor:
@@ -143,21 +118,20 @@ class Scir:
 
 def scir(
     models: Tensor,  # (K, pairs) log-odds of the internal reward models, with gradient
-    voters: Tensor,  # (V, pairs) log-odds that decide agreement
+    voters: Tensor,  # (V, pairs) log-odds of the reward models that must agree
     preference: Callable[[Tensor], Tensor],  # loss of each pair under a label of +1 or -1, (pairs,) -> (pairs,)
     *,
     penalty_weight: float,
     entropy_weight: float,
-    confidence_threshold: float = 0.5,
-    entropy_floor: float = 0.0,
-    penalty: str = "symmetric_kl",
+    min_confidence: float = 0.5,
 ) -> Scir:
     """SCIR's objective.  L = sum(m L_pref) / max(1, sum m) + lambda ( mean L_sym + alpha mean L_conf ), label = the agreed sign, detached."""
     voters = voters.detach()
-    mask = consistent(voters, confidence_threshold)  # m, (pairs,)
+    mask = consistent(voters, min_confidence)  # m, (pairs,)
     label = voters[0].sign()  # the agreed one, where the mask is on, (pairs,)
     preferred = preference(label)  # L_DPO with it, (pairs,)
-    sym, conf = PENALTIES[penalty](models), confidence(models, entropy_floor)
+    sym = symmetric_kl(models)
+    conf = confidence(models)
     agreed = torch.where(mask, preferred, torch.zeros_like(preferred)).sum() / mask.sum().clamp(min=1)
     inconsistency = sym.mean() + entropy_weight * conf.mean()
     return Scir(agreed + penalty_weight * inconsistency, agreed, inconsistency, preferred, sym, conf, mask, label)

@@ -39,7 +39,6 @@ class Example:
 
 class Objective(Protocol):
     separable: bool
-    progress: float  # share of the steps that are done, told by the trainer
     groups: dict[str, slice]  # reward model -> its branches of a pair
 
     def branches(self, example: Example) -> list[Branch]:
@@ -54,7 +53,6 @@ class Objective(Protocol):
 
 class _Base:
     separable = True
-    progress = 0.0
 
     def __init__(self, settings: TrainSettings, chat: Chat, dpo_reference: str, reward_reference: str | None) -> None:
         self.settings, self.dpo_reference, self.reward_reference = settings, dpo_reference, reward_reference
@@ -86,7 +84,7 @@ class Sft(_Base):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.judge = self.models.get("judge") if self.settings.sft_judge_weight else None
+        self.judge = self.models.get("judge")
         self.answers = 1 if self.settings.sft_response_weight else 0  # branches of the chosen response
         parts = {"answer": slice(0, self.answers), "judge": slice(self.answers, self.answers + 4)}
         self.groups = {name: part for name, part in parts.items() if (self.answers if name == "answer" else self.judge)}
@@ -106,7 +104,7 @@ class Sft(_Base):
         if "judge" in self.groups:
             label, verdicts = self.labels(examples, logps), logps[:, self.groups["judge"]]
             nll = verdict_nll(verdicts, label)
-            loss = loss + self.settings.sft_judge_weight * nll
+            loss = loss + nll
             judged = odds.two_orders(verdicts.detach().T.unflatten(0, (2, 2))).log_odds
             metrics |= {"sft/verdict_nll": float(nll.detach()), "accuracy/judge": float((judged * label > 0).float().mean())}
         return loss, metrics
@@ -140,7 +138,7 @@ def check_scir(settings: TrainSettings, models: Mapping[str, RewardModel]) -> No
     held, weight = settings.stop_gradient, settings.entropy_weight
     if held not in ("none", *models):
         raise ConfigError(f"stop_gradient is '{held}', which is not among the reward models.{suggest(held, models)}")
-    separate = settings.orders == "separate"
+    separate = settings.judge_orders == "separate"
     n_verdicts = sum(2 if model.has_seats and separate else 1 for model in models.values())
     ceiling = entropy_ceiling(n_verdicts)
     if weight >= ceiling:
@@ -193,13 +191,7 @@ class Scir(_Base):
     def _scir(self, logps: Tensor, examples: Sequence[Example]) -> tuple[losses.Scir, Metrics]:
         s = self.settings
         said = reward_models.answer(self.models, logps, Context.of([e.pair for e in examples], self.reward_reference, logps.device))
-        judge, implicit = said["judge"], said["implicit"].log_odds
-        matching = (
-            losses.matching_scale(torch.stack(list(self._orders("judge", judge).values())), implicit)
-            if s.scale == "running"
-            else 1.0
-        )
-        said["implicit"] = Odds(losses.with_gradient(matching * implicit, 1 / (matching * s.implicit_scale) if s.balance else 1.0))
+        judge = said["judge"]
         trained = {
             view: a.detach() if name == s.stop_gradient else a
             for name, answer in said.items()
@@ -210,29 +202,22 @@ class Scir(_Base):
         )  # (K, pairs)
         masses = torch.stack([a.verdict_mass for a in said.values() if a.verdict_mass is not None])
         silent = (masses.detach() < s.min_verdict_mass).any(0)
-        asked = {"each": models, "averaged": averaged, "judge": judge.log_odds[None]}
-        voters = asked[s.voters].detach().masked_fill(silent, float("nan"))
+        masking = averaged if s.mask == "all" else judge.log_odds[None]
+        voters = masking.detach().masked_fill(silent, float("nan"))
         own = logps[:, self.groups["implicit"]]
         ratios = self.log_ratios(own, examples)
         terms = losses.scir(
-            models, voters, self.preference(own, ratios, examples), penalty_weight=self._penalty_weight(), entropy_weight=s.entropy_weight,
-            confidence_threshold=s.confidence_threshold, entropy_floor=s.entropy_floor, penalty=s.penalty,
+            models, voters, self.preference(own, ratios, examples), penalty_weight=self.penalty_weight,
+            entropy_weight=s.entropy_weight, min_confidence=s.min_confidence,
         )  # fmt: skip
-        metrics = self._metrics(terms, trained, averaged, judge, ratios, logps) | {"scir/scale": matching * s.implicit_scale}
-        return terms, metrics | {"scir/penalty_weight": self._penalty_weight()}
-
-    def _penalty_weight(self) -> float:
-        return (
-            self.penalty_weight
-            * {"constant": 1.0, "rising": self.progress, "falling": 1 - self.progress}[self.settings.penalty_schedule]
-        )
+        metrics = self._metrics(terms, trained, averaged, judge, ratios, logps)
+        return terms, metrics | {"scir/scale": float(s.implicit_scale), "scir/penalty_weight": self.penalty_weight}
 
     def _orders(self, name: str, answer: Odds) -> dict[str, Tensor]:
-        """A reward model as the penalty sees it: one that seats responses as its two orders, their average, or the first order alone."""
-        if answer.orders is None or self.settings.orders == "averaged":
+        """A reward model as the penalty sees it: one that compares in both orders as its two orders, or their average."""
+        if answer.orders is None or self.settings.judge_orders == "averaged":
             return {name: answer.log_odds}
-        both = {f"{name}_forward": answer.orders[0], f"{name}_swapped": answer.orders[1]}
-        return both if self.settings.orders == "separate" else {f"{name}_forward": answer.orders[0]}
+        return {f"{name}_forward": answer.orders[0], f"{name}_swapped": answer.orders[1]}
 
     def _metrics(
         self, t: losses.Scir, models: dict[str, Tensor], averaged: Tensor, judge: Odds, ratios: Tensor, logps: Tensor

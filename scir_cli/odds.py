@@ -43,16 +43,6 @@ def expected_score(score_logps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("s,s...->...", values, score_logps.softmax(0)), score_logps.exp().sum(0)
 
 
-def length_controlled(logps: Tensor, n_tokens: Tensor, control: str, alpha: float) -> Tensor:
-    """A summed log-probability (or log-ratio) with the length taken out.  logps, n_tokens: (...) -> (...)
-
-    control: "sum" as it is; "mean" per token; "penalty" sum - alpha * n_tokens (nats per token, DICE 2406.09760).
-    """
-    if control == "mean":
-        return logps / n_tokens
-    return logps - alpha * n_tokens if control == "penalty" else logps
-
-
 def difference(rewards: Tensor, scale: float) -> Odds:
     """Log-odds from one reward per response (Bradley-Terry).  rewards: (2, pairs) -> a = scale * (r(y1) - r(y2))"""
     return Odds(scale * (rewards[0] - rewards[1]))

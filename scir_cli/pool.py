@@ -66,7 +66,7 @@ def uses_gpus(settings: BackendSettings) -> bool:
     if settings.device == "cpu" or not backends.load(settings.backend).uses_gpus:
         return False
     if settings.device != "auto" and settings.device != "cuda":
-        raise ConfigError(f"--data-parallel gives each worker a GPU of its own; leave --device {settings.device} out")
+        raise ConfigError(f"--workers gives each worker a GPU of its own; leave --device {settings.device} out")
     return True
 
 
@@ -75,12 +75,12 @@ def n_workers(settings: BackendSettings, gpus: int) -> int:
 
     Raises ConfigError if there are fewer GPUs than the workers need.
     """
-    n, each = settings.data_parallel, settings.tensor_parallel_size
-    n = max(1, gpus // each) if isinstance(n, str) else n
+    each = settings.tensor_parallel_size
+    n = max(1, gpus // each) if settings.workers == "auto" else settings.workers
     if gpus and gpus < n * each:
-        step = f"give --data-parallel {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
+        step = f"give --workers {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
         raise ConfigError(
-            f"--data-parallel {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}"
+            f"--workers {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}"
         )
     return n
 

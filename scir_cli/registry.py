@@ -36,13 +36,13 @@ class Stage:
 _ALL = [
     Stage(
         "generate",
-        "Sample N responses for each prompt.",
+        "Sample N responses per prompt.",
         config.GenerateSettings,
         run="scir_cli.stages.generate:run",
     ),
     Stage(
         "judge",
-        "Pair candidates, and compare the two with each internal reward model.",
+        "Pair candidates and score each pair with every internal reward model.",
         config.JudgeSettings,
         run="scir_cli.stages.judge:run",
     ),

@@ -102,7 +102,7 @@ class RewardModel(ABC):
     n_branches: ClassVar[int]
     #: Each path ends in one target token; such a path enters no loss in `judge`, so a backend may score it
     reads_verdicts: ClassVar[bool] = False
-    #: `odds` returns `seats`: the responses are compared in both orders, as A and B
+    #: `odds` returns `orders`: the responses are compared in both orders, as A and B
     has_seats: ClassVar[bool] = False
     #: The first two paths are the two answers after their prompt; their log-probabilities are kept for the next iteration
     scores_answers: ClassVar[bool] = False
@@ -241,8 +241,7 @@ class Implicit(RewardModel):
 
     def odds(self, logps: Tensor, context: Context) -> Odds:
         s = self.settings
-        ratios = odds.length_controlled(logps - context.reference_logps, context.n_tokens, s.length_control, s.length_alpha)
-        return odds.difference(ratios, s.implicit_scale * s.implicit_beta)
+        return odds.difference(logps - context.reference_logps, s.implicit_scale * s.implicit_beta)
 
 
 class Likelihood(RewardModel):
@@ -375,6 +374,6 @@ def answer(models: dict[str, RewardModel], logps: Tensor, context: Context) -> d
             raise ConfigError(
                 f"reward model '{name}' has to return Odds with one log-odds per pair, a tensor of {len(context.external)}"
             )
-        if models[name].has_seats != (answer.seats is not None):
-            raise ConfigError(f"reward model '{name}': its Odds have seats if, and only if, its attribute has_seats is True")
+        if models[name].has_seats != (answer.orders is not None):
+            raise ConfigError(f"reward model '{name}': its Odds have `orders` if, and only if, its attribute has_seats is True")
     return answers

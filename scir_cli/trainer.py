@@ -99,10 +99,6 @@ class Trainer:
         options = {"lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay}
         if not self.ranks.zero:
             return MasterAdamW(self.params, **options)
-        if self.settings.branch_gradients and len(self.objective.groups) > 1 and self.ranks.main:
-            warn(
-                "gradient norms of the branches are not logged: DeepSpeed gives no gradient back once it has it (--no-branch-gradients)"
-            )
 
         def score() -> Tensor:
             return self.policy.branch_logps([NOTHING])
@@ -165,7 +161,6 @@ class Trainer:
 
     def _optimise(self, step: Step) -> Metrics:
         self.optimizer.zero_grad()
-        self.objective.progress = self.step / self.n_steps
         metrics = self._backward(step)
         self.ranks.sum_gradients(self.params)
         learning_rate = self.settings.learning_rate * rate(self.step, self.n_steps, self.settings)
@@ -287,7 +282,8 @@ class Trainer:
 
     def _look(self, step: Step | None) -> Metrics:
         metrics = self.validate() if self.validate else {}
-        if step and self.settings.branch_gradients and not self.ranks.zero and len(self.objective.groups) > 1:
+        # DeepSpeed does not expose gradients
+        if step and not self.ranks.zero and len(self.objective.groups) > 1:
             for name, columns in self.objective.groups.items():
                 metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(step, partial(self._through, step, columns))
         return metrics

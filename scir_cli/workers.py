@@ -21,16 +21,16 @@ Share = Callable[[str, list[Todo], Callable[[int], None]], None]
 
 
 def share(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
-    """How `store.write_dataset` has its parts made by settings.data_parallel workers; None if this process makes them.
+    """How `store.write_dataset` has its parts made by settings.workers workers; None if this process makes them.
 
     target: as in WorkerJob. meter: what the workers compute is added to it.
     Raises ConfigError if there are too few GPUs, or if Ray is missing.
     """
-    if settings.executor == "ray":
+    if settings.workers_on == "ray":
         if find_spec("ray") is None:
-            raise ConfigError(f"--executor ray needs the package ray: {install_hint('ray')}")
+            raise ConfigError(f"--workers-on ray needs the package ray: {install_hint('ray')}")
         return _on_ray(target, settings, meter)
-    if settings.data_parallel == 1:
+    if settings.workers == 1:
         return None
     devices = visible_devices(settings)
     if len(devices) == 1:

@@ -37,7 +37,7 @@ def train(world: Path, out: Path, **values: Any) -> dict[str, Any]:
         "input": str(world / "preferences"),
         "output_dir": out,
     }
-    return run("train", **{**common, "batch_size": 6, "learning_rate": 1e-3, "branch_gradients": False, **values})
+    return run("train", **{**common, "batch_size": 6, "learning_rate": 1e-3, **values})
 
 
 def generate(tiny_llama: Path, prompts: Path, out: Path, backend: str, **values: Any) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_check_consistency_compares_iterations_and_shows_it_at_eighty_columns(tm
     now = dataset(tmp_path / "now", [1.0, 2, 1, -1, -2, -1])  # 0 > 1 > 2, then 2 > 1 > 0
     before = dataset(tmp_path / "before", [1.0, 2, 1, 1, -1, -2])  # the same; then 2 > 0 > 1
     other = dataset(tmp_path / "other", [1.0, -2, 1, -1, -2, -1])
-    manifest = run(input=now, against=[before, other], output_dir=tmp_path / "o")
+    manifest = run(input=now, compare_to=[before, other], output_dir=tmp_path / "o")
     found = manifest["across"]["against"][0]["models"]["judge"]
     assert (found["agreement"], found["ranked_prompts"]) == (round(5 / 6, 6), 2)
     assert found["kendall"] == pytest.approx((1 + 1 / 3) / 2, abs=1e-6)
@@ -229,7 +229,7 @@ def test_check_consistency_compares_iterations_and_shows_it_at_eighty_columns(tm
     assert manifest["across"]["unanimous"]["judge"]["unanimous"] == round(4 / 6, 6)
     text = shown(*report.verdict_tables(manifest))
     assert max(map(len, text.splitlines())) <= 80 and "CREAM's tau" in text and "same verdict in all" in text
-    parts = run(input=now, against=[before], by_subset=True, output_dir=tmp_path / "o")
+    parts = run(input=now, compare_to=[before], by_subset=True, output_dir=tmp_path / "o")
     assert parts["summary"] == manifest["summary"]  # comparing changes no row
     assert parts["across"]["against"][0]["by_subset"] == {"(none)": manifest["across"]["against"][0]["models"]}
     assert parts["by_subset"]["(none)"]["biases"] == manifest["summary"]["biases"]
@@ -238,12 +238,12 @@ def test_check_consistency_compares_iterations_and_shows_it_at_eighty_columns(tm
 def test_other_pairs_cannot_be_compared_and_nothing_is_written(tmp_path: Path):
     now, other = dataset(tmp_path / "now", [1.0, 1, 1]), dataset(tmp_path / "other", [1.0, 1, 1], ids="r")
     with pytest.raises(DataError, match="holds none of the 3 pairs"):
-        run(input=now, against=[other], output_dir=tmp_path / "o")
+        run(input=now, compare_to=[other], output_dir=tmp_path / "o")
     assert not (tmp_path / "o").exists()
 
 
 def test_an_author_that_nobody_is_gets_said(tmp_path: Path):
-    summary = run(input=dataset(tmp_path / "now", [1.0, 1, 1]), own="somebody", output_dir=tmp_path / "o")["summary"]
+    summary = run(input=dataset(tmp_path / "now", [1.0, 1, 1]), judge_author="somebody", output_dir=tmp_path / "o")["summary"]
     assert summary["notes"] == ["no pair has one response by 'somebody' and one by another known author"]
 
 

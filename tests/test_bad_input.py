@@ -14,6 +14,7 @@ from toy import make_model
 
 from scir_cli import config, report, store
 from scir_cli.errors import ConfigError, StoreError
+from scir_cli.stages import overwrite
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_an_output_folder_that_holds_an_input_is_refused_before_overwrite_could_
     for out in ("m", "m/judged"):
         values = {"input": str(tmp_path / "m" / "judged"), "output_dir": str(tmp_path / out), "overwrite": True}
         with pytest.raises(ConfigError, match="is or holds input"):
-            config.build(config.FilterSettings, values, where="test")
+            overwrite.check(config.build(config.FilterSettings, values, where="test"), "test")
 
 
 @pytest.mark.parametrize("name", ["judge_prompt", "rationale_prompt", "rubric_prompt", "chat_template"])
@@ -119,7 +120,7 @@ def test_an_output_folder_that_holds_a_prompt_file_is_refused_too(tmp_path: Path
     (tmp_path / "asked.txt").write_text("{question}", encoding="utf-8")
     values = {"model": "m", "input": "i", "output_dir": str(tmp_path), "overwrite": True, name: str(tmp_path / "asked.txt")}
     with pytest.raises(ConfigError, match=f"is or holds {name}"):
-        config.build(config.JudgeSettings, values, where="test")
+        overwrite.check(config.build(config.JudgeSettings, values, where="test"), "test")
 
 
 @pytest.mark.parametrize("name", ["model", "reward_reference"])
@@ -129,9 +130,14 @@ def test_an_output_folder_that_holds_the_model_behind_an_adapter_is_refused_too(
     written = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(written), encoding="utf-8")
     values = {"model": "m", "input": "i", "overwrite": True, name: f"{tmp_path}/absent | {tmp_path}/adapter"}
+
+    def check(folder: str) -> None:
+        given = {**values, "output_dir": str(tmp_path / folder)}
+        overwrite.check(config.build(config.TrainSettings, given, where="test"), "test")
+
     with pytest.raises(ConfigError, match=f"base is or holds the base model of {name} .*adapter, .*base; choose another folder$"):
-        config.build(config.TrainSettings, {**values, "output_dir": str(tmp_path / "base")}, where="test")
-    assert config.build(config.TrainSettings, {**values, "output_dir": str(tmp_path / "other")}, where="test")
+        check("base")
+    check("other")
 
 
 def test_a_library_that_hides_a_full_disk_is_seen_through(tmp_path: Path):

@@ -80,7 +80,13 @@ def test_the_trainers_first_log_odds_are_those_the_judge_stage_wrote(world: Path
     settings = config.build(
         config.TrainSettings,
         FP32,
-        {"model": str(world / "policy"), "input": "x", "output_dir": "x", "reward_reference": str(world / "base")},
+        {
+            "model": str(world / "policy"),
+            "input": "x",
+            "output_dir": "x",
+            "reward_reference": str(world / "base"),
+            "implicit_scale": config.IMPLICIT_SCALE,
+        },
         where="test",
     )
     model, reference = LazyPolicy(settings, str(world / "policy")), LazyPolicy(settings, str(world / "base"))
@@ -115,7 +121,11 @@ def test_dpo_starts_at_ln_2_and_scir_without_penalty_follows_dpo(world: Path, tm
     train(world, tmp_path / "dpo", objective="dpo", **shared)
     train(world, tmp_path / "scir", objective="scir", penalty_weight=0, **shared)
     losses = {
-        name: [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        name: [
+            record["loss"]
+            for record in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+            if record["kind"] == "train"
+        ]
         for name in ("dpo", "scir")
     }
     assert losses["dpo"][0] == pytest.approx(0.693147, abs=1e-5)  # ln 2
@@ -359,7 +369,7 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(world: Path, th
         "generate": [*scored[:2], "-i", str(many), "--n", "2", "--max-new-tokens", "24", "--rows-per-part", "1"],
         "judge": [*scored, "-i", str(world / "candidates"), "--rows-per-part", "1"],
         "check-consistency": ["-i", str(thousands), "--rows-per-part", "20"],
-        "filter": ["-i", str(thousands), "--rows-per-part", "20", "--no-dedup", "--format", "trl", "--rule", "judge"],
+        "filter": ["-i", str(thousands), "--rows-per-part", "20", "--no-dedup", "--trl-jsonl", "--rule", "judge"],
         "eval rewards": [*scored, "-i", str(gold), "--rows-per-part", "1"],
         "train": [*scored, "-i", str(world / "preferences"), "--batch-size", "3", "--num-epochs", "6", "--save-every", "1",
                   "--learning-rate", "1e-3"],

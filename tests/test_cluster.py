@@ -22,7 +22,7 @@ from scir_cli.config import GenerateSettings, build
 from scir_cli.errors import ConfigError, DataError, EngineError
 from scir_cli.pool import WorkerJob
 
-RAY = {"executor": "ray", "data_parallel": 2}
+RAY = {"workers_on": "ray", "workers": 2}
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +96,15 @@ def test_a_recipe_chooses_the_executor_of_a_stage(
 all: {{model: {tiny_llama}, rows_per_part: 20}}
 steps:
   - generate: {{input: {prompts}, n: 2, max_new_tokens: 6, output_dir: "{{out}}/candidates"}}
-  - judge: {{input: "{{out}}/candidates", reward_models: [judge], executor: ray, output_dir: "{{out}}/judged"}}
+  - judge: {{input: "{{out}}/candidates", reward_models: [judge], workers_on: ray, output_dir: "{{out}}/judged"}}
 """
     )
     first, second = recipe.load(tmp_path / "recipe.yaml", tmp_path)
-    assert "--executor" not in first.arguments
-    assert second.arguments[second.arguments.index("--executor") + 1] == "ray"
+    assert "--workers-on" not in first.arguments
+    assert second.arguments[second.arguments.index("--workers-on") + 1] == "ray"
     for step in (first, second):
         run(step.stage, **step.settings)
-    run("judge", **{**second.settings, "executor": "local", "data_parallel": 2, "output_dir": tmp_path / "local"})
+    run("judge", **{**second.settings, "workers_on": "local", "workers": 2, "output_dir": tmp_path / "local"})
     assert (tmp_path / "judged" / "ray.log").exists() and not (tmp_path / "local" / "ray.log").exists()
     assert store.read_dataset(tmp_path / "judged").equals(store.read_dataset(tmp_path / "local"))
 
@@ -116,10 +116,10 @@ def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machi
     tmp_path: Path,
 ):
     with pytest.raises(EngineError, match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished"):
-        generate(tiny_llama, prompts, tmp_path / "fails", "test_workers:DiesAtSeven", executor="ray")
+        generate(tiny_llama, prompts, tmp_path / "fails", "test_workers:DiesAtSeven", workers_on="ray")
     assert (tmp_path / "fails" / "data-00002.arrow").exists()
     with pytest.raises(DataError, match="^these data are wrong$"):
-        generate(tiny_llama, prompts, tmp_path / "wrong", "test_workers:IsWrong", executor="ray")
+        generate(tiny_llama, prompts, tmp_path / "wrong", "test_workers:IsWrong", workers_on="ray")
 
 
 def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
@@ -130,11 +130,11 @@ def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ):
     with pytest.raises(EngineError, match=r"the Ray cluster was lost \(its log is .*ray\.log\); finished parts are kept"):
-        generate(tiny_llama, prompts, tmp_path / "lost", "test_cluster:LosesRay", executor="ray")
+        generate(tiny_llama, prompts, tmp_path / "lost", "test_cluster:LosesRay", workers_on="ray")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "lost").glob("data-*.arrow")}
     assert 3 <= len(kept) < PROMPTS / 2
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    generate(tiny_llama, prompts, tmp_path / "lost", "test_cluster:LosesRay", executor="ray")
+    generate(tiny_llama, prompts, tmp_path / "lost", "test_cluster:LosesRay", workers_on="ray")
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     generate(tiny_llama, prompts, tmp_path / "whole", "fake")
     assert without_backend(store.read_dataset(tmp_path / "lost")) == without_backend(store.read_dataset(tmp_path / "whole"))
@@ -142,23 +142,23 @@ def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
 
 def test_without_ray_one_line_names_the_extra(tiny_llama: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^--executor ray needs the package ray: pip install 'scir\[ray\]'$"):
-        generate(tiny_llama, prompts, tmp_path / "out", "fake", executor="ray")
+    with pytest.raises(ConfigError, match=r"^--workers-on ray needs the package ray: pip install 'scir\[ray\]'$"):
+        generate(tiny_llama, prompts, tmp_path / "out", "fake", workers_on="ray")
 
 
 def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
     def staff(there: int, **values: Any) -> tuple[int, int]:
-        given = {"model": "m", "input": "i", "output_dir": "o", "data_parallel": 4, **values}
+        given = {"model": "m", "input": "i", "output_dir": "o", "workers": 4, **values}
         return cluster.worker_and_gpu_counts(build(GenerateSettings, given, where="test"), there)
 
     assert [staff(0), staff(4), staff(8, tensor_parallel_size=2), staff(8, device="cpu")] == [(4, 0), (4, 1), (4, 2), (4, 0)]
     assert staff(8, backend="openai") == (4, 0)
     with pytest.raises(ConfigError, match="needs 4 GPUs, and there are 3"):
         staff(3)
-    auto = {"data_parallel": "auto"}
+    auto = {"workers": "auto"}
     assert [staff(0, **auto), staff(12, **auto), staff(13, tensor_parallel_size=4, **auto)] == [(1, 0), (12, 1), (3, 4)]
     assert staff(12, device="cpu", **auto) == (1, 0)
-    with pytest.raises(ConfigError, match="--data-parallel 1 with --tensor-parallel-size 4 needs 4 GPUs, and there are 2"):
+    with pytest.raises(ConfigError, match="--workers 1 with --tensor-parallel-size 4 needs 4 GPUs, and there are 2"):
         staff(2, tensor_parallel_size=4, **auto)
 
 

@@ -120,16 +120,16 @@ FILTERS: dict[str, tuple[dict[str, Any], str]] = {
     "two": (PARTS | {"agree_on": ["judge", "implicit"]}, "60c3c0b26010d0a6b85d4d2abec72537"),
     "majority": (ALL | {"rule": "majority", "min_margin": 0.1}, "64ae5dc538019ef050283a079ed5f920"),
     "one": (PARTS | {"rule": "implicit", "dedup": False, "min_confidence": 0.6}, "9b6251b8750e0f1d58d0ab9e802d84ba"),
-    "random": (ALL | {"rule": "random:0.4", "random_label": "rubric", "seed": 3}, "6339ae0e36ffcfbf187c1b91866a6147"),
+    "random": (ALL | {"rule": "random:0.4:rubric", "seed": 3}, "6339ae0e36ffcfbf187c1b91866a6147"),
     "lengths": (
         PARTS | {"rule": "judge", "min_response_tokens": 2, "max_response_tokens": 7, "limit": 1777},
         "5d8093283c236ce20f793998e28ee2c3",
     ),
     "neutral": (ALL | {"agree_on": ["judge", "rubric"], "length_neutral": True}, "a1a31ee84ed11cb4abb07ebc6110844b"),
     "capped": (ALL | {"rule": "judge", "max_pairs_per_prompt": 2}, "5df8d20f5a6cc21fe1cb6a03baccb049"),
-    "cream": (ALL | {"rule": "judge", "previous": "before"}, "c6e9ddf323d14568956ae183fc2eac69"),
+    "cream": (ALL | {"rule": "judge", "cream_previous": "before"}, "c6e9ddf323d14568956ae183fc2eac69"),
     "cream by prompt": (
-        PARTS | {"rule": "rubric", "previous": "before", "previous_model": "judge", "certainty": "prompt"},
+        PARTS | {"rule": "rubric", "cream_previous": "before", "cream_reward_model": "judge", "cream_average": "prompt"},
         "b34e13629ed1a9daa74932da2d8c7c3b",
     ),
     "all at once": (
@@ -138,9 +138,9 @@ FILTERS: dict[str, tuple[dict[str, Any], str]] = {
             "rule": "majority",
             "length_neutral": True,
             "max_pairs_per_prompt": 1,
-            "previous": "before",
-            "certainty": "prompt",
-            "format": "trl",
+            "cream_previous": "before",
+            "cream_average": "prompt",
+            "trl_jsonl": True,
             "min_margin": 0.05,
         },
         "10cb3845fc299bc6c3487097b8d35452",
@@ -152,10 +152,10 @@ FILTERS: dict[str, tuple[dict[str, Any], str]] = {
 def test_filter_keeps_the_rows_that_it_kept_row_by_row(world: Path, tmp_path: Path, name: str):
     """The digests are of what the code of 2026-11-24 wrote, before it went column by column."""
     settings, digest = FILTERS[name]
-    settings = settings | {key: str(world / settings[key]) for key in ("previous",) if key in settings}
+    settings = settings | {key: str(world / settings[key]) for key in ("cream_previous",) if key in settings}
     manifest = run("filter", input=str(world / "judged"), output_dir=tmp_path / "out", **settings)
     assert content(manifest, tmp_path / "out") == digest
-    if settings.get("format") == "trl":
+    if settings.get("trl_jsonl"):
         assert store.digest_file(tmp_path / "out" / "trl.jsonl") == "e87a69cd8b51cbbaa141277367a78e02"
 
 
@@ -173,7 +173,7 @@ def test_the_repeats_are_those_that_a_set_of_whole_texts_finds(tmp_path: Path, b
 
 
 def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_path: Path):
-    more = {"by_subset": True, "against": [str(world / "before")]}
+    more = {"by_subset": True, "compare_to": [str(world / "before")]}
     manifest = run("check-consistency", input=str(world / "judged"), output_dir=tmp_path / "out", **PARTS, **more)
     assert content(manifest, tmp_path / "out", world / "judged") == "2f5d0eaa4b7f34155caa022400363c67"
     stays = {name: figures for name, figures in manifest["across"]["against"][0].items() if name != "dataset"}
@@ -223,7 +223,13 @@ JUDGED = {
 def test_judge_makes_the_pairs_that_it_made_row_by_row(tiny_llama: Path, tmp_path: Path):
     """The digests are of what the code of 2026-11-24 wrote, before it went column by column."""
     source = str(odd_candidates(tmp_path / "candidates"))
-    settings = {"model": str(tiny_llama), "device": "cpu", "reward_models": ["external"], "external": "score", "rows_per_part": 100}
+    settings = {
+        "model": str(tiny_llama),
+        "device": "cpu",
+        "reward_models": ["external"],
+        "score_column": "score",
+        "rows_per_part": 100,
+    }
     for pairs, digest in JUDGED.items():
         manifest = run("judge", input=source, output_dir=tmp_path / pairs, pairs=pairs, seed=3, **settings)
         assert content(manifest, tmp_path / pairs) == digest, pairs
@@ -235,7 +241,7 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
     bounds = [(0, 0), (0, 20), (20, 20), (20, 40), (40, 40)]
     plan = {"stage": "judge", "rows": 40, "model": "m1"}
     store.write_dataset(tmp_path / "gaps", "judged", plan, bounds, lambda low, high: store.Part(rows[low:high], high - low))
-    rules = ALL | {"rule": "judge", "length_neutral": True, "max_pairs_per_prompt": 2, "previous": str(tmp_path / "gaps")}
+    rules = ALL | {"rule": "judge", "length_neutral": True, "max_pairs_per_prompt": 2, "cream_previous": str(tmp_path / "gaps")}
     for stage, settings in (("filter", rules), ("check-consistency", PARTS)):
         outs = [tmp_path / stage / name for name in ("whole", "gaps")]
         one, other = (run(stage, input=str(tmp_path / out.name), output_dir=out, **settings) for out in outs)
@@ -333,14 +339,14 @@ def test_memory_does_not_grow_with_the_texts(stage: str, tiny_llama: Path, tmp_p
     table = long_candidates() if name == "judge" else long_pairs()
     settings: dict[str, Any] = {"rows_per_part": PART}
     if name == "judge":
-        settings |= {"model": str(tiny_llama), "device": "cpu", "reward_models": ["external"], "external": "score"}
+        settings |= {"model": str(tiny_llama), "device": "cpu", "reward_models": ["external"], "score_column": "score"}
     few, many = (written(tmp_path / f"in{parts}", table, parts) for parts in (4, 24))
     if everything:
         settings |= {
             "rule": "judge",
             "length_neutral": True,
             "max_pairs_per_prompt": 3,
-            "previous": str(few),
+            "cream_previous": str(few),
             "keep_unlabelled": True,
         }
     run(name, input=str(few), output_dir=tmp_path / "warm", **settings)

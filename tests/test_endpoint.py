@@ -125,7 +125,7 @@ def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(endpoint: 
 def test_what_does_not_pass_is_one_line_without_the_key(endpoint: Any, generate: Any, faults: Any, expected: str):
     endpoint.faults += faults
     with pytest.raises(EngineError, match=expected) as caught:
-        generate(endpoint_retries=1)
+        generate(endpoint_arg=["retries=1"])
     assert KEY not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -173,7 +173,7 @@ def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both
     assert (rows[1][0]["forward_log_odds"], rows[1][0]["swapped_log_odds"], rows[1][0]["verdict_mass"]) == (2.0, None, None)
     with pytest.raises(EngineError, match="gives no log-probabilities"):
         endpoint.faults += [(200, {"choices": [{"text": "A", "logprobs": None}]})] * 2
-        judge(endpoint_retries=0)
+        judge(endpoint_arg=["retries=0"])
 
 
 def test_a_verdict_of_several_tokens_is_found_before_anything_is_asked(endpoint: Any, judge: Any):
@@ -207,6 +207,6 @@ def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
         with pytest.raises(ConfigError, match=f"--base-url, as http://localhost:8000/v1; it is {said}$"):
             generate(base_url=url)
     endpoint.models += ["n"]
-    with pytest.raises(ConfigError, match="serves m, n; say which with --served-model"):
+    with pytest.raises(ConfigError, match="serves m, n; choose one with --endpoint-arg model=NAME"):
         generate()
-    assert generate(served_model="n")["rows_out"] == 4
+    assert generate(endpoint_arg=["model=n"])["rows_out"] == 4

@@ -13,7 +13,7 @@ import torch
 from helpers import run, train
 from torch import Tensor
 
-from scir_cli import config, losses, objectives, store
+from scir_cli import config, objectives, store
 from scir_cli.chat import Chat
 from scir_cli.errors import ConfigError, DataError
 from scir_cli.objectives import Collapse, Example
@@ -87,47 +87,41 @@ def test_a_label_that_is_less_than_sure_is_hedged(tiny_policy: Policy):
 
 def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagrees(tiny_policy: Policy):
     against = [*SURE, -3.0, 0.0]  # h = -2 and 2: the implicit reward prefers the second
-    for voters, mask in (("averaged", 0.0), ("judge", 1.0)):
-        _, metrics = objective(tiny_policy.chat, voters=voters).loss(logps(against), [example()])
-        assert metrics["scir/mask_rate"] == mask
+    for mask, rate in (("all", 0.0), ("judge", 1.0)):
+        _, metrics = objective(tiny_policy.chat, mask=mask).loss(logps(against), [example()])
+        assert metrics["scir/mask_rate"] == rate
 
 
-def test_a_running_scale_brings_the_implicit_reward_to_the_judge_s_size(tiny_policy: Policy):
-    # judge ln 4; implicit 5 * 0.1 * (2 - 0) = 1 before: the factor is ln 4, s = 5 ln 4
-    _, metrics = objective(tiny_policy.chat, scale="running").loss(logps([*SURE, 1.0, -2.0]), [example()])
-    assert metrics["abs_log_odds/implicit"] == pytest.approx(LN4, rel=1e-5)
-    assert metrics["scir/scale"] == pytest.approx(5 * LN4, rel=1e-5)
-    assert metrics["scir/inconsistency"] == pytest.approx(0, abs=1e-6)
-
-
-def test_balance_divides_the_implicit_gradient_of_the_penalty_by_the_scale(tiny_policy: Policy):
-    against = [*SURE, -3.0, 0.0]  # not kept, so that the penalty is all there is
-    slopes = []
-    for balance in (False, True):
-        x = logps(against)
-        loss, _ = objective(tiny_policy.chat, balance=balance).loss(x, [example()])
-        slopes.append(torch.autograd.grad(loss, x)[0])
-    assert torch.allclose(slopes[1][:, :4], slopes[0][:, :4])
-    assert torch.allclose(slopes[1][:, 4:], slopes[0][:, 4:] / 5)
-    assert slopes[0][:, 4:].abs().min() > 0
-
-
-@pytest.mark.parametrize(("schedule", "weights"), [("constant", (1.0, 1.0)), ("rising", (0.25, 0.75)), ("falling", (0.75, 0.25))])
-def test_lambda_follows_its_schedule(tiny_policy: Policy, schedule: str, weights: tuple[float, float]):
-    against = [*SURE, -3.0, 0.0]
-    full, _ = objective(tiny_policy.chat).loss(logps(against), [example()])
-    scir = objective(tiny_policy.chat, penalty_schedule=schedule)
-    for scir.progress, weight in zip((0.25, 0.75), weights, strict=True):
-        loss, _ = scir.loss(logps(against), [example()])
-        assert float(loss.detach()) == pytest.approx(weight * float(full.detach()), rel=1e-5)
-
-
-@pytest.mark.parametrize("penalty", losses.PENALTIES)
-def test_each_form_of_the_penalty_is_what_scir_minimises(tiny_policy: Policy, penalty: str):
-    scir = objective(tiny_policy.chat, penalty=penalty, entropy_weight=0, orders="averaged")
+def test_the_symmetric_kl_is_what_scir_minimizes_where_nothing_is_preferred(tiny_policy: Policy):
+    scir = objective(tiny_policy.chat, entropy_weight=0, judge_orders="averaged")
     loss, _ = scir.loss(logps([*SURE, -3.0, 0.0]), [example()])
-    # judge ln 4, implicit 5 * 0.1 * (-2 - 2) = -2; they disagree, so nothing is preferred
-    assert float(loss.detach()) == pytest.approx(float(losses.PENALTIES[penalty](torch.tensor([[LN4], [-2.0]]))), rel=1e-5)
+    # judge ln 4, implicit 5 * 0.1 * (-2 - 2) = -2; they disagree, so nothing is preferred: 1/2 (p - q)(a - b)
+    expected = 0.5 * (0.8 - 1 / (1 + math.exp(2))) * (LN4 + 2)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_judge_that_is_not_trained_has_no_gradient_from_the_penalty(tiny_policy: Policy):
+    slopes = {}
+    for stopped in ("none", "judge"):
+        x = logps([*SURE, -3.0, 0.0])  # they disagree, so that the penalty is all there is
+        loss, _ = objective(tiny_policy.chat, stop_gradient=stopped).loss(x, [example()])
+        slopes[stopped] = torch.autograd.grad(loss, x)[0]
+    assert slopes["none"][:, :4].abs().min() > 0
+    assert slopes["judge"][:, :4].abs().max() == 0
+    assert torch.equal(slopes["judge"][:, 4:], slopes["none"][:, 4:])
+
+
+def test_a_pair_below_the_smallest_verdict_mass_is_not_preferred_and_still_penalized(tiny_policy: Policy):
+    # P(A) + P(B) is 0.4 in both orders, with odds of 4; the models agree on the first
+    unsure = [math.log(0.32), math.log(0.08), math.log(0.08), math.log(0.32)]
+    kept = {}
+    for least in (0.39, 0.41):
+        loss, metrics = objective(tiny_policy.chat, min_verdict_mass=least).loss(logps([*unsure, 1.0, -2.0]), [example()])
+        kept[least] = metrics["scir/mask_rate"], float(loss.detach())
+    (rate, whole), (masked_rate, penalty) = kept[0.39], kept[0.41]
+    assert (rate, masked_rate) == (1, 0)
+    assert whole - penalty == pytest.approx(math.log(1 + math.exp(-0.2)), rel=1e-5)  # DPO at h = 2 and 0, beta 0.1
+    assert penalty > 0
 
 
 def test_anchors_teach_the_verdict_and_nothing_else(tiny_policy: Policy):
@@ -141,6 +135,12 @@ def test_anchors_teach_the_verdict_and_nothing_else(tiny_policy: Policy):
     assert float(loss.detach()) == pytest.approx(float(alone.detach()) + 2 * nll, rel=1e-5)
     (slope,) = torch.autograd.grad(loss, x)
     assert slope[[0, 2], 4:].abs().max() == 0
+
+
+def first_step(folder: Path) -> dict[str, float]:
+    """The figures of the first training step in a model folder's log."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return next(record for record in records if record["kind"] == "train")
 
 
 @pytest.fixture
@@ -184,11 +184,11 @@ def test_scir_itself_says_that_its_judge_collapses_without_any_validation_pairs(
     assert capsys.readouterr().err.count("judge is collapsing") == 1
 
 
-@pytest.mark.parametrize(("orders", "weight", "ceiling"), [("averaged", 4.0, "4"), ("separate", 3.0, "3"), ("forward", 4.0, "4")])
+@pytest.mark.parametrize(("orders", "weight", "ceiling"), [("averaged", 4.0, "4"), ("separate", 3.0, "3")])
 def test_alpha_has_a_ceiling_that_depends_on_the_number_of_models(orders: str, weight: float, ceiling: str):
     with pytest.raises(ConfigError, match=f"Use less than {ceiling}"):
-        settings(orders=orders, entropy_weight=weight)
-    settings(orders=orders, entropy_weight=weight - 0.1)
+        settings(judge_orders=orders, entropy_weight=weight)
+    settings(judge_orders=orders, entropy_weight=weight - 0.1)
 
 
 def test_a_large_alpha_and_a_degenerate_reference_are_spoken_of_in_the_run(
@@ -216,11 +216,11 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(chain: 
     common = {
         "input": str(chain / "judged"),
         "rule": "implicit",
-        "previous": str(tmp_path / "before"),
-        "previous_model": "likelihood",
+        "cream_previous": str(tmp_path / "before"),
+        "cream_reward_model": "likelihood",
     }
     run("filter", **common, output_dir=tmp_path / "average")
-    run("filter", **common, certainty="prompt", output_dir=tmp_path / "prompt")
+    run("filter", **common, cream_average="prompt", output_dir=tmp_path / "prompt")
     rows = store.read_dataset(tmp_path / "prompt", "preferences").to_pylist()
     (one,) = set(store.read_dataset(tmp_path / "average", "preferences")["label_probability"].to_pylist())
     by_prompt = {row["prompt_id"]: row["label_probability"] for row in rows}
@@ -228,12 +228,27 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(chain: 
     assert one == pytest.approx(sum(by_prompt.values()) / len(by_prompt))
     train(chain, tmp_path / "m", objective="dpo", input=str(tmp_path / "prompt"), max_steps=1)
     with pytest.raises(ConfigError, match="no verdicts of 'implicit'"):
-        run("filter", **{**common, "previous_model": None}, output_dir=tmp_path / "no")
+        run("filter", **{**common, "cream_reward_model": None}, output_dir=tmp_path / "no")
     with pytest.raises(DataError, match="judged none of these pairs"):
         table = store.read_dataset(tmp_path / "before")
         other = table.set_column(0, "pair_id", pa.array([f"other {i}" for i in range(len(table))]))
         store.write_dataset(tmp_path / "other", "judged", {"stage": "judge"}, [(0, 1)], lambda *_: store.Part(other, len(other)))
-        run("filter", **{**common, "previous": str(tmp_path / "other")}, output_dir=tmp_path / "none")
+        run("filter", **{**common, "cream_previous": str(tmp_path / "other")}, output_dir=tmp_path / "none")
+
+
+def test_judge_writes_no_verdict_below_the_smallest_verdict_mass(chain: Path, tmp_path: Path):
+    def verdicts(folder: Path) -> list[dict[str, Any]]:
+        rows = store.read_dataset(folder, "judged").to_pylist()
+        return [reward for row in rows for reward in row["rewards"] if reward["reward_model"] == "judge"]
+
+    before = verdicts(chain / "judged")
+    least = sorted(verdict["verdict_mass"] for verdict in before)[len(before) // 2]
+    common = {"model": str(chain / "policy"), "reward_models": ["judge"], "input": str(chain / "candidates")}
+    manifest = run("judge", **common, min_verdict_mass=least, output_dir=tmp_path / "judged")
+    after = verdicts(tmp_path / "judged")
+    assert [v["log_odds"] is None for v in after] == [v["verdict_mass"] < least for v in before]
+    assert sum(v["log_odds"] is None for v in after) == len(before) // 2
+    assert manifest["summary"]["models"]["judge"]["verdicts"] == len(before) - len(before) // 2
 
 
 def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_path: Path):
@@ -251,29 +266,31 @@ def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_p
 
 
 def test_a_fitted_scale_is_found_on_the_judged_data_and_used(chain: Path, tmp_path: Path):
-    train(chain, tmp_path / "m", scale="fitted", max_steps=1)
-    first = next(line for line in (tmp_path / "m" / "metrics.jsonl").read_text().splitlines() if '"train"' in line)
+    train(chain, tmp_path / "m", max_steps=1)
     rows = store.read_dataset(chain / "judged").to_pylist()
     sizes = {
         name: torch.tensor([abs(r["log_odds"]) for row in rows for r in row["rewards"] if r["reward_model"] == name]).median()
         for name in ("judge", "implicit")
     }
-    assert json.loads(first)["scir/scale"] == pytest.approx(float(5 * sizes["judge"] / sizes["implicit"]), rel=0.02)
+    assert first_step(tmp_path / "m")["scir/scale"] == pytest.approx(float(5 * sizes["judge"] / sizes["implicit"]), rel=0.02)
     asked = train(chain, tmp_path / "asked", input=str(chain / "gold.jsonl"), max_steps=1)  # no verdicts there: the judge is asked
     assert asked["summary"]["scir/scale"] not in (0, 1, 5)
 
 
 def test_a_scale_that_is_given_is_used_as_it_is(chain: Path, tmp_path: Path):
     assert train(chain, tmp_path / "m", implicit_scale=7.0, max_steps=1)["summary"]["scir/scale"] == 7
-    assert settings().scale == "fixed"
-    assert config.build(config.TrainSettings, {"model": "m", "input": "i", "output_dir": "o"}, where="test").scale == "fitted"
+    given = {"model": "m", "input": "i", "output_dir": "o"}
+    assert config.build(config.TrainSettings, given, where="test").implicit_scale == "fitted"
+    assert config.build(config.TrainSettings, given, {"implicit_scale": "2.5"}, where="test").implicit_scale == 2.5
+    with pytest.raises(ConfigError, match="'implicit_scale' is '-1': expected a number above 0, or fitted$"):
+        config.build(config.TrainSettings, given, {"implicit_scale": "-1"}, where="test")
 
 
 def test_lambda_is_fitted_to_a_ratio_of_the_gradients_that_training_meets(chain: Path, tmp_path: Path):
     def norm(folder: str, weight: float) -> float:
         """Of the first step's gradient under this lambda."""
         train(chain, tmp_path / folder, penalty_weight=weight, max_steps=1)
-        return float(json.loads((tmp_path / folder / "metrics.jsonl").read_text().splitlines()[0])["grad_norm"])
+        return first_step(tmp_path / folder)["grad_norm"]
 
     preference, penalty = norm("without", 0.0), norm("nothing else", 1e6) / 1e6
     fitted = train(chain, tmp_path / "m", penalty_ratio=2.0, max_steps=1)
@@ -285,7 +302,7 @@ def test_lambda_is_fitted_to_a_ratio_of_the_gradients_that_training_meets(chain:
 def test_lambda_is_the_ratio_where_no_pair_has_a_preference_to_compare_with(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    fitted = train(chain, tmp_path / "m", penalty_ratio=0.7, confidence_threshold=0.999, max_steps=1)
+    fitted = train(chain, tmp_path / "m", penalty_ratio=0.7, min_confidence=0.999, max_steps=1)
     assert fitted["fitted"]["penalty_weight"] == 0.7
     assert "lambda is 0.7" in " ".join(capsys.readouterr().err.split())
 
@@ -303,6 +320,29 @@ def test_what_was_fitted_is_kept_by_the_next_iteration_while_the_reward_referenc
     assert all(again[name] != first[name] for name in first)
 
 
+def test_a_lambda_that_was_given_is_not_taken_for_a_fitted_one(chain: Path, tmp_path: Path):
+    given = train(chain, tmp_path / "m2", penalty_weight=0.3, max_steps=1)["fitted"]
+    fitted = train(chain, tmp_path / "m3", model=str(tmp_path / "m2"), max_steps=1)["fitted"]
+    assert fitted["implicit_scale"] == given["implicit_scale"]
+    assert fitted["penalty_weight"] != given["penalty_weight"]
+
+
+@pytest.mark.parametrize("changed", ["likelihood_scale", "judge_prompt"])
+def test_what_was_fitted_for_another_scale_or_prompt_is_not_kept(chain: Path, tmp_path: Path, changed: str):
+    prompt = tmp_path / "judge.txt"
+    prompt.write_text("{question} A: {a} B: {b} Which?", encoding="utf-8")
+    values = {"reward_models": ["judge", "implicit", "likelihood"], "judge_prompt": str(prompt)}
+    train(chain, tmp_path / "m2", **values, max_steps=1)
+    train(chain, tmp_path / "m3", **values, model=str(tmp_path / "m2"), max_steps=1)
+    assert "kept" in store.read_json(tmp_path / "m3" / "plan.json")
+    if changed == "judge_prompt":
+        prompt.write_text("{question} A: {a} B: {b} Which one?", encoding="utf-8")  # the same file, another content
+    else:
+        values["likelihood_scale"] = 3.0
+    train(chain, tmp_path / "other", **values, model=str(tmp_path / "m2"), max_steps=1)
+    assert "kept" not in store.read_json(tmp_path / "other" / "plan.json")
+
+
 def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(chain: Path, tmp_path: Path):
     names = ["judge", "implicit", "rubric", "rationale"]
     with pytest.raises(DataError, match="hold no rationales"):
@@ -314,7 +354,7 @@ def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(
         2
     ]  # the rationale's, in both orders
     train(chain, tmp_path / "m", input=str(tmp_path / "judged"), reward_models=names, max_steps=1)
-    first = json.loads((tmp_path / "m" / "metrics.jsonl").read_text().splitlines()[0])
+    first = first_step(tmp_path / "m")
     rows = store.read_dataset(tmp_path / "judged").to_pylist()
     for name in ("judge", "implicit", "rubric"):  # step 0 reads what `judge` wrote
         sizes = [abs(r["log_odds"]) for row in rows for r in row["rewards"] if r["reward_model"] == name]

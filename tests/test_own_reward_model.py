@@ -25,7 +25,7 @@ PAIRS = [{"prompt": f"Say {w}.", "chosen": f"The {w}, and more of the {w}.", "re
 RECIPE = """
 all: {dtype: fp32, device: cpu, model: policy, reward_reference: base, reward_models: [judge, implicit, "my_models:Brevity"]}
 steps:
-  - judge: {input: gold.jsonl, output_dir: "{out}/judged", rows_per_part: 3, data_parallel: 2}
+  - judge: {input: gold.jsonl, output_dir: "{out}/judged", rows_per_part: 3, workers: 2}
   - check-consistency: {input: "{out}/judged", agree_on: [judge, brevity], output_dir: "{out}/consistency", report: "{out}/consistency.html"}
   - filter: {input: "{out}/judged", rule: brevity, output_dir: "{out}/preferences"}
   - train: {input: "{out}/preferences", validation: gold.jsonl, batch_size: 3, learning_rate: 1.0e-3, num_processes: 2,

@@ -164,7 +164,8 @@ def test_loads_are_shared_out_evenly_and_to_everybody_the_same():
 def trainer(root: Path, out: Path, **values: Any) -> Trainer:
     """A trainer on the fifteen pairs, with references that give every pair a verdict."""
     base = {"model": str(root / "policy"), "input": str(root / "gold.jsonl"), "output_dir": out, "reward_reference": str(root / "base"),
-            "dtype": "fp32", "device": "cpu", "batch_size": 5, "learning_rate": 1e-3, "branch_gradients": False}  # fmt: skip
+            "dtype": "fp32", "device": "cpu", "batch_size": 5, "learning_rate": 1e-3,
+            "implicit_scale": config.IMPLICIT_SCALE}  # fmt: skip
     settings = config.build(config.TrainSettings, base | values, where="test")
     start = LazyPolicy(settings, settings.model)
     objective = train.build_objective(settings, start, "M_0")
@@ -220,7 +221,8 @@ def test_a_plan_counts_what_training_then_computes(root: Path, tmp_path: Path):
     planned = trainer(root, tmp_path / "a", max_tokens_per_pack=400)
     figures = planning.estimate(planned.policy, planned.examples, planned.settings, planned.objective)
     planned.train()
-    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    records = map(json.loads, (tmp_path / "a" / "metrics.jsonl").read_text().splitlines())
+    log = [record for record in records if record["kind"] == "train"]
     assert figures["steps"] == len(log) == 3
     assert figures["tokens_without_sharing"] == sum(r["sequence_tokens"] for r in log)
     assert figures["tokens"] == pytest.approx(
@@ -271,7 +273,6 @@ def values(root: Path, out: Path, **more: Any) -> dict[str, Any]:
         "penalty_weight": 1.0,
         "batch_size": 5,
         "learning_rate": 1e-3,
-        "branch_gradients": False,
         "output_dir": str(out),
         **more,
     }

@@ -39,7 +39,7 @@ def test_a_chain_of_stages_at_a_url_gives_the_rows_of_folders_and_resumes(tiny_l
     for base in (url, tmp_path):
         generate(tiny_llama, f"{base}/candidates", f"{base}/prompts.jsonl")
         run("judge", model=str(tiny_llama), input=f"{base}/candidates", output_dir=f"{base}/judged", reward_models=["judge"])
-        run("filter", input=f"{base}/judged", output_dir=f"{base}/preferences", rule="judge", format="trl")
+        run("filter", input=f"{base}/judged", output_dir=f"{base}/preferences", rule="judge", trl_jsonl=True)
     for name in ("candidates", "judged", "preferences"):
         there = store.read_dataset(places.place(f"{url}/{name}"))
         assert there.num_rows and there.equals(store.read_dataset(tmp_path / name))

@@ -39,7 +39,7 @@ EXTERNAL = [text[3] for text in TEXTS]
 
 
 def settings(**values: Any) -> config.RewardSettings:
-    given = {"model": "unused", "output_dir": "unused", "reward_models": list(BRANCHES), "external": "score"}
+    given = {"model": "unused", "output_dir": "unused", "reward_models": list(BRANCHES)}
     return config.build(config.RewardSettings, given | values, where="test")
 
 
@@ -311,18 +311,11 @@ def test_the_implicit_reward_is_the_scaled_log_ratio_against_the_reference(tiny_
         assert got[number].item() == pytest.approx(3.0 * 0.2 * (h[0] - h[1]), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("control", "expected"),
-    [
-        ("sum", 0.5 * (1 - -2)),  # h = -10 + 11 = 1 and -12 + 10 = -2, s * beta = 5 * 0.1
-        ("mean", 0.5 * (1 / 4 - -2 / 8)),  # 4 and 8 tokens
-        ("penalty", 0.5 * ((1 - 0.25 * 4) - (-2 - 0.25 * 8))),
-    ],
-)
-def test_length_control_of_the_implicit_reward_by_hand(control: str, expected: float, tiny_policy: Policy):
-    model = reward_models.make(["implicit"], tiny_policy.chat, settings(length_control=control, length_alpha=0.25))["implicit"]
+def test_the_implicit_reward_is_a_difference_of_sums_whatever_the_lengths(tiny_policy: Policy):
+    model = reward_models.make(["implicit"], tiny_policy.chat, settings())["implicit"]
     context = Context(torch.tensor([[4.0], [8.0]]), torch.tensor([[-11.0], [-10.0]]), torch.tensor([math.nan]))
-    assert model.odds(torch.tensor([[-10.0], [-12.0]]), context).log_odds.tolist() == pytest.approx([expected])
+    # h = -10 + 11 = 1 and -12 + 10 = -2, s * beta = 5 * 0.1
+    assert model.odds(torch.tensor([[-10.0], [-12.0]]), context).log_odds.tolist() == pytest.approx([0.5 * (1 - -2)])
 
 
 @pytest.mark.parametrize("known", [{}, {"another model": (-1.0, -2.0)}])

@@ -52,7 +52,7 @@ def settings(**values: object) -> config.TrainSettings:
         "reward_reference": "M_0",
         "num_epochs": 100,
         "schedule": "linear",
-        "branch_gradients": False,
+        "implicit_scale": config.IMPLICIT_SCALE,
     }
     return config.build(config.TrainSettings, base | values, where="test")
 

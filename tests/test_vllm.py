@@ -42,7 +42,7 @@ def _little_memory() -> Iterator[None]:
 
 
 def opened_policy(folder: Path, **values: Any) -> LazyPolicy:
-    given = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu", "engine_arg": [EAGER], **values}
+    given = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu", "vllm_arg": [EAGER], **values}
     return LazyPolicy(config.build(config.BackendSettings, given, where="test"), str(folder))
 
 
@@ -137,7 +137,7 @@ def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
     names = ["judge", "implicit", "rubric", "rationale"]
     rows, work = {}, {}
     for backend in ("vllm", "transformers"):
-        more = {"engine_arg": [EAGER, "block_size=32"], "data_parallel": 2} if backend == "vllm" else {}
+        more = {"vllm_arg": [EAGER, "block_size=32"], "workers": 2} if backend == "vllm" else {}
         manifest = run("judge", **common, **more, input=str(tmp_path / "c"), reward_models=names, rationale_max_tokens=8, backend=backend, rows_per_part=3,
             output_dir=tmp_path / backend)  # fmt: skip
         rows[backend] = store.read_dataset(tmp_path / backend).to_pylist()
@@ -267,7 +267,7 @@ def test_two_workers_give_the_tokens_of_one_process_though_an_engine_and_a_worke
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "Tell me of number {i}."}}\n' for i in range(12)), encoding="utf-8")
     rows = {}
-    for name, values in (("one", {}), ("two", {"backend": "test_vllm:Dies", "data_parallel": 2, "engine_arg": [EAGER]})):
+    for name, values in (("one", {}), ("two", {"backend": "test_vllm:Dies", "workers": 2, "vllm_arg": [EAGER]})):
         run("generate", **model, **values, input=str(prompts), n=1, temperature=0, max_new_tokens=8, rows_per_part=1, output_dir=tmp_path / name)  # fmt: skip
         rows[name] = store.read_dataset(tmp_path / name).drop_columns(["candidate_id"]).to_pylist()
     assert rows["two"] == rows["one"]
@@ -286,7 +286,7 @@ def wait_until_gone(*numbers: int) -> None:
 def test_what_vllm_refuses_is_one_line_and_its_log_is_named(tmp_path: Path):
     folder = make_model(tmp_path / "model", **SHAPE)
     with pytest.raises(EngineError, match=r"vLLM failed: .*no_such_argument.*; its log is .*vllm\.log$"):
-        opened(folder, tmp_path / "out", engine_arg=["no_such_argument=1"])
+        opened(folder, tmp_path / "out", vllm_arg=["no_such_argument=1"])
     assert "Traceback" in (tmp_path / "out" / "vllm.log").read_text()
 
 

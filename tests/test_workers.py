@@ -25,20 +25,20 @@ KILLS = int(os.environ.get("SCIR_KILLS", "2"))
 def test_two_processes_write_the_rows_of_one(tiny_llama: Path, prompts: Path, tmp_path: Path):
     work = []
     for name, n in (("one", 1), ("two", 2)):
-        manifest = generate(tiny_llama, prompts, tmp_path / name, "transformers", data_parallel=n)
+        manifest = generate(tiny_llama, prompts, tmp_path / name, "transformers", workers=n)
         assert manifest["rows_in"] == manifest["rows_out"] == 2 * PROMPTS
         work.append([manifest["work"][key] for key in ("tokens_read", "tokens_sampled")])
     assert work[0] == work[1]
     assert store.read_dataset(tmp_path / "one").equals(store.read_dataset(tmp_path / "two"))
     common = {"model": str(tiny_llama), "input": str(tmp_path / "one"), "reward_models": ["judge"], "rows_per_part": 8}
     for name, n in (("j1", 1), ("j2", 2)):
-        run("judge", **common, output_dir=tmp_path / name, data_parallel=n)
+        run("judge", **common, output_dir=tmp_path / name, workers=n)
     assert store.read_dataset(tmp_path / "j1").equals(store.read_dataset(tmp_path / "j2"))
 
 
 @pytest.mark.slow
 def test_a_dead_workers_part_is_taken_over(tiny_llama: Path, prompts: Path, tmp_path: Path):
-    generate(tiny_llama, prompts, tmp_path / "died", "failing_backends:DiesOnce", data_parallel=2)
+    generate(tiny_llama, prompts, tmp_path / "died", "failing_backends:DiesOnce", workers=2)
     assert (tmp_path / "died" / "died").exists()
     generate(tiny_llama, prompts, tmp_path / "whole", "fake")
     assert without_backend(store.read_dataset(tmp_path / "died")) == without_backend(store.read_dataset(tmp_path / "whole"))
@@ -49,7 +49,7 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
     tiny_llama: Path, prompts: Path, tmp_path: Path
 ):
     with pytest.raises(EngineError, match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished"):
-        generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:DiesAtSeven", data_parallel=2)
+        generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:DiesAtSeven", workers=2)
     kept = {path.name for path in (tmp_path / "out").glob("data-*.arrow")}
     assert {"data-00000.arrow", "data-00001.arrow", "data-00002.arrow"} <= kept
     assert "data-00003.arrow" not in kept
@@ -58,7 +58,7 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
 @pytest.mark.slow
 def test_what_is_the_users_to_repair_stops_the_run_at_once(tiny_llama: Path, prompts: Path, tmp_path: Path):
     with pytest.raises(DataError, match="these data are wrong"):
-        generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:IsWrong", data_parallel=2)
+        generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:IsWrong", workers=2)
 
 
 def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: pytest.MonkeyPatch):
@@ -67,26 +67,26 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
         return local_processes.visible_devices(settings)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
-    assert devices(data_parallel=4) == ["2", "3", "5", "7"]
-    assert devices(data_parallel=2, tensor_parallel_size=2) == ["2,3", "5,7"]
-    assert devices(data_parallel=2, device="cpu") == [None, None]
-    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4; give --data-parallel 2$"):
-        devices(data_parallel=4, tensor_parallel_size=2)
-    assert devices(data_parallel="auto") == ["2", "3", "5", "7"]
-    assert devices(data_parallel="auto", tensor_parallel_size=3) == ["2,3,5"]
-    assert devices(data_parallel="auto", device="cpu") == [None]
+    assert devices(workers=4) == ["2", "3", "5", "7"]
+    assert devices(workers=2, tensor_parallel_size=2) == ["2,3", "5,7"]
+    assert devices(workers=2, device="cpu") == [None, None]
+    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4; give --workers 2$"):
+        devices(workers=4, tensor_parallel_size=2)
+    assert devices(workers="auto") == ["2", "3", "5", "7"]
+    assert devices(workers="auto", tensor_parallel_size=3) == ["2,3,5"]
+    assert devices(workers="auto", device="cpu") == [None]
     with pytest.raises(ConfigError, match="needs 5 GPUs, and there are 4; lower --tensor-parallel-size$"):
-        devices(data_parallel="auto", tensor_parallel_size=5)
+        devices(workers="auto", tensor_parallel_size=5)
 
 
 def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(monkeypatch: pytest.MonkeyPatch):
     def settings(value: Any) -> config.BackendSettings:
-        return config.build(config.BackendSettings, {"model": "m", "output_dir": "o", "data_parallel": value}, where="test")
+        return config.build(config.BackendSettings, {"model": "m", "output_dir": "o", "workers": value}, where="test")
 
-    assert [settings(value).data_parallel for value in ("3", 2, "auto")] == [3, 2, "auto"]
+    assert [settings(value).workers for value in ("3", 2, "auto")] == [3, 2, "auto"]
     assert settings("auto").plan() == settings(1).plan()
     for wrong in ("0", "-1", "all", 1.5, True):
-        with pytest.raises(ConfigError, match="^test: 'data_parallel' is .*: it takes a number of at least 1, or auto$"):
+        with pytest.raises(ConfigError, match="^test: 'workers' is .*: expected a number of at least 1, or auto$"):
             settings(wrong)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
@@ -165,9 +165,9 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
 
     A worker or actor, whose part is made again while the run goes on; or the driver or Ray's head, after which the command is run again.
     """
-    options = ["--device", "cpu", "--dtype", "fp32", "--data-parallel", "2", "--rows-per-part", "1"]
+    options = ["--device", "cpu", "--dtype", "fp32", "--workers", "2", "--rows-per-part", "1"]
     if victim in ("actor", "ray-driver", "head"):
-        options += ["--executor", "ray"]
+        options += ["--workers-on", "ray"]
     if stage == "generate":
         options += ["-i", str(prompts), "--n", "2", "--max-new-tokens", "6", "--backend", "failing_backends:Slow"]
         generate(tiny_llama, prompts, tmp_path / "whole", "fake", rows_per_part=1)

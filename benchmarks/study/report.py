@@ -175,7 +175,9 @@ def sweep(
     """Values of a figure over seeds by orders, scale and lambda."""
     found: dict[str, dict[float, dict[float, list[float]]]] = {}
     for m in sorted(methods, key=lambda m: (m["settings"]["implicit_scale"], m["settings"]["penalty_weight"])):
-        orders, scale, weight = (m["settings"][name] for name in ("orders", "implicit_scale", "penalty_weight"))
+        asked = m["settings"]
+        orders = asked.get("judge_orders") or asked["orders"]  # its name in the results up to LAST_WITH_ALL_ARMS
+        scale, weight = asked["implicit_scale"], asked["penalty_weight"]
         values = list(by_seed(records, m["name"], iteration, figure).values())
         found.setdefault(orders, {}).setdefault(scale, {})[weight] = values
     return found
@@ -464,6 +466,21 @@ are on 600 held-out labelled pairs. Tables give mean ± standard deviation over 
 bold means that the interval does not hold 0; fewer than three seeds have none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
 
 
+#: The last commit that has the settings of all committed arms.
+LAST_WITH_ALL_ARMS = "95e2cbc"
+
+
+def removed_arms(name: str, methods: Sequence[str]) -> list[str]:
+    """One paragraph that names the arms of an experiment's results that can no longer be run; [] if all can."""
+    removed = [m for m in methods if m not in {method.name for method in EXPERIMENTS[name][1]}]
+    if not removed:
+        return []
+    arms = ", ".join(f"`{m}`" for m in removed)
+    return [
+        f"The last commit that can run all of these arms is {LAST_WITH_ALL_ARMS}. Since then the settings of {arms} are removed."
+    ]
+
+
 #: Experiment -> its heading and what has to be said of it first; the others have their name.
 ABOUT = {
     "main": (
@@ -522,6 +539,7 @@ def section(name: str, result: Json) -> str:
         f"## {heading}",
         *([about.format(**result["setup"])] if about else []),
         f"`python benchmarks/study/run.py --experiment {name} --seeds {' '.join(map(str, seeds))}`",
+        *removed_arms(name, methods),
     ]
     start = [{"method": "M_1", "iteration": 1, "seed": int(seed), **m} for seed, m in result["m1"].items() if int(seed) in seeds]
     columns = {figure: heading for figure, (heading, _) in FIGURES.items()}

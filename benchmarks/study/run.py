@@ -55,7 +55,7 @@ def run_once(step: recipe.Step, made: dict[str, Path]) -> Json:
         shutil.copytree(made[key], out, dirs_exist_ok=True)
     manifest = run(step.stage, **step.settings)
     if (
-        step.stage in ("generate", "judge") and settings.get("external") is None
+        step.stage in ("generate", "judge") and settings.get("score_column") is None
     ):  # with scores from outside, equal digests are not equal data
         made.setdefault(key, out)
     return manifest

@@ -35,22 +35,20 @@ class OpenAIBackend(VerdictBackend):
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--backend openai needs --base-url, as http://localhost:8000/v1; it is {url or 'not given'}")
         self.url, self.sampling, self.ends = url, sampling, sorted(model.chat.end_ids)
-        self.meter, self.tokenizer, self.top_logprobs = model.meter, model.chat.tokenizer, settings.top_logprobs
+        self.meter, self.tokenizer, self.arguments = model.meter, model.chat.tokenizer, settings.endpoint
         key = os.environ.get("OPENAI_API_KEY")
         retry = urllib3.Retry(
-            total=settings.endpoint_retries, allowed_methods=None, status_forcelist=BUSY, backoff_factor=0.5, raise_on_status=False
+            total=self.arguments.retries, allowed_methods=None, status_forcelist=BUSY, backoff_factor=0.5, raise_on_status=False
         )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.pool = urllib3.PoolManager(
-            maxsize=sampling.batch_size, headers=headers, retries=retry, timeout=settings.endpoint_timeout
-        )
-        self.name = settings.served_model or self._served()
+        self.pool = urllib3.PoolManager(maxsize=sampling.batch_size, headers=headers, retries=retry, timeout=self.arguments.timeout)
+        self.name = self.arguments.model or self._served()
 
     def _served(self) -> str:
         """The one model the endpoint serves."""
         names = [str(one.get("id")) for one in self._call("GET", "/models").get("data") or []]
         if len(names) != 1:
-            raise ConfigError(f"{self.url} serves {', '.join(names) or 'no model'}; say which with --served-model")
+            raise ConfigError(f"{self.url} serves {', '.join(names) or 'no model'}; choose one with --endpoint-arg model=NAME")
         return names[0]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -74,7 +72,7 @@ class OpenAIBackend(VerdictBackend):
     def _logprobs(self, prompt: Sequence[int], tokens: list[int]) -> tuple[dict[int, float], int | None]:
         """Log-probabilities by token id of the next token: of those asked for, or of the likeliest; and as `_cached`."""
         body = {
-            "model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": self.top_logprobs,
+            "model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": self.arguments.top_logprobs,
             "logprob_token_ids": tokens, "return_tokens_as_token_ids": True,
         }  # fmt: skip
         answer = self._call("POST", "/completions", json=body)

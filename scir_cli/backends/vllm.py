@@ -100,10 +100,10 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of LoRA adapters, that vLLM ma
 
 
 def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
-    """What `vllm.LLM` is made with for the model or LoRA adapter in a folder: ours, the settings that are given, and last --engine-arg."""
+    """What `vllm.LLM` is made with for the model or LoRA adapter in a folder: ours, the settings that are given, and last --vllm-arg."""
     if settings.quantization != "none":
         raise ConfigError(
-            f"--quantization {settings.quantization} is the engine's; vLLM takes --engine-arg quantization=bitsandbytes or another of its own"
+            f"--quantization {settings.quantization} is the engine's; vLLM takes --vllm-arg quantization=bitsandbytes or another of its own"
         )
     given = {
         "tensor_parallel_size": settings.tensor_parallel_size,
@@ -122,7 +122,7 @@ def engine_arguments(path: Path, settings: BackendSettings) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "seed": settings.seed,
         **{name: value for name, value in given.items() if value is not None},
-        **dict(itertools.starmap(_argument, (word.partition("=")[::2] for word in settings.engine_arg))),
+        **dict(itertools.starmap(_argument, (word.partition("=")[::2] for word in settings.vllm_arg))),
     }
 
 
@@ -142,5 +142,5 @@ def _model_arguments(path: Path) -> dict[str, Any]:
 
 def _argument(name: str, value: str) -> tuple[str, Any]:
     if not name or not value:
-        raise ConfigError(f"--engine-arg takes NAME=VALUE, as enforce_eager=true; got {name or value!r}")
+        raise ConfigError(f"--vllm-arg takes NAME=VALUE, as enforce_eager=true; got {name or value!r}")
     return name.strip().replace("-", "_"), yaml.safe_load(value)

@@ -27,12 +27,12 @@ def run(settings: CheckConsistencySettings) -> Json:
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
 
-    stays = _across(pairs.read(), settings) if settings.against else None  # first: it may refuse
+    stays = _across(pairs.read(), settings) if settings.compare_to else None  # first: it may refuse
 
     def summarise(made: Dataset) -> Json:
         v, sides = _verdicts(pairs, settings)
         leanings = biases.biases(v, sides)
-        notes = {"biases": leanings, "notes": _notes(v, _repeated(pairs), leanings, settings.own)}
+        notes = {"biases": leanings, "notes": _notes(v, _repeated(pairs), leanings, settings.judge_author)}
         return consistency.summary(v, settings.agree_on, settings.min_confidence) | notes
 
     with progress("check-consistency", pairs.num_rows) as advance:
@@ -88,7 +88,7 @@ def _judged(path: Path) -> Dataset:
 
 def _verdicts(pairs: Dataset, settings: CheckConsistencySettings) -> tuple[consistency.Verdicts, dict[str, biases.Side]]:
     """The verdicts, and what they should not depend on; of the texts no more than one part is in memory."""
-    own, parts, sides = settings.own or judge_of(place(settings.input)), [], []
+    own, parts, sides = settings.judge_author or judge_of(place(settings.input)), [], []
     for table in pairs.tables():
         parts.append(consistency.from_table(table, ids=False))
         sides.append(biases.properties(parts[-1], table, own))
@@ -115,7 +115,7 @@ def _across(table: Any, settings: CheckConsistencySettings) -> Json:
     prompt, response = across.codes(table)
     runs: list[consistency.Verdicts] = []
     shared = set(v.pair_ids)
-    for spec in settings.against:
+    for spec in settings.compare_to:
         other = consistency.from_tables(_judged(place(spec)).tables())
         here, there, left = across.in_common(v.pair_ids, other.pair_ids)
         if not len(here):

@@ -45,7 +45,7 @@ def rewards(settings: EvalRewardsSettings) -> Json:
     def make(low: int, high: int) -> Part:
         drops: Json = {}
         if scorer:
-            table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
+            table, dropped = sources.open_pairs(settings.input, settings.limit, settings.score_column)
             inner = settings.model_copy(update={"output_dir": out / "judged", "overwrite": False})
             bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
             pair_input = PairInput(table, bounds, dropped, digest)

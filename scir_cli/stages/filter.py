@@ -42,7 +42,8 @@ class Rule:
         if name in ("agree", "majority") and not number:
             models = settings.agree_on or known
         elif name == "random":
-            models = [settings.random_label]
+            number, _, model = number.partition(":")
+            models = [model or "judge"]
         else:
             models = [settings.rule]
         for model in models:
@@ -70,7 +71,10 @@ def run(settings: FilterSettings) -> Json:
     if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
     rule = Rule.of(settings, consistency.model_names(pairs.tables()))
-    digests = {"input": store.digest_path(path), "previous": settings.previous and store.digest_path(place(settings.previous))}
+    digests = {
+        "input": store.digest_path(path),
+        "previous": settings.cream_previous and store.digest_path(place(settings.cream_previous)),
+    }
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
@@ -85,9 +89,9 @@ def run(settings: FilterSettings) -> Json:
             overwrite=settings.overwrite,
             advance=advance,
             summarise=_summary,
-            inputs={"input": settings.input, "previous": settings.previous},
+            inputs={"input": settings.input, "previous": settings.cream_previous},
         )
-    if settings.format == "trl" and not (out / "trl.jsonl").exists():
+    if settings.trl_jsonl and not (out / "trl.jsonl").exists():
         write_trl(store.open_dataset(out, "preferences"), out / "trl.jsonl")
     return manifest
 
@@ -101,7 +105,7 @@ class Labelling:
         if settings.length_neutral:
             *votes, lengths = self._of_all(lambda table: np.vstack([self.votes(table), consistency.length_difference(table)]))
             self.per_token = np.array([[labels.length_neutral(a, lengths)[1]] for a in votes])
-        self.label_probability = self._label_probability(place(settings.previous)) if settings.previous else None
+        self.label_probability = self._label_probability(place(settings.cream_previous)) if settings.cream_previous else None
         self.dropped = np.zeros(pairs.num_rows, np.int8)  # for what other rows hold, by place in REASONS
         if settings.dedup:
             self.dropped[self._repeated()] = REASONS.index("duplicate")
@@ -163,19 +167,21 @@ class Labelling:
         return np.array([int(digest[:15], 16) for digest in drawn]) / 16**15 < self.rule.rate
 
     def _label_probability(self, previous: Path) -> np.ndarray:
-        """How probably each label is correct, (pairs,): from how alike --previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
+        """How probably each label is correct, (pairs,): from how alike --cream-previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
         before, settings = store.open_dataset(previous, "judged"), self.settings
-        names, name = consistency.model_names(before.tables()), settings.previous_model or self.rule.models[0]
+        names, name = consistency.model_names(before.tables()), settings.cream_reward_model or self.rule.models[0]
         if name not in names:
-            raise ConfigError(f"--previous {previous} has no verdicts of '{name}'.{suggest(name, names)}")
+            raise ConfigError(f"--cream-previous {previous} has no verdicts of '{name}'.{suggest(name, names)}")
         there = np.concatenate([consistency.log_odds(table, [name])[0] for table in before.tables()])
         here, known = (np.concatenate([store.hash_texts(t["pair_id"]) for t in pairs.tables()]) for pairs in (self.pairs, before))
         place = pc.index_in(pa.array(here), value_set=pa.array(known[::-1])).fill_null(len(there)).to_numpy()
         past = np.append(there[::-1], np.nan)[place]
         if np.isnan(past).all():
-            raise DataError(f"--previous {previous} judged none of these pairs; judge the same candidates with the previous model")
+            raise DataError(
+                f"--cream-previous {previous} judged none of these pairs; judge the same candidates with the previous model"
+            )
         now = self._of_all(lambda table: self.votes(table)[0])
-        return labels.rank_consistency(now, past, self._of_all(_prompts), settings.certainty == "average")
+        return labels.rank_consistency(now, past, self._of_all(_prompts), settings.cream_average == "all")
 
     def _beyond(self, most: int) -> np.ndarray:
         """The rows of each prompt beyond the `most` with the largest margins, of those that nothing else drops."""

@@ -58,9 +58,9 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
         bounds = store.group_bounds(candidates, "prompt_id", settings.rows_per_part)
         make_pairs = crossed_pairs if rule == "cross" else candidate_pairs
         pairs = PairInput(candidates, bounds, Counter(), sources.digest(settings.input))
-        pairs.make_pairs = partial(make_pairs, external=settings.external)
+        pairs.make_pairs = partial(make_pairs, external=settings.score_column)
     else:
-        table, dropped = sources.open_pairs(settings.input, settings.limit, settings.external)
+        table, dropped = sources.open_pairs(settings.input, settings.limit, settings.score_column)
         bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
         pairs = PairInput(table, bounds, dropped, sources.digest(settings.input))
     if rule == "random":

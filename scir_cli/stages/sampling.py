@@ -12,14 +12,19 @@ from typing import Any
 
 from scir_cli import backends, sources, store, workers
 from scir_cli.backends import Request, Sampling
-from scir_cli.config import GenerateSettings
+from scir_cli.config import EvalMtBenchSettings, EvalResponsesSettings, GenerateSettings
 from scir_cli.errors import DataError
 from scir_cli.lazy_policy import LazyPolicy
 from scir_cli.stages.progress import progress
 from scir_cli.store import Json, Part
 
+#: Setting -> its name in the hash that is a candidate's id: renaming a setting changes no id, and so no pair drawn by ids.
+NAME_IN_IDS = {"vllm_arg": "engine_arg"}
 
-def write_candidates(settings: GenerateSettings, model: LazyPolicy | None = None) -> Json:
+SamplerSettings = GenerateSettings | EvalResponsesSettings | EvalMtBenchSettings
+
+
+def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None) -> Json:
     """Writes a candidates dataset and returns its manifest; counts are in candidates (prompts times n).
 
     model: the model of these settings, if it is open already. Raises DataError if there is no prompt.
@@ -53,7 +58,7 @@ def write_candidates(settings: GenerateSettings, model: LazyPolicy | None = None
         )
 
 
-def make_part_maker(settings: GenerateSettings) -> Sampler:
+def make_part_maker(settings: SamplerSettings) -> Sampler:
     """The callable with which a worker makes parts."""
     prompts, _ = sources.open_prompts(settings.input, settings.limit)
     return Sampler(settings, prompts, LazyPolicy(settings, settings.model))
@@ -62,7 +67,7 @@ def make_part_maker(settings: GenerateSettings) -> Sampler:
 class Sampler:
     """Makes parts of candidates; the backend starts with the first part and not before."""
 
-    def __init__(self, settings: GenerateSettings, prompts: Any, model: LazyPolicy) -> None:
+    def __init__(self, settings: SamplerSettings, prompts: Any, model: LazyPolicy) -> None:
         self.settings = settings
         self.prompts = prompts
         self.model = model
@@ -103,10 +108,10 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
     with sampler.meter.working():
         completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
     out: list[dict[str, Any]] = []
-    plan = settings.plan()
+    sampled_with = _id_settings(settings)
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     for (row, _, seed), completion in zip(seeds, completions, strict=True):
-        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, plan])[:16]
+        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, sampled_with])[:16]
         duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
         text = model.chat.tokenizer.decode([t for t in completion.token_ids if t not in model.chat.end_ids])
         out.append(
@@ -125,3 +130,11 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
             }
         )
     return Part(out, len(rows) * settings.n, drops)
+
+
+def _id_settings(settings: SamplerSettings) -> Json:
+    """The settings that a candidate's id is a hash of, with the prompt, the model and the seed."""
+    plan = {"n": settings.n, **settings.plan()}
+    for name, name_in_ids in NAME_IN_IDS.items():
+        plan[name_in_ids] = plan.pop(name)
+    return plan

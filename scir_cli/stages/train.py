@@ -199,7 +199,7 @@ class TrainJob:
     def fit(self, data: TrainData) -> Trainer:
         """The trainer, with the scale and lambda that an earlier iteration fitted or these pairs give."""
         settings = self.settings.model_copy(update=self.fitted)
-        if isinstance(self.objective, objectives.Scir) and settings.scale == "fitted" and "implicit_scale" not in self.fitted:
+        if isinstance(self.objective, objectives.Scir) and settings.implicit_scale == "fitted":
             pairs = [example.pair for example in data.examples]
             scale = fitting.fit_implicit_scale(self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings)
             settings = settings.model_copy(update={"implicit_scale": scale})
@@ -245,7 +245,7 @@ def check_deepspeed(settings: TrainSettings, ranks: Ranks) -> None:
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
         raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
     if ranks.zero and settings.objective == "scir" and settings.penalty_weight is None:
-        raise ConfigError("DeepSpeed gives no gradient back, so --penalty-ratio cannot be had: give --penalty-weight")
+        raise ConfigError("--penalty-ratio is not available under DeepSpeed, which does not expose gradients: give --penalty-weight")
 
 
 def build_objective(settings: TrainSettings, policy: LazyPolicy, reward_key: str | None) -> Objective:
