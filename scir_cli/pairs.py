@@ -48,9 +48,9 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
         prompt = tuple(chat.prompt_ids(messages))
         prompt_ids.append(prompt_ids[-1] if prompt_ids and prompt_ids[-1] == prompt else prompt)
         try:
-            for side in range(len(SIDES)):
-                if lacking[side][row]:
-                    encoded[side][row] = chat.response_ids(messages, texts[side][row])
+            for number in range(len(SIDES)):
+                if lacking[number][row]:
+                    encoded[number][row] = chat.response_ids(messages, texts[number][row])
         except DataError:
             boundary[row] = False
     for name, side, rows in zip(SIDES, fields, encoded, strict=True):

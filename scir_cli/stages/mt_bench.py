@@ -61,8 +61,8 @@ def run(settings: EvalMtBenchSettings) -> Json:
         return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
 
     def make(low: int, high: int) -> Part:
-        answers = load_answers(settings.answers) if model is None else answer(questions, settings, model)
-        if model is not None and model is not judge:
+        answers = answer(questions, settings, model) if model else load_answers(settings.answers or "")
+        if model and model is not judge:
             # Its weights leave the memory before those of the judge are read.
             model.unload()
         write_answers(out / "answers.jsonl", answers, settings.answers or settings.model)
