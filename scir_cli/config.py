@@ -415,8 +415,7 @@ class GenerateSettings(SamplingSettings):
 class JudgeSettings(JudgingSettings, BackendSettings):
     backend: str = setting(
         "transformers",
-        "What reads verdicts and writes rationales: as in generate; log-probabilities of responses always come from "
-        "the engine.",
+        "What reads verdicts and writes rationales: as in generate; log-probabilities of responses always come from the engine.",
         group=WORKERS,
     )
     input: str = setting(

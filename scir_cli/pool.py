@@ -79,9 +79,7 @@ def n_workers(settings: BackendSettings, gpus: int) -> int:
     n = max(1, gpus // each) if settings.workers == "auto" else settings.workers
     if gpus and gpus < n * each:
         step = f"give --workers {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
-        raise ConfigError(
-            f"--workers {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}"
-        )
+        raise ConfigError(f"--workers {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}")
     return n
 
 

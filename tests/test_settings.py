@@ -60,7 +60,7 @@ def test_the_groups_of_train_are_shown_in_order_and_the_report_does_not_lead():
     assert shown.index("--report") > shown.index("--validation-every")
 
 
-@pytest.mark.parametrize("stage", config.STAGES)
+@pytest.mark.parametrize("stage", registry.STAGES)
 def test_help_is_readable_at_eighty_columns(stage: str):
     result = CliRunner().invoke(app, [*stage.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     lines = result.stdout.splitlines()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import scir_cli
+from scir_cli import registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

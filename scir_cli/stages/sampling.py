@@ -77,6 +77,7 @@ class Sampler:
     @cached_property
     def backend(self) -> backends.Backend:
         s = self.settings
+        assert s.temperature is not None  # eval mt-bench chooses one per question
         sampling = Sampling(s.temperature, s.top_p, s.max_new_tokens, s.batch_size)
         backend = backends.make(s.backend, self.model, sampling, s)
         self.opened.callback(backend.close)

@@ -245,7 +245,9 @@ def check_deepspeed(settings: TrainSettings, ranks: Ranks) -> None:
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
         raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
     if ranks.zero and settings.objective == "scir" and settings.penalty_weight is None:
-        raise ConfigError("--penalty-ratio is not available under DeepSpeed, which does not expose gradients: give --penalty-weight")
+        raise ConfigError(
+            "--penalty-ratio is not available under DeepSpeed, which does not expose gradients: give --penalty-weight"
+        )
 
 
 def build_objective(settings: TrainSettings, policy: LazyPolicy, reward_key: str | None) -> Objective:
