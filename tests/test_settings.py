@@ -11,11 +11,11 @@ import flags
 import pytest
 from typer.testing import CliRunner
 
-from scir_cli import config, registry
+from scir_cli import config, fitting, registry
 from scir_cli.cli import app
 from scir_cli.config import BackendSettings, EvalResponsesSettings, GenerateSettings, JudgeSettings
 from scir_cli.errors import ConfigError
-from scir_cli.stages import overwrite, train
+from scir_cli.stages import overwrite
 
 #: Outputs: --overwrite protects what a command reads.
 OUTPUTS = {"output_dir", "report"}
@@ -102,7 +102,7 @@ def test_all_of_the_consistency_group_but_weights_and_inputs_affects_what_is_fit
     shown = {name for name, info in fields.items() if config.group_of(config.TrainSettings, name, info) == config.CONSISTENCY}
     kept = shown - set(config.names_with(config.TrainSettings, "affects_fit"))
     assert kept == {"penalty_weight", "anchors", "anchor_weight", "reward_reference"}  # the reference is compared by its weights
-    assert set(train.FITTED) <= shown
+    assert set(fitting.FITTED) <= shown
 
 
 def test_a_plan_has_a_file_s_content_and_not_its_name(tmp_path: Path):
