@@ -30,13 +30,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default="S")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--prompts", type=int, default=9, help="prompts; the first is warm-up")
-    parser.add_argument("--answers", type=int, default=5, help="answers of a prompt, sampled and judged")
+    parser.add_argument(
+        "--answers", type=int, default=5, help="answers of a prompt, sampled and judged"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(64, 256))
-    parser.add_argument("--small-cache", type=int, default=8192, help="tokens in the cache that holds few prompts")
+    parser.add_argument(
+        "--small-cache", type=int, default=8192, help="tokens in the cache that holds few prompts"
+    )
     parser.add_argument("--only", default="", help="backends whose name holds this")
-    parser.add_argument("--vllm-python", help="Python of an environment with vLLM; without it only transformers is measured")
+    parser.add_argument(
+        "--vllm-python",
+        help="Python of an environment with vLLM; without it only transformers is measured",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child")
@@ -50,7 +57,8 @@ def run(asked: Json) -> Json:
     """Figures of each task of one backend, which is loaded once."""
     from scir_cli import config
     from scir_cli.backends import Sampling, make
-    from scir_cli.lazy_policy import LazyPolicy
+    from scir_cli.engine.lazy_policy import LazyPolicy
+    from scir_cli.settings import GenerateSettings
 
     given = {
         "model": asked["model"],
@@ -62,11 +70,18 @@ def run(asked: Json) -> Json:
     }
     given |= {"backend": asked["backend"], "vllm_arg": asked["vllm_arg"]}
     settings = config.build(
-        config.GenerateSettings, {**given, "n": asked["answers"], "max_new_tokens": asked["max_new_tokens"]}, where=""
+        GenerateSettings,
+        {**given, "n": asked["answers"], "max_new_tokens": asked["max_new_tokens"]},
+        where="",
     )
     model = LazyPolicy(settings, settings.model)
     settings.output_dir.mkdir(exist_ok=True)
-    backend = make(asked["backend"], model, Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, 16), settings)
+    backend = make(
+        asked["backend"],
+        model,
+        Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, 16),
+        settings,
+    )
     found = {task: task_of(task, asked, given, settings, model, backend) for task in asked["tasks"]}
     backend.close()
     return found
@@ -80,19 +95,30 @@ def task_of(task: str, asked: Json, given: Json, settings: Any, model: Any, back
         from scir_cli.stages.sampling import Sampler
 
         prompts = [
-            {"prompt_id": str(i), "messages": [{"role": "user", "content": r["question"]}], "subset": None}
+            {
+                "prompt_id": str(i),
+                "messages": [{"role": "user", "content": r["question"]}],
+                "subset": None,
+            }
             for i, r in enumerate(rows)
         ]
         sampler = Sampler(settings, pa.Table.from_pylist(prompts), model)
         sampler.backend = backend
         return measured(sampler, model.meter, backend, (0, 1), (1, len(rows)))
-    from scir_cli import chat, config, schemas
+    from scir_cli import config
+    from scir_cli.data import schemas
+    from scir_cli.rewards.prompts import PAIRWISE
+    from scir_cli.settings import JudgeSettings
     from scir_cli.stages.pairing import PairInput, candidate_pairs
     from scir_cli.stages.scoring import JudgePart, Scorer
 
-    template = Path(asked["folder"]) / f"{task}.txt"  # another first word: nothing that an earlier task has read begins alike
-    template.write_text(f"w{100 + asked['tasks'].index(task)} {chat.PAIRWISE}")
-    known = config.build(config.JudgeSettings, {**given, "reward_models": ["judge"], "judge_prompt": template}, where="")
+    template = (
+        Path(asked["folder"]) / f"{task}.txt"
+    )  # another first word: nothing that an earlier task has read begins alike
+    template.write_text(f"w{100 + asked['tasks'].index(task)} {PAIRWISE}")
+    known = config.build(
+        JudgeSettings, {**given, "reward_models": ["judge"], "judge_prompt": template}, where=""
+    )
     scorer = Scorer(known, known)
     scorer.backend = backend
     scorer.model = model
@@ -128,7 +154,9 @@ def shuffle(backend: Any) -> None:
     backend._ask = shuffled
 
 
-def measured(make: Any, meter: Any, backend: Any, warm: tuple[int, int], rows: tuple[int, int]) -> Json:
+def measured(
+    make: Any, meter: Any, backend: Any, warm: tuple[int, int], rows: tuple[int, int]
+) -> Json:
     """CPU seconds of this process and the backend's, and what the meter has counted."""
     make(*warm)
     meter.take()
@@ -159,26 +187,58 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model", a.shape, a.dtype, a.seed)
         size = SHAPES[a.shape][1].get("vocab_size", 32_000)
-        rows = make_pairs(a.prompts, size, tuple(a.prompt_tokens), tuple(a.response_tokens), a.answers, a.seed)
+        rows = make_pairs(
+            a.prompts, size, tuple(a.prompt_tokens), tuple(a.response_tokens), a.answers, a.seed
+        )
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
-        common = {"model": str(model), "folder": folder, "rows": f"{folder}/rows.json", "dtype": a.dtype, "answers": a.answers}
+        common = {
+            "model": str(model),
+            "folder": folder,
+            "rows": f"{folder}/rows.json",
+            "dtype": a.dtype,
+            "answers": a.answers,
+        }
         common |= {"max_new_tokens": a.max_new_tokens}
-        runs: list[tuple[str, str, list[str], list[str]]] = [("transformers", sys.executable, [], ["generate", "judge"])]
+        runs: list[tuple[str, str, list[str], list[str]]] = [
+            ("transformers", sys.executable, [], ["generate", "judge"])
+        ]
         if a.vllm_python:
             engine = ["enforce_eager=true", f"block_size={BLOCK}"]
             few = [*engine, f"num_gpu_blocks_override={a.small_cache // BLOCK}"]
             runs += [("vllm", a.vllm_python, engine, ["generate", "judge", "shuffled"])]
-            runs += [(f"vllm, {a.small_cache} tokens of cache", a.vllm_python, few, ["judge", "shuffled"])]
+            runs += [
+                (
+                    f"vllm, {a.small_cache} tokens of cache",
+                    a.vllm_python,
+                    few,
+                    ["judge", "shuffled"],
+                )
+            ]
         for name, python, vllm_arg, tasks in (r for r in runs if a.only in r[0]):
-            asked = {**common, "backend": name.partition(",")[0], "vllm_arg": vllm_arg, "tasks": tasks}
-            found += [{"backend": name, "task": task, **record} for task, record in child("backends.py", asked, python).items()]
+            asked = {
+                **common,
+                "backend": name.partition(",")[0],
+                "vllm_arg": vllm_arg,
+                "tasks": tasks,
+            }
+            found += [
+                {"backend": name, "task": task, **record}
+                for task, record in child("backends.py", asked, python).items()
+            ]
             print(
                 f"{name}: {json.dumps([shown(record) for record in found if record['backend'] == name])}",
                 file=sys.stderr,
                 flush=True,
             )
     print(table([shown(record) for record in found]))
-    write({"table": found, "versions": versions(), "arguments": {k: str(v) for k, v in vars(a).items()}}, a.json)
+    write(
+        {
+            "table": found,
+            "versions": versions(),
+            "arguments": {k: str(v) for k, v in vars(a).items()},
+        },
+        a.json,
+    )
 
 
 def shown(record: Json) -> Json:

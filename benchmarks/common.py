@@ -55,14 +55,20 @@ SHAPES: dict[str, tuple[str, Json]] = {
         },
     ),
 }  # fmt: skip
-COMMON: Json = {"vocab_size": 32_000, "max_position_embeddings": 16_384, "tie_word_embeddings": False}
+COMMON: Json = {
+    "vocab_size": 32_000,
+    "max_position_embeddings": 16_384,
+    "tie_word_embeddings": False,
+}
 ENDS: Json = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- inputs
 
 
-def make_model(folder: Path, shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any) -> Path:
+def make_model(
+    folder: Path, shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any
+) -> Path:
     """Writes a model of random weights and a word-level tokenizer whose every id is one word of text."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -73,7 +79,9 @@ def make_model(folder: Path, shape: str, dtype: str = "fp32", seed: int = 0, **o
     config = AutoConfig.for_model(kind, **(COMMON | ENDS | settings | overrides))
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
+        )
     model.save_pretrained(folder)
     make_tokenizer(config.vocab_size).save_pretrained(folder)
     return folder
@@ -88,7 +96,9 @@ def make_tokenizer(size: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary(size))}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary(size))}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     ends = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
@@ -97,7 +107,12 @@ def make_tokenizer(size: int) -> Any:
 
 
 def make_pairs(
-    n: int, size: int, prompt: tuple[int, int] = (128, 256), response: tuple[int, int] = (64, 256), answers: int = 2, seed: int = 0
+    n: int,
+    size: int,
+    prompt: tuple[int, int] = (128, 256),
+    response: tuple[int, int] = (64, 256),
+    answers: int = 2,
+    seed: int = 0,
 ) -> list[Json]:
     """Prompts with their answers, lengths in tokens drawn evenly from the ranges; ids and the text that gives exactly these ids."""
     draw = random.Random(seed)
@@ -105,7 +120,9 @@ def make_pairs(
     index = {word: i for i, word in enumerate(words)}
 
     def body(low: int, high: int, spent: int) -> list[int]:
-        return [draw.randrange(len(WORDS) + 4, size) for _ in range(draw.randint(low, high) - spent)]
+        return [
+            draw.randrange(len(WORDS) + 4, size) for _ in range(draw.randint(low, high) - spent)
+        ]
 
     def text(ids: list[int]) -> str:
         return " ".join(words[i] for i in ids)
@@ -201,7 +218,11 @@ def measured(work: Callable[[], Any]) -> tuple[Any, Json]:
         given = work()
     meter.tick()
     found = meter.result()
-    return given, {**found, "cpu_seconds": [found["cpu_seconds"][0] - anonymous.seconds], "anonymous_mb": anonymous.mb}
+    return given, {
+        **found,
+        "cpu_seconds": [found["cpu_seconds"][0] - anonymous.seconds],
+        "anonymous_mb": anonymous.mb,
+    }
 
 
 def status_mb(field: str) -> float:
@@ -214,19 +235,34 @@ def status_mb(field: str) -> float:
 
 def child(script: str, arguments: Json, python: str = sys.executable) -> Json:
     """What another process of `script` prints as its last line, read as JSON; its settings go in as JSON too."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    offline = {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [python, str(HERE / script), "--child", json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**threads, **os.environ, **offline}, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**threads, **os.environ, **offline},
+        check=False,
+    )
     if done.returncode:
-        raise SystemExit(f"{' '.join(command[:2])} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command[:2])} failed with status {done.returncode}:\n{done.stderr[-4000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def versions(*packages: str) -> Json:
     from importlib.metadata import version
 
-    return {"python": sys.version.split()[0], **{name: version(name) for name in ("torch", "transformers", *packages)}}
+    return {
+        "python": sys.version.split()[0],
+        **{name: version(name) for name in ("torch", "transformers", *packages)},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tables
@@ -235,7 +271,11 @@ def versions(*packages: str) -> Json:
 def table(rows: Sequence[Json]) -> str:
     """Rows of one shape as a Markdown table."""
     head = list(rows[0])
-    lines = [head, ["---" if i == 0 else "---:" for i in range(len(head))], *([cell(row[name]) for name in head] for row in rows)]
+    lines = [
+        head,
+        ["---" if i == 0 else "---:" for i in range(len(head))],
+        *([cell(row[name]) for name in head] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -23,7 +23,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(64, 256))
-    parser.add_argument("--max-tokens-per-pack", type=int, help="the package's default where it is not given")
+    parser.add_argument(
+        "--max-tokens-per-pack", type=int, help="the package's default where it is not given"
+    )
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -47,7 +49,10 @@ def compare(shape: str, dtype: str, objective: str, a: argparse.Namespace) -> Js
             "model": str(model), "pairs": str(root / "pairs.json"), "dtype": dtype, "steps": a.steps, "batch_size": a.batch_size,
             "learning_rate": 1e-4, "beta": 0.1, "max_tokens_per_pack": a.max_tokens_per_pack, "objective": objective,
         }  # fmt: skip
-        planned, made = child("dry_run_accuracy.py", asked | {"plan": True}), child("dry_run_accuracy.py", asked)
+        planned, made = (
+            child("dry_run_accuracy.py", asked | {"plan": True}),
+            child("dry_run_accuracy.py", asked),
+        )
     memory = (planned["peak_bytes"] - planned["weights_bytes"]) / 2**20
     seconds = sum(made["wall_seconds"])
     return {
@@ -66,7 +71,12 @@ def main() -> None:
         asked = json.loads(a.child)
         print(json.dumps(engine.plan(asked) if asked.get("plan") else engine.train(asked)))
         return
-    rows = [compare(shape, dtype, objective, a) for shape in a.shape for dtype in a.dtype for objective in a.objective]
+    rows = [
+        compare(shape, dtype, objective, a)
+        for shape in a.shape
+        for dtype in a.dtype
+        for objective in a.objective
+    ]
     print(table(rows))
     write({"table": rows}, a.json)
 

@@ -13,25 +13,31 @@ import numpy as np
 import torch
 from common import Json, Meter, versions
 
-from scir_cli import __version__, config, objectives, planning, policy, trees
-from scir_cli.objectives import Example, Objective
-from scir_cli.policy import Policy
-from scir_cli.reward_models import Pair
-from scir_cli.trainer import Trainer
+from scir_cli import __version__, config
+from scir_cli.engine import loading, trees
+from scir_cli.engine.policy import Policy
+from scir_cli.rewards.pairs import Pair
+from scir_cli.settings import IMPLICIT_SCALE, TrainSettings
+from scir_cli.training import dry_run, objectives
+from scir_cli.training.objectives import Example, Objective
+from scir_cli.training.trainer import Trainer
 
-START, EARLIER = "start", "earlier"  # reference keys: the model as it is, and a stand-in for the SFT model before it
+START, EARLIER = (
+    "start",
+    "earlier",
+)  # reference keys: the model as it is, and a stand-in for the SFT model before it
 
 
-def settings(a: Json, folder: str) -> config.TrainSettings:
+def settings(a: Json, folder: str) -> TrainSettings:
     values = {
         "model": a["model"], "dtype": a["dtype"], "input": "-", "output_dir": folder, "objective": a["objective"],
         "batch_size": a["batch_size"], "max_steps": a["steps"], "learning_rate": a["learning_rate"], "beta": a["beta"],
-        "schedule": "constant", "warmup_ratio": 0.0, "reward_reference": EARLIER, "implicit_scale": config.IMPLICIT_SCALE,
+        "schedule": "constant", "warmup_ratio": 0.0, "reward_reference": EARLIER, "implicit_scale": IMPLICIT_SCALE,
         "gradient_checkpointing": a.get("gradient_checkpointing", False),
     }  # fmt: skip
     if a.get("max_tokens_per_pack"):
         values["max_tokens_per_pack"] = a["max_tokens_per_pack"]
-    return config.build(config.TrainSettings, values, where="benchmark")
+    return config.build(TrainSettings, values, where="benchmark")
 
 
 def pairs_of(row: Json, name: str) -> list[Pair]:
@@ -48,7 +54,11 @@ def pairs_of(row: Json, name: str) -> list[Pair]:
 
 
 def read_pairs(path: str) -> list[Pair]:
-    return [pair for index, row in enumerate(json.loads(Path(path).read_text())) for pair in pairs_of(row, str(index))]
+    return [
+        pair
+        for index, row in enumerate(json.loads(Path(path).read_text()))
+        for pair in pairs_of(row, str(index))
+    ]
 
 
 def remember(model: Policy, pairs: Sequence[Pair], max_tokens: int) -> None:
@@ -57,13 +67,17 @@ def remember(model: Policy, pairs: Sequence[Pair], max_tokens: int) -> None:
     groups = [[trees.continuation(p.prompt_ids, ids) for ids in p.response_ids] for p in pairs]
     for pair, logps in zip(pairs, model.score(groups, max_tokens), strict=True):
         first, second = logps.tolist()
-        pair.reference_logps.update({START: (first, second), EARLIER: (first + draw.gauss(0, 1), second + draw.gauss(0, 1))})
+        pair.reference_logps.update(
+            {START: (first, second), EARLIER: (first + draw.gauss(0, 1), second + draw.gauss(0, 1))}
+        )
 
 
 def in_trainer_order(examples: list[Example], seed: int) -> list[Example]:
     """The examples placed so that the trainer's own shuffle of the first epoch gives them back in the order they are in."""
     placed = list(examples)
-    for example, place in zip(examples, np.random.default_rng([seed, 0]).permutation(len(examples)), strict=True):
+    for example, place in zip(
+        examples, np.random.default_rng([seed, 0]).permutation(len(examples)), strict=True
+    ):
         placed[place] = example
     return placed
 
@@ -85,14 +99,16 @@ def train_flops(model: torch.nn.Module, counts: Json) -> float:
     """
     c = model.config
     head = c.vocab_size * c.hidden_size
-    body = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head * (1 if c.tie_word_embeddings else 2)
+    body = sum(p.numel() for p in model.parameters() if p.ndim == 2) - head * (
+        1 if c.tie_word_embeddings else 2
+    )
     attention = 4 * c.num_hidden_layers * c.hidden_size * counts["keys"]
     return 3.0 * (2 * body * counts["tokens"] + 2 * head * counts["rows"] + attention)
 
 
-def prepared(a: Json, folder: str) -> tuple[config.TrainSettings, Policy, Objective, list[Example]]:
+def prepared(a: Json, folder: str) -> tuple[TrainSettings, Policy, Objective, list[Example]]:
     chosen = settings(a, folder)
-    model = policy.load(chosen)
+    model = loading.load(chosen)
     pairs = read_pairs(a["pairs"])[: a["steps"] * a["batch_size"]]
     remember(model, pairs, chosen.max_tokens_per_pack)
     objective = objectives.TABLE[a["objective"]](chosen, model.chat, START, EARLIER)
@@ -103,7 +119,7 @@ def plan(a: Json) -> Json:
     """What `scir train --dry-run` says of the run that `train` makes."""
     with tempfile.TemporaryDirectory() as folder:
         chosen, model, objective, examples = prepared(a, folder)
-        return planning.estimate(model, examples, chosen, objective)
+        return dry_run.estimate(model, examples, chosen, objective)
 
 
 def train(a: Json) -> Json:
@@ -111,14 +127,26 @@ def train(a: Json) -> Json:
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
         chosen, model, objective, examples = prepared(a, folder)
-        batches = [examples[i : i + a["batch_size"]] for i in range(0, len(examples), a["batch_size"])]
+        batches = [
+            examples[i : i + a["batch_size"]] for i in range(0, len(examples), a["batch_size"])
+        ]
         counts = [count(objective, batch) for batch in batches]
         flops = [train_flops(model.model, c) for c in counts]
         meter.start()
-        trainer = Trainer(model, objective, in_trainer_order(examples, chosen.seed), chosen, Path(folder))
+        trainer = Trainer(
+            model, objective, in_trainer_order(examples, chosen.seed), chosen, Path(folder)
+        )
         meter.last = meter.now()
         trainer.train(lambda step, figures: meter.tick() if "loss" in figures else None)
-        log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        log = [
+            json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()
+        ]
     losses = [record["loss"] for record in log if record["kind"] == "train"]
     software = {"scir": __version__} | versions("accelerate")
-    return {**meter.result(), "losses": losses, "counts": counts, "flops": flops, "versions": software}
+    return {
+        **meter.result(),
+        "losses": losses,
+        "counts": counts,
+        "flops": flops,
+        "versions": software,
+    }

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from common import table, write
 
-from scir_cli.stages import winrate as stage
-from scir_cli.winrates import length_controlled, win_rate
+from scir_cli.analysis.win_rates import length_controlled, win_rate
+from scir_cli.stages import eval_winrate
 
 N = 805  # instructions of AlpacaEval
 PEER = """
@@ -67,12 +67,16 @@ def seeded(path: Path, rng: np.random.Generator) -> Path:
 
 
 def ours(path: Path, gamed_path: Path) -> list[dict[str, Any]]:
-    (match,) = stage.from_annotations([str(path)])[0]
-    gamed = stage.read_gamed(gamed_path)
-    difficulty = stage.difficulties(match, gamed)
+    (match,) = eval_winrate.from_annotations([str(path)])[0]
+    gamed = eval_winrate.read_gamed(gamed_path)
+    difficulty = eval_winrate.difficulties(match, gamed)
     rate = win_rate(match.preference)
     found = []
-    for name, known, other in (("v1", difficulty, gamed), ("noreg", difficulty, None), ("minimal", None, None)):
+    for name, known, other in (
+        ("v1", difficulty, gamed),
+        ("noreg", difficulty, None),
+        ("minimal", None, None),
+    ):
         lc = length_controlled(match.preference, match.lengths, known, other, rounds=2)
         found.append(
             {
@@ -87,7 +91,9 @@ def ours(path: Path, gamed_path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--alpaca-python", required=True, help="Python of an environment with alpaca-eval 0.6.x.")
+    parser.add_argument(
+        "--alpaca-python", required=True, help="Python of an environment with alpaca-eval 0.6.x."
+    )
     parser.add_argument("--annotations", nargs="*", type=Path, default=[])
     parser.add_argument("--gamed", type=Path)
     parser.add_argument("--json", type=Path)
@@ -97,7 +103,11 @@ def main() -> None:
         files = args.annotations or [seeded(Path(folder) / "seeded.json", rng)]
         gamed = args.gamed or stand_in(Path(folder) / "gamed.csv", rng)
         command = [args.alpaca_python, "-c", PEER, str(gamed), *map(str, files)]
-        peer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        peer = json.loads(
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.splitlines()[-1]
+        )
         rows = [row for file in files for row in ours(file, gamed)]
     for row, (rate, _, theirs, _) in zip(rows, peer, strict=True):
         row |= {"alpaca-eval": theirs, "difference": row["ours"] - theirs}

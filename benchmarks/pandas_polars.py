@@ -21,9 +21,13 @@ def polars(paths: list[Path], out: Path) -> tuple[int, list[str]]:
     import polars as pl
 
     first, second = (pl.col(side).struct.field("text") for side in ("first", "second"))
-    judge, implicit = (pl.col("rewards").list.get(i, null_on_oob=True).struct.field("log_odds") for i in (0, 1))
+    judge, implicit = (
+        pl.col("rewards").list.get(i, null_on_oob=True).struct.field("log_odds") for i in (0, 1)
+    )
     key = pl.struct(
-        "prompt_id", pl.when(first < second).then(first).otherwise(second).alias("a"), pl.max_horizontal(first, second).alias("b")
+        "prompt_id",
+        pl.when(first < second).then(first).otherwise(second).alias("a"),
+        pl.max_horizontal(first, second).alias("b"),
     )
     agree = (judge.sign() == implicit.sign()) & (judge != 0)
     better = judge > 0
@@ -47,24 +51,43 @@ def pandas(paths: list[Path], out: Path) -> tuple[int, list[str]]:
     import pandas as pd
     import pyarrow as pa
 
-    table = pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths)
+    table = pa.concat_tables(
+        pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in paths
+    )
     pairs = table.to_pandas(types_mapper=pd.ArrowDtype)
     first, second = (pairs[side].struct.field("text") for side in ("first", "second"))
     judge, implicit = (
-        pairs["rewards"].list[i].struct.field("log_odds").to_numpy(dtype=float, na_value=float("nan")) for i in (0, 1)
+        pairs["rewards"]
+        .list[i]
+        .struct.field("log_odds")
+        .to_numpy(dtype=float, na_value=float("nan"))
+        for i in (0, 1)
     )
     swap = (first > second).to_numpy(dtype=bool)
-    key = pd.DataFrame({"prompt": pairs["prompt_id"], "a": first.where(~swap, second), "b": second.where(~swap, first)})
+    key = pd.DataFrame(
+        {
+            "prompt": pairs["prompt_id"],
+            "a": first.where(~swap, second),
+            "b": second.where(~swap, first),
+        }
+    )
     agree = ((judge > 0) & (implicit > 0)) | ((judge < 0) & (implicit < 0))
     keep = agree & ~key.duplicated().to_numpy()
     better = judge[keep] > 0
     kept = pairs[keep].copy()
     first, second = first[keep], second[keep]
     kept["label"] = pd.Series(better, index=kept.index).map({True: "first", False: "second"})
-    kept["margin"] = pd.DataFrame({"judge": judge[keep], "implicit": implicit[keep]}, index=kept.index).abs().min(axis=1)
+    kept["margin"] = (
+        pd.DataFrame({"judge": judge[keep], "implicit": implicit[keep]}, index=kept.index)
+        .abs()
+        .min(axis=1)
+    )
     kept["prompt"] = kept["messages"]
     message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    for name, texts in (("chosen", first.where(better, second)), ("rejected", second.where(better, first))):
+    for name, texts in (
+        ("chosen", first.where(better, second)),
+        ("rejected", second.where(better, first)),
+    ):
         turns = [[{"role": "assistant", "content": text}] for text in texts]
         kept[name] = pd.Series(pd.array(turns, dtype=pd.ArrowDtype(message)), index=kept.index)
     made = pa.Table.from_pandas(kept, preserve_index=False)
@@ -74,7 +97,9 @@ def pandas(paths: list[Path], out: Path) -> tuple[int, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--child", required=True)
     given = json.loads(parser.parse_args().child)
     os.environ.setdefault("POLARS_MAX_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))

@@ -41,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, help="only the first so many values of each factor")
     parser.add_argument("--response-tokens", type=int, default=128)
     parser.add_argument("--max-tokens-per-pack", type=int, default=2**20)
-    parser.add_argument("--steps", type=int, default=3, help="steps that are counted, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps that are counted, after one that is not"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -53,13 +55,29 @@ def point(objective: str, factor: str, value: int, a: argparse.Namespace) -> Jso
     at = {**BASE, factor: value}
     prompts = 1 if factor == "answers" else at["pairs"]
     answers, lengths = at["answers"], (a.response_tokens, a.response_tokens)
-    rows = make_pairs(prompts * (1 + a.steps), at["vocabulary"], (at["context"], at["context"]), lengths, answers, a.seed)
+    rows = make_pairs(
+        prompts * (1 + a.steps),
+        at["vocabulary"],
+        (at["context"], at["context"]),
+        lengths,
+        answers,
+        a.seed,
+    )
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.json"
         pairs.write_text(json.dumps(rows))
         model = make_model(Path(folder), a.shape, seed=a.seed, vocab_size=at["vocabulary"])
-        asked = {"model": str(model), "pairs": str(pairs), "dtype": a.dtype, "objective": objective, "steps": 1 + a.steps}
-        asked |= {"batch_size": prompts * answers * (answers - 1) // 2, "max_tokens_per_pack": a.max_tokens_per_pack}
+        asked = {
+            "model": str(model),
+            "pairs": str(pairs),
+            "dtype": a.dtype,
+            "objective": objective,
+            "steps": 1 + a.steps,
+        }
+        asked |= {
+            "batch_size": prompts * answers * (answers - 1) // 2,
+            "max_tokens_per_pack": a.max_tokens_per_pack,
+        }
         record = child("scaling.py", {**asked, "learning_rate": 1e-4, "beta": 0.1})
     seconds = statistics.median(record["seconds"][1:])
     print(f"{objective} {factor} {value}: {seconds:.3g} s", file=sys.stderr)
@@ -95,7 +113,11 @@ def main() -> None:
                     **{f"exponent of {column}": exponent(found, column) for column in ("tokens needed", "s a step", "peak MB")},
                 }
             )  # fmt: skip
-    print(table([{name: value for name, value in p.items() if name != "losses"} for p in points]), table(fits), sep="\n\n")
+    print(
+        table([{name: value for name, value in p.items() if name != "losses"} for p in points]),
+        table(fits),
+        sep="\n\n",
+    )
     write({"points": points, "exponents": fits}, a.json)
 
 

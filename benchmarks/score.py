@@ -31,15 +31,26 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["S"])
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
-    parser.add_argument("--reward-models", nargs="+", choices=["judge", "implicit"], default=["judge", "implicit"])
+    parser.add_argument(
+        "--reward-models", nargs="+", choices=["judge", "implicit"], default=["judge", "implicit"]
+    )
     parser.add_argument("--answers", type=int, default=5, help="answers of a prompt")
     parser.add_argument("--prompts", type=int, default=4, help="prompts; the first is warm-up")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a padded batch")
-    parser.add_argument("--packs", type=int, nargs="+", default=[4096, 16384], help="tokens in a forward of this engine")
+    parser.add_argument(
+        "--packs",
+        type=int,
+        nargs="+",
+        default=[4096, 16384],
+        help="tokens in a forward of this engine",
+    )
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(64, 256))
     parser.add_argument(
-        "--instruction-tokens", type=int, default=0, help="words before the judge's own prompt: a longer instruction"
+        "--instruction-tokens",
+        type=int,
+        default=0,
+        help="words before the judge's own prompt: a longer instruction",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -55,23 +66,40 @@ def run(a: Json) -> Json:
     import engine
     import torch
 
-    from scir_cli import chat, policy, reward_models
+    from scir_cli.engine import loading
+    from scir_cli.rewards import reward_models
+    from scir_cli.rewards.prompts import PAIRWISE
 
     meter = Meter()
     with tempfile.TemporaryDirectory() as folder:
         settings = engine.settings(
-            {**a, "objective": "scir", "batch_size": 1, "steps": 1, "learning_rate": 1.0, "beta": 0.1}, folder
+            {
+                **a,
+                "objective": "scir",
+                "batch_size": 1,
+                "steps": 1,
+                "learning_rate": 1.0,
+                "beta": 0.1,
+            },
+            folder,
         )
-        model = policy.load(settings)
+        model = loading.load(settings)
         if a["instruction_tokens"]:
             words = ["better?", "answer", "to", "the", "question"] * a["instruction_tokens"]
             judge = Path(folder) / "judge.txt"
-            judge.write_text(" ".join(words[: a["instruction_tokens"]]) + "\n" + chat.PAIRWISE)
+            judge.write_text(" ".join(words[: a["instruction_tokens"]]) + "\n" + PAIRWISE)
             settings = settings.model_copy(update={"judge_prompt": judge})
         models = reward_models.make(a["reward_models"], model.chat, settings)
         prompts = json.loads(Path(a["pairs"]).read_text())
-        jobs = [[reward_models.ask(models, pair) for pair in engine.pairs_of(row, str(i))] for i, row in enumerate(prompts)]
-    score = by_trees if a["method"] == "trees" else partial(by_batches, everywhere=a["method"] == "script")
+        jobs = [
+            [reward_models.all_branches(models, pair) for pair in engine.pairs_of(row, str(i))]
+            for i, row in enumerate(prompts)
+        ]
+    score = (
+        by_trees
+        if a["method"] == "trees"
+        else partial(by_batches, everywhere=a["method"] == "script")
+    )
     logps = []
     meter.start()
     with torch.no_grad():
@@ -107,31 +135,51 @@ def distinct_paths(groups: Groups) -> list[tuple[int, ...]]:
 
 def tokens_computed(method: str, groups: Groups, size: int) -> int:
     """Tokens that go through the model, padding included."""
-    from scir_cli import trees
+    from scir_cli.engine import trees
 
     if method == "trees":
         packs = trees.pack(groups, size)
-        return sum(len(trees.build([b for group in groups[low:high] for b in group])) for low, high in packs)
+        return sum(
+            len(trees.build([b for group in groups[low:high] for b in group]))
+            for low, high in packs
+        )
     paths = distinct_paths(groups)
-    return sum(len(paths[low : low + size]) * len(paths[low : low + size][-1]) for low in range(0, len(paths), size))
+    return sum(
+        len(paths[low : low + size]) * len(paths[low : low + size][-1])
+        for low in range(0, len(paths), size)
+    )
 
 
-def score_batch(policy: Any, paths: Sequence[tuple[int, ...]], wanted: Sequence[Any], everywhere: bool) -> list[float]:
+def score_batch(
+    policy: Any, paths: Sequence[tuple[int, ...]], wanted: Sequence[Any], everywhere: bool
+) -> list[float]:
     """Summed log-probability of each wanted branch; hidden states of a whole batch, logits where there are targets, or everywhere."""
     import torch
 
     longest = max(map(len, paths))
-    ids = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=policy.device)
-    there = torch.tensor([[1] * len(path) + [0] * (longest - len(path)) for path in paths], device=policy.device)
+    ids = torch.tensor(
+        [[*path, *[0] * (longest - len(path))] for path in paths], device=policy.device
+    )
+    there = torch.tensor(
+        [[1] * len(path) + [0] * (longest - len(path)) for path in paths], device=policy.device
+    )
     mask = None if there.all() else there
     model = policy.model if everywhere else policy.model.base_model
-    states = model(input_ids=ids, attention_mask=mask, use_cache=False)[0]  # (sequences, tokens, vocab or width)
+    states = model(input_ids=ids, attention_mask=mask, use_cache=False)[
+        0
+    ]  # (sequences, tokens, vocab or width)
     index = {path: i for i, path in enumerate(paths)}
     own = [index[branch.ids] for branch in wanted]  # the sequence of each branch
-    places = sorted({(i, at) for i, branch in zip(own, wanted, strict=True) for at in branch.target_positions})
+    places = sorted(
+        {(i, at) for i, branch in zip(own, wanted, strict=True) for at in branch.target_positions}
+    )
     row_of = {place: row for row, place in enumerate(places)}
     sequence, at = torch.tensor(places, device=policy.device).T
-    rows_of_logits = states[sequence, at] if everywhere else policy.model.get_output_embeddings()(states[sequence, at])
+    rows_of_logits = (
+        states[sequence, at]
+        if everywhere
+        else policy.model.get_output_embeddings()(states[sequence, at])
+    )
     logps = rows_of_logits.float().log_softmax(-1)  # (rows, vocab)
     out = []
     for i, branch in zip(own, wanted, strict=True):
@@ -146,16 +194,33 @@ def score_batch(policy: Any, paths: Sequence[tuple[int, ...]], wanted: Sequence[
 def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list[Json]:
     model = make_model(folder, shape, dtype if shape in ("1.5b", "8b") else "fp32", a.seed)
     size = SHAPES[shape][1].get("vocab_size", 32_000)
-    rows = make_pairs(a.prompts, size, tuple(a.prompt_tokens), tuple(a.response_tokens), a.answers, a.seed)
+    rows = make_pairs(
+        a.prompts, size, tuple(a.prompt_tokens), tuple(a.response_tokens), a.answers, a.seed
+    )
     (folder / "pairs.json").write_text(json.dumps(rows))
-    asked = {"model": str(model), "pairs": str(folder / "pairs.json"), "dtype": dtype, "reward_models": a.reward_models}
+    asked = {
+        "model": str(model),
+        "pairs": str(folder / "pairs.json"),
+        "dtype": dtype,
+        "reward_models": a.reward_models,
+    }
     asked["instruction_tokens"] = a.instruction_tokens
-    methods = [("one by one", 1), ("script", 1), ("padded", a.batch_size), *(("trees", pack) for pack in a.packs)]
+    methods = [
+        ("one by one", 1),
+        ("script", 1),
+        ("padded", a.batch_size),
+        *(("trees", pack) for pack in a.packs),
+    ]
     records = []
     for method, at_once in methods:
         record = child("score.py", {**asked, "method": method, "size": at_once})
-        records.append({"shape": shape, "dtype": dtype, "method": method, "size": at_once, **record})
-        print(f"{shape} {dtype} {method} {at_once}: {statistics.median(record['seconds'][1:]):.3g} s", file=sys.stderr)
+        records.append(
+            {"shape": shape, "dtype": dtype, "method": method, "size": at_once, **record}
+        )
+        print(
+            f"{shape} {dtype} {method} {at_once}: {statistics.median(record['seconds'][1:]):.3g} s",
+            file=sys.stderr,
+        )
     return records
 
 
@@ -163,8 +228,15 @@ def summarise(records: list[Json]) -> list[Json]:
     plain, script = records[:2]
     rows = []
     for record in records:
-        seconds, tokens = statistics.median(record["seconds"][1:]), statistics.fmean(record["tokens"][1:])
-        name = record["method"] if record["method"] in ("one by one", "script") else f"{record['method']} {record['size']}"
+        seconds, tokens = (
+            statistics.median(record["seconds"][1:]),
+            statistics.fmean(record["tokens"][1:]),
+        )
+        name = (
+            record["method"]
+            if record["method"] in ("one by one", "script")
+            else f"{record['method']} {record['size']}"
+        )
         gaps = [abs(x - y) / abs(y) for x, y in zip(record["logps"], plain["logps"], strict=True)]
         rows.append(
             {
@@ -192,7 +264,9 @@ def main() -> None:
             rows += summarise(found)
     print(table(rows))
     write({"table": rows, "runs": records}, a.json)
-    if any(row["precision"] == "fp32" and row["largest relative difference"] >= 1e-3 for row in rows):
+    if any(
+        row["precision"] == "fp32" and row["largest relative difference"] >= 1e-3 for row in rows
+    ):
         raise SystemExit("in fp32 a log-probability differs by 1e-3 or more of itself")
 
 

@@ -34,7 +34,9 @@ class Style:
     functions: list[tuple[int, str]] = field(default_factory=list)  # (lines, "file:line name")
     public: int = 0
     public_documented: int = 0
-    undocumented: list[str] = field(default_factory=list)  # functions of DOCUMENTED_FROM lines or more
+    undocumented: list[str] = field(
+        default_factory=list
+    )  # functions of DOCUMENTED_FROM lines or more
     array_functions: int = 0
     array_functions_with_shapes: int = 0
     raising: int = 0
@@ -100,7 +102,11 @@ def takes_or_returns_arrays(function: Function) -> bool:
 
 def raised_errors(function: Function) -> Iterator[ast.Raise]:
     """The function's own `raise` statements with an error; a bare `raise` passes one on."""
-    inner = [node for node in ast.walk(function) if isinstance(node, Function | ast.Lambda) and node is not function]
+    inner = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, Function | ast.Lambda) and node is not function
+    ]
     elsewhere = {id(node) for function_inside in inner for node in ast.walk(function_inside)}
     for node in ast.walk(function):
         if isinstance(node, ast.Raise) and node.exc is not None and id(node) not in elsewhere:
@@ -130,27 +136,41 @@ def row(folder: Path, style: Style) -> dict[str, Any]:
         "longest function": f"{longest} ({place})",
         "public functions with docstring": share(style.public_documented, style.public),
         f"functions of {DOCUMENTED_FROM} lines without": len(style.undocumented),
-        "array functions with shape": share(style.array_functions_with_shapes, style.array_functions),
+        "array functions with shape": share(
+            style.array_functions_with_shapes, style.array_functions
+        ),
         "raising functions that state it": share(style.raising_documented, style.raising),
     }
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of one shape as a Markdown table."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([str(value) for value in row.values()] for row in rows),
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("scir_cli")])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     rows = [row(folder, count(folder)) for folder in given.folders]
     settings = settings_per_command()
-    print(markdown(rows), markdown([{"command": name, "settings": n} for name, n in settings.items()]), sep="\n\n")
+    print(
+        markdown(rows),
+        markdown([{"command": name, "settings": n} for name, n in settings.items()]),
+        sep="\n\n",
+    )
     if given.json:
-        given.json.write_text(json.dumps({"folders": rows, "settings": settings}, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(
+            json.dumps({"folders": rows, "settings": settings}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -37,14 +37,27 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=list(SHAPES), default=["S"])
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape has, where it does not fit")
+    parser.add_argument(
+        "--layers", type=int, help="fewer layers than the shape has, where it does not fit"
+    )
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
-    parser.add_argument("--only", nargs="+", choices=[*OURS, *THEIRS], default=["scir-dpo", "scir-scir", "trl", "trl-compact"])
-    parser.add_argument("--trl-python", type=Path, help="Python of TRL's environment; without it only this package is measured")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*OURS, *THEIRS],
+        default=["scir-dpo", "scir-scir", "trl", "trl-compact"],
+    )
+    parser.add_argument(
+        "--trl-python",
+        type=Path,
+        help="Python of TRL's environment; without it only this package is measured",
+    )
     parser.add_argument("--batch-size", type=int, default=4, help="pairs a step")
     parser.add_argument("--prompt-tokens", type=int, nargs=2, default=(128, 256))
     parser.add_argument("--response-tokens", type=int, nargs=2, default=(64, 256))
-    parser.add_argument("--max-tokens-per-pack", type=int, help="the package's default where it is not given")
+    parser.add_argument(
+        "--max-tokens-per-pack", type=int, help="the package's default where it is not given"
+    )
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=5, help="steps that are")
     parser.add_argument("--runs", type=int, default=3)
@@ -57,10 +70,14 @@ def arguments() -> argparse.Namespace:
 def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list[Json]:
     """One record a run, implementations taking turns."""
     overrides = {"num_hidden_layers": a.layers} if a.layers else {}
-    model = make_model(folder, shape, dtype if shape in ("1.5b", "8b") else "fp32", a.seed, **overrides)
+    model = make_model(
+        folder, shape, dtype if shape in ("1.5b", "8b") else "fp32", a.seed, **overrides
+    )
     size = SHAPES[shape][1].get("vocab_size", 32_000)
     steps = a.warmup + a.steps
-    rows = make_pairs(steps * a.batch_size, size, tuple(a.prompt_tokens), tuple(a.response_tokens), seed=a.seed)
+    rows = make_pairs(
+        steps * a.batch_size, size, tuple(a.prompt_tokens), tuple(a.response_tokens), seed=a.seed
+    )
     (folder / "pairs.json").write_text(json.dumps(rows))
     asked = {
         "model": str(model), "pairs": str(folder / "pairs.json"), "dtype": dtype, "steps": steps, "batch_size": a.batch_size,
@@ -75,8 +92,13 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
                 record = child("trl_step.py", {**asked, "implementation": name}, str(a.trl_python))
             else:
                 continue
-            records.append({"shape": shape, "dtype": dtype, "implementation": name, "run": run, **record})
-            print(f"{shape} {dtype} {name} run {run}: {step_seconds(record, a):.3g} s", file=sys.stderr)
+            records.append(
+                {"shape": shape, "dtype": dtype, "implementation": name, "run": run, **record}
+            )
+            print(
+                f"{shape} {dtype} {name} run {run}: {step_seconds(record, a):.3g} s",
+                file=sys.stderr,
+            )
     return records
 
 
@@ -90,9 +112,14 @@ def summarise(records: list[Json], a: argparse.Namespace) -> list[Json]:
     for name, runs in by_name.items():
         needs = runs[0] if name in OURS else (ours or [{}])[0]  # TRL's step needs what ours needs
         counts = needs.get("counts", [])[a.warmup :]
-        per_step = {key: statistics.fmean(c[key] for c in counts) for key in counts[0]} if counts else {}
+        per_step = (
+            {key: statistics.fmean(c[key] for c in counts) for key in counts[0]} if counts else {}
+        )
         seconds = statistics.median(step_seconds(run, a) for run in runs)
-        ratios = [step_seconds(run, a) / step_seconds(base, a) for run, base in zip(runs, ours, strict=False)]
+        ratios = [
+            step_seconds(run, a) / step_seconds(base, a)
+            for run, base in zip(runs, ours, strict=False)
+        ]
         dtype = runs[0]["dtype"]
         rows.append(
             {
@@ -121,7 +148,12 @@ def utilisation(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -
 
 def difference(runs: list[Json], ours: list[Json]) -> float | None:
     """Largest |loss - loss of scir-dpo| of any step, warm-up included; for scir-dpo itself, between its runs."""
-    pairs = [(x, y) for run in runs for other in ours for x, y in zip(run["losses"], other["losses"], strict=True)]
+    pairs = [
+        (x, y)
+        for run in runs
+        for other in ours
+        for x, y in zip(run["losses"], other["losses"], strict=True)
+    ]
     return max(abs(x - y) for x, y in pairs) if pairs else None
 
 
@@ -140,7 +172,9 @@ def main() -> None:
             records += found
             rows += summarise(found, a)
     print(table(rows))
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()}
+    settings = {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()
+    }
     write({"settings": settings, "table": rows, "runs": records}, a.json)
 
 

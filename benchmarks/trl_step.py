@@ -40,7 +40,9 @@ class ExactLosses(DPOTrainer):
 
 
 def settings(a: Json, folder: str) -> DPOConfig:
-    stock = a["implementation"] == "trl-out-of-the-box"  # bf16 autocast, checkpointing, the reference model in the loop
+    stock = (
+        a["implementation"] == "trl-out-of-the-box"
+    )  # bf16 autocast, checkpointing, the reference model in the loop
     return DPOConfig(
         output_dir=folder, max_steps=a["steps"], per_device_train_batch_size=a["batch_size"], max_length=None,
         learning_rate=a["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, beta=a["beta"],
@@ -73,7 +75,10 @@ def trainer(a: Json, folder: str, meter: Meter) -> ExactLosses:
         callbacks=[Ticks(meter)],
     )
     for row, pair in zip(made.train_dataset, pairs, strict=True):
-        assert [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] == [pair["prompt_ids"], *pair["answer_ids"]]
+        assert [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] == [
+            pair["prompt_ids"],
+            *pair["answer_ids"],
+        ]
     return made
 
 
@@ -84,7 +89,15 @@ def main() -> None:
         run = trainer(a, folder, meter)
         run.train()
     losses = [float(loss) for loss in run.losses]
-    print(json.dumps({**meter.result(), "losses": losses, "versions": versions("trl", "accelerate", "datasets")}))
+    print(
+        json.dumps(
+            {
+                **meter.result(),
+                "losses": losses,
+                "versions": versions("trl", "accelerate", "datasets"),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

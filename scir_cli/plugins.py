@@ -40,13 +40,19 @@ def load_class(target: str, base: type[Any], what: str) -> type[Any]:
     if found is None:
         classes = [name for name, _ in inspect.getmembers(module, inspect.isclass)]
         hint = suggest(class_name, classes) if classes else ""
-        raise ConfigError(f"{what} '{target}': {module.__file__} has no class '{class_name}'.{hint}")
+        raise ConfigError(
+            f"{what} '{target}': {module.__file__} has no class '{class_name}'.{hint}"
+        )
     if not (inspect.isclass(found) and issubclass(found, base)):
         parent = f"{base.__module__}.{base.__qualname__}"
-        raise ConfigError(f"{what} '{target}' does not derive from {parent}; write class {class_name}({base.__name__})")
+        raise ConfigError(
+            f"{what} '{target}' does not derive from {parent}; write class {class_name}({base.__name__})"
+        )
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
-        raise ConfigError(f"{what} '{target}' lacks {' and '.join(missing)}; define what {base.__name__} leaves open")
+        raise ConfigError(
+            f"{what} '{target}' lacks {' and '.join(missing)}; define what {base.__name__} leaves open"
+        )
     return found
 
 

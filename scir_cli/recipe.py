@@ -53,16 +53,30 @@ class Step:
         return shlex.join(["scir", *self.arguments])
 
 
-def load(path: Path, output_dir: Path | None = None, overrides: dict[str, Any] | None = None) -> list[Step]:
+def load(
+    path: Path, output_dir: Path | None = None, overrides: dict[str, Any] | None = None
+) -> list[Step]:
     """The steps of a recipe, in order; every mistake in it is reported at once (ConfigError)."""
     recipe = _read(path)
     if not isinstance(recipe.get("steps"), list):
         raise ConfigError(f"{path}: 'steps' should be a list of stages")
-    names = {"out": str(output_dir or recipe.get("output_dir") or f"runs/{path.stem}"), "here": str(path.parent)}
-    changes = {**recipe.get("set", {}), **{k: v for k, v in (overrides or {}).items() if k in recipe.get("set", {})}}
-    common = {**recipe.get("all", {}), **{k: v for k, v in (overrides or {}).items() if k not in changes}}
+    names = {
+        "out": str(output_dir or recipe.get("output_dir") or f"runs/{path.stem}"),
+        "here": str(path.parent),
+    }
+    changes = {
+        **recipe.get("set", {}),
+        **{k: v for k, v in (overrides or {}).items() if k in recipe.get("set", {})},
+    }
+    common = {
+        **recipe.get("all", {}),
+        **{k: v for k, v in (overrides or {}).items() if k not in changes},
+    }
     names |= {name: str(value) for name, value in changes.items()}
-    steps = [_step(path, stage, settings, common) for stage, settings in _expand(path, recipe["steps"], names)]
+    steps = [
+        _step(path, stage, settings, common)
+        for stage, settings in _expand(path, recipe["steps"], names)
+    ]
     _check(path, steps, common)
     return steps
 
@@ -76,7 +90,11 @@ def _read(path: Path) -> dict[str, Any]:
     if "extends" not in recipe:
         return recipe
     base = _read(path.parent / str(recipe["extends"]))
-    return base | recipe | {name: {**base.get(name, {}), **recipe.get(name, {})} for name in ("set", "all")}
+    return (
+        base
+        | recipe
+        | {name: {**base.get(name, {}), **recipe.get(name, {})} for name in ("set", "all")}
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -92,16 +110,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _expand(path: Path, items: list[Any], names: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _expand(
+    path: Path, items: list[Any], names: dict[str, str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for item in items:
         if not isinstance(item, dict):
             raise ConfigError(f"{path}: a step should be 'stage: {{settings}}', got {item!r}")
         if "iterations" in item:
             for i in range(1, int(_fill(path, item["iterations"], names)) + 1):
-                yield from _expand(path, item.get("steps", []), names | {"i": str(i), "next": str(i + 1)})
+                yield from _expand(
+                    path, item.get("steps", []), names | {"i": str(i), "next": str(i + 1)}
+                )
             continue
         if len(item) != 1:
-            raise ConfigError(f"{path}: a step should name one stage, got {', '.join(map(str, item))}")
+            raise ConfigError(
+                f"{path}: a step should name one stage, got {', '.join(map(str, item))}"
+            )
         ((stage, settings),) = item.items()
         if stage not in STAGES:
             raise ConfigError(f"{path}: unknown stage '{stage}'.{suggest(str(stage), STAGES)}")
@@ -118,7 +142,9 @@ def _fill(path: Path, value: Any, names: dict[str, str]) -> Any:
 
     def one(field: re.Match[str]) -> str:
         if field[1] not in names:
-            raise ConfigError(f"{path}: unknown name '{{{field[1]}}}' in {value!r}.{suggest(field[1], names)}")
+            raise ConfigError(
+                f"{path}: unknown name '{{{field[1]}}}' in {value!r}.{suggest(field[1], names)}"
+            )
         return names[field[1]]
 
     return re.sub(r"\{(\w+)\}", one, value)
@@ -126,7 +152,9 @@ def _fill(path: Path, value: Any, names: dict[str, str]) -> Any:
 
 def _step(path: Path, stage: str, own: dict[str, Any], common: dict[str, Any]) -> Step:
     known = config.fields(STAGES[stage].settings)
-    settings = {k: v for k, v in config.flatten(common, known).items() if k in known} | config.flatten(own, known)
+    settings = {
+        k: v for k, v in config.flatten(common, known).items() if k in known
+    } | config.flatten(own, known)
     config.build(STAGES[stage].settings, settings, where=f"{path}: {stage}")
     return Step(stage, settings)
 
@@ -137,7 +165,9 @@ def _check(path: Path, steps: list[Step], common: dict[str, Any]) -> None:
     for name in common:
         key = str(name).replace("-", "_")
         if key not in known and not any(k.startswith(key + ".") for k in known):
-            raise ConfigError(f"{path}: no stage of this recipe has the setting '{name}'.{suggest(key, known)}")
+            raise ConfigError(
+                f"{path}: no stage of this recipe has the setting '{name}'.{suggest(key, known)}"
+            )
     folders = [str(step.settings["output_dir"]) for step in steps]
     for folder in folders:
         if folders.count(folder) > 1:

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scir_cli import config
+from scir_cli.settings import (
+    CheckConsistencySettings,
+    EvalMtBenchSettings,
+    EvalResponsesSettings,
+    EvalRewardsSettings,
+    EvalWinrateSettings,
+    FilterSettings,
+    GenerateSettings,
+    JudgeSettings,
+    StageSettings,
+    TrainSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,7 @@ class Stage:
 
     name: str  # as on the command line and in recipes: "judge", "eval rewards"
     about: str  # one line of help
-    settings: type[config.StageSettings]
+    settings: type[StageSettings]
     run: str  # settings -> manifest
     tables: str | None = None  # manifest -> what the terminal shows; None: only the one line
     page: str | None = None  # output folder -> the page of --report
@@ -37,68 +48,68 @@ _ALL = [
     Stage(
         "generate",
         "Sample N responses per prompt.",
-        config.GenerateSettings,
+        GenerateSettings,
         run="scir_cli.stages.generate:run",
     ),
     Stage(
         "judge",
         "Pair candidates and score each pair with every internal reward model.",
-        config.JudgeSettings,
+        JudgeSettings,
         run="scir_cli.stages.judge:run",
     ),
     Stage(
         "check-consistency",
         "Measure how far the internal reward models agree.",
-        config.CheckConsistencySettings,
+        CheckConsistencySettings,
         run="scir_cli.stages.check_consistency:run",
-        tables="scir_cli.report:verdict_tables",
-        page="scir_cli.pages:consistency_page",
+        tables="scir_cli.report.tables:verdict_tables",
+        page="scir_cli.report.html:consistency_page",
         shows_agreement=True,
     ),
     Stage(
         "filter",
         "Label and select pairs for preference optimization.",
-        config.FilterSettings,
+        FilterSettings,
         run="scir_cli.stages.filter:run",
     ),
     Stage(
         "train",
         "Train a policy: sft, dpo, or scir.",
-        config.TrainSettings,
+        TrainSettings,
         run="scir_cli.stages.train:run",
-        page="scir_cli.pages:training",
+        page="scir_cli.report.html:training_page",
     ),
     Stage(
         "eval rewards",
         "Measure the accuracy of each reward model, and of their agreed label, on labelled pairs.",
-        config.EvalRewardsSettings,
-        run="scir_cli.stages.evaluate:rewards",
-        tables="scir_cli.report:verdict_tables",
-        page="scir_cli.pages:rewards_page",
+        EvalRewardsSettings,
+        run="scir_cli.stages.eval_rewards:run",
+        tables="scir_cli.report.tables:verdict_tables",
+        page="scir_cli.report.html:rewards_page",
         shows_agreement=True,
     ),
     Stage(
         "eval winrate",
         "Win rates of responses over others, judged in both orders or by existing annotations.",
-        config.EvalWinrateSettings,
-        run="scir_cli.stages.winrate:run",
-        tables="scir_cli.report:match_tables",
-        page="scir_cli.pages:winrate",
-        story="scir_cli.pages:winrate_story",
+        EvalWinrateSettings,
+        run="scir_cli.stages.eval_winrate:run",
+        tables="scir_cli.report.tables:match_tables",
+        page="scir_cli.report.html:win_rate_page",
+        story="scir_cli.report.html:win_rate_sections",
     ),
     Stage(
         "eval responses",
         "Answer a prompt set in AlpacaEval's format.",
-        config.EvalResponsesSettings,
-        run="scir_cli.stages.evaluate:responses",
+        EvalResponsesSettings,
+        run="scir_cli.stages.eval_responses:run",
     ),
     Stage(
         "eval mt-bench",
         "Answer questions of several turns, and grade each answer alone from 1 to 10.",
-        config.EvalMtBenchSettings,
-        run="scir_cli.stages.mt_bench:run",
-        tables="scir_cli.report:grade_tables",
-        page="scir_cli.pages:grades",
+        EvalMtBenchSettings,
+        run="scir_cli.stages.eval_mt_bench:run",
+        tables="scir_cli.report.tables:grade_tables",
+        page="scir_cli.report.html:grades_page",
     ),
 ]
 STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}

@@ -21,7 +21,8 @@ from helpers import PROMPTS, load_fp32, run
 from toy import make_model
 from transformers.utils import logging as transformers_logging
 
-from scir_cli import policy, store
+from scir_cli.data import dataset
+from scir_cli.engine import policy
 
 # As many as the worker processes have, which read the variable themselves: with another number, sums are rounded otherwise.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
@@ -32,7 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What needs a GPU or vLLM is skipped without one, and said so in the summary; `make test-vllm` fails where it cannot be had."""
     for item in items:
         if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
-            item.add_marker(pytest.mark.skip(reason="vLLM has an environment of its own: make test-vllm"))
+            item.add_marker(
+                pytest.mark.skip(reason="vLLM has an environment of its own: make test-vllm")
+            )
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
@@ -57,10 +60,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "policy", seed=2)
     words = ["cat", "dog", "sun", "sea", "map", "key"]
     (root / "prompts.jsonl").write_text(
-        "".join(json.dumps({"prompt": f"Tell me of the {w}.", "id": w}) + "\n" for w in words), encoding="utf-8"
+        "".join(json.dumps({"prompt": f"Tell me of the {w}.", "id": w}) + "\n" for w in words),
+        encoding="utf-8",
     )
     gold = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in words]
-    (root / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8")
+    (root / "gold.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8"
+    )
     run(
         "generate",
         model=str(root / "policy"),
@@ -73,7 +79,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = ["judge", "implicit", "likelihood", "pmi", "rubric"]
     run("judge", model=str(root / "policy"), reward_reference=str(root / "base"), input=str(root / "candidates"), reward_models=models,
         output_dir=root / "judged", rows_per_part=4)  # fmt: skip
-    run("check-consistency", input=str(root / "judged"), output_dir=root / "consistency", agree_on=["judge", "implicit"])
+    run(
+        "check-consistency",
+        input=str(root / "judged"),
+        output_dir=root / "consistency",
+        agree_on=["judge", "implicit"],
+    )
     run(
         "filter",
         input=str(root / "judged"),
@@ -88,9 +99,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scored(world: Path) -> Path:
     """The world with the pairs' scores beside it: the judged pairs, given a gold label, as `eval rewards` takes them."""
-    table = store.read_dataset(world / "judged")
-    labelled = table.set_column(table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows))
-    store.write_dataset(world / "labelled", "judged", {"stage": "judge"}, [(0, 1)], lambda *_: store.Part(labelled, table.num_rows))
+    table = dataset.read_dataset(world / "judged")
+    labelled = table.set_column(
+        table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows)
+    )
+    dataset.write_dataset(
+        world / "labelled",
+        "judged",
+        {"stage": "judge"},
+        [(0, 1)],
+        lambda *_: dataset.Part(labelled, table.num_rows),
+    )
     run("eval rewards", input=str(world / "labelled"), output_dir=world / "scores")
     return world
 
@@ -98,5 +117,8 @@ def scored(world: Path) -> Path:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(PROMPTS)), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(PROMPTS)),
+        encoding="utf-8",
+    )
     return path

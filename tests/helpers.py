@@ -12,7 +12,9 @@ import pytest
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from scir_cli import cli, config, policy, registry, stages
+from scir_cli import cli, config, registry, stages
+from scir_cli.engine import loading, policy
+from scir_cli.settings import ModelSettings
 
 FP32 = {"dtype": "fp32", "device": "cpu"}
 PROMPTS = 40
@@ -20,8 +22,13 @@ PROMPTS = 40
 
 def load_fp32(folder: Path, **settings: object) -> policy.Policy:
     """A fresh policy of a model folder, on the CPU, in fp32 where nothing else is said."""
-    values = {"model": str(folder), "output_dir": "unused", "dtype": "fp32", "device": "cpu"} | settings
-    return policy.load(config.build(config.ModelSettings, values, where="test"))
+    values = {
+        "model": str(folder),
+        "output_dir": "unused",
+        "dtype": "fp32",
+        "device": "cpu",
+    } | settings
+    return loading.load(config.build(ModelSettings, values, where="test"))
 
 
 def run(stage: str, **values: Any) -> dict[str, Any]:
@@ -40,8 +47,16 @@ def train(world: Path, out: Path, **values: Any) -> dict[str, Any]:
     return run("train", **{**common, "batch_size": 6, "learning_rate": 1e-3, **values})
 
 
-def generate(tiny_llama: Path, prompts: Path, out: Path, backend: str, **values: Any) -> dict[str, Any]:
-    common = {"model": str(tiny_llama), "input": str(prompts), "n": 2, "max_new_tokens": 6, "rows_per_part": 2}
+def generate(
+    tiny_llama: Path, prompts: Path, out: Path, backend: str, **values: Any
+) -> dict[str, Any]:
+    common = {
+        "model": str(tiny_llama),
+        "input": str(prompts),
+        "n": 2,
+        "max_new_tokens": 6,
+        "rows_per_part": 2,
+    }
     return run("generate", **{**common, "output_dir": out, "backend": backend, **values})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from toy import VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from scir_cli.trees import Branch, continuation, verdict
+from scir_cli.engine.trees import Branch, continuation, verdict
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,16 @@ def questions(seed: int = 0) -> Asked:
     instruction, a, b = ids(12), ids(8), ids(6)
     for order in ([*a, 9, *b], [*b, 9, *a]):
         sequences += [([*instruction, *order, 7], [token]) for token in (36, 37)]
-    return Asked([continuation(p, r) if len(r) > 1 else verdict(p, r[0]) for p, r in sequences], sequences)
+    return Asked(
+        [continuation(p, r) if len(r) > 1 else verdict(p, r[0]) for p, r in sequences], sequences
+    )
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A second copy of the model. Eager attention is each model's own definition: the only one with Gemma 2's soft-capping."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
 
 
 def plain_logps(model: Any, asked: Asked) -> Tensor:
@@ -64,7 +68,9 @@ def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
     """Gradient of a random weighted sum of the branches, by parameter."""
     weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(7))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return dict(zip(named, torch.autograd.grad((weights * logps).sum(), list(named.values())), strict=True))
+    return dict(
+        zip(named, torch.autograd.grad((weights * logps).sum(), list(named.values())), strict=True)
+    )
 
 
 def assert_same_logps(got: Tensor, want: Tensor) -> None:

@@ -6,14 +6,19 @@ import math
 
 import numpy as np
 
-from scir_cli import consistency as c
-from scir_cli.schemas import to_table
+from scir_cli.analysis.verdicts import Verdicts
+from scir_cli.data.schemas import to_table
 
 NAN = math.nan
 
 
 def response(text="ab", n_tokens=2):
-    return {"candidate_id": "c", "text": text, "token_ids": list(range(n_tokens)), "finish_reason": "stop"}
+    return {
+        "candidate_id": "c",
+        "text": text,
+        "token_ids": list(range(n_tokens)),
+        "finish_reason": "stop",
+    }
 
 
 def verdict(name, log_odds, forward=None, swapped=None, mass=None):
@@ -47,7 +52,7 @@ def verdicts(log_odds, forward=None, swapped=None, gold=None, length=None, subse
     log_odds = np.array(log_odds, float)
     k, n = log_odds.shape
     empty, nobody = np.full((k, n), NAN), np.full(n, NAN)
-    return c.Verdicts(
+    return Verdicts(
         names=["judge", "implicit", "rubric"][:k],
         log_odds=log_odds,
         forward=empty if forward is None else np.array(forward, float),

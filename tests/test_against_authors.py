@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scir_cli import labels, losses
+from scir_cli.analysis import label_rules
+from scir_cli.training import losses
 
 CHOSEN, REJECTED = ([-10.0, -12.5], [-14.0, -11.0])  # summed log-probabilities under the policy
 REFERENCE = ([-11.0, -12.0], [-13.0, -13.0])
@@ -28,18 +29,24 @@ FIRST = f64([1.0, 1.0])
 
 
 def test_dpo_and_ipo():
-    assert losses.dpo(RATIOS, FIRST, 0.1).tolist() == pytest.approx([0.5981388693815918, 0.8259394198788436])
+    assert losses.dpo(RATIOS, FIRST, 0.1).tolist() == pytest.approx(
+        [0.5981388693815918, 0.8259394198788436]
+    )
     assert losses.ipo(RATIOS, FIRST, 0.1).tolist() == pytest.approx([9.0, 56.25])
 
 
 def test_sppo_is_twice_theirs_which_is_a_mean_of_two_terms():
-    assert losses.sppo(RATIOS, FIRST, 1e-3).tolist() == pytest.approx([2 * 249001.0, 2 * 251252.125])
+    assert losses.sppo(RATIOS, FIRST, 1e-3).tolist() == pytest.approx(
+        [2 * 249001.0, 2 * 251252.125]
+    )
 
 
 def test_sppo_s_soft_label_has_the_gradient_of_theirs():
     # theirs at P(win) = 0.75: ((h_w - 250)^2 + (h_l + 250)^2) / 2 = 62001 for the first pair, whose gradient is h_w - 250 and h_l + 250
     ratios = RATIOS.clone().requires_grad_()
-    losses.hedged(partial(losses.sppo, ratios, beta=1e-3), FIRST, f64([0.75, 0.75])).sum().backward()
+    losses.hedged(
+        partial(losses.sppo, ratios, beta=1e-3), FIRST, f64([0.75, 0.75])
+    ).sum().backward()
     ours = ratios.grad
     assert ours is not None
     theirs = torch.stack([RATIOS[0] - 250, RATIOS[1] + 250])
@@ -49,7 +56,9 @@ def test_sppo_s_soft_label_has_the_gradient_of_theirs():
 
 def test_simpo():
     means = f64([-0.5, -1.2], [-0.9, -0.3])
-    assert losses.simpo(means, FIRST, 2.0, 2.0 * 0.8).tolist() == pytest.approx([1.171100698848325, 3.4328285396404876])
+    assert losses.simpo(means, FIRST, 2.0, 2.0 * 0.8).tolist() == pytest.approx(
+        [1.171100698848325, 3.4328285396404876]
+    )
 
 
 def test_cream_s_loss_and_rate():
@@ -61,10 +70,10 @@ def test_cream_s_loss_and_rate():
     ):
         i, j = np.triu_indices(len(now), 1)
         a, b = (np.array(scores)[i] - np.array(scores)[j] for scores in (now, before))
-        assert labels.rank_consistency(a, b, ["p"] * len(a))[0] == pytest.approx(rate)
+        assert label_rules.rank_consistency(a, b, ["p"] * len(a))[0] == pytest.approx(rate)
 
 
 def test_dice_s_alpha():
     odds = np.array([2.0, 0.2, 3.0, 0.6, 0.9, -0.4, 1.3])
     difference = np.array([4.0, 2, 2, -6, 9, 1, 4])
-    assert labels.length_neutral(odds, difference)[1] == pytest.approx(0.1)
+    assert label_rules.length_neutral(odds, difference)[1] == pytest.approx(0.1)

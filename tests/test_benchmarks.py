@@ -52,14 +52,20 @@ def test_two_runs_of_a_training_step_have_the_same_losses(tmp_path: Path):
     assert first["losses"] == second["losses"]
     assert len(first["losses"]) == 4  # two steps of warm-up
     assert first["seconds"] != second["seconds"]
-    assert all(count["rows"] < count["tokens"] < count["sequence_tokens"] for count in first["counts"])
+    assert all(
+        count["rows"] < count["tokens"] < count["sequence_tokens"] for count in first["counts"]
+    )
     (row,) = found["table"]
     counted = [run["seconds"][2:] for run in (first, second)]
     seconds = statistics.median(map(statistics.median, counted))  # of two runs of two counted steps
     assert row["s a step"] == pytest.approx(seconds)
     assert row["pairs/s"] == pytest.approx(2 / seconds)
-    assert row["tokens needed"] == statistics.fmean(count["tokens"] for count in first["counts"][2:])
-    weights = 2 * 500 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 48)  # embedding and head; attention and MLP of two layers
+    assert row["tokens needed"] == statistics.fmean(
+        count["tokens"] for count in first["counts"][2:]
+    )
+    weights = 2 * 500 * 32 + 2 * (
+        4 * 32 * 32 + 3 * 32 * 48
+    )  # embedding and head; attention and MLP of two layers
     assert row["peak MB"] == statistics.fmean(run["peak_mb"] for run in (first, second))
     assert row["peak MB"] > 3 * 4 * weights / 2**20  # the gradients and AdamW's two moments, fp32
     assert row["MFU"] is None  # fp32 has none
@@ -67,22 +73,59 @@ def test_two_runs_of_a_training_step_have_the_same_losses(tmp_path: Path):
 
 @pytest.mark.slow
 def test_every_way_of_scoring_gives_the_same_log_probabilities(tmp_path: Path):
-    found = run("score.py", tmp_path, "--shape", "tiny", "--prompts", "2", "--answers", "3", "--packs", "4096", *SMALL)
+    found = run(
+        "score.py",
+        tmp_path,
+        "--shape",
+        "tiny",
+        "--prompts",
+        "2",
+        "--answers",
+        "3",
+        "--packs",
+        "4096",
+        *SMALL,
+    )
     plain, script, padded, trees = found["table"]
-    assert [row["method"] for row in found["table"]] == ["one by one", "script", "padded 8", "trees 4096"]
-    assert trees["tokens computed"] < plain["tokens computed"] == script["tokens computed"] <= padded["tokens computed"]
+    assert [row["method"] for row in found["table"]] == [
+        "one by one",
+        "script",
+        "padded 8",
+        "trees 4096",
+    ]
+    assert (
+        trees["tokens computed"]
+        < plain["tokens computed"]
+        == script["tokens computed"]
+        <= padded["tokens computed"]
+    )
     assert max(row["largest relative difference"] for row in found["table"]) < 1e-3
 
 
 @pytest.mark.slow
 def test_scaling_fits_an_exponent_to_each_factor(tmp_path: Path):
-    settings = ["--shape", "tiny", "--factor", "pairs", "--points", "2", "--steps", "1", "--response-tokens", "6"]
+    settings = [
+        "--shape",
+        "tiny",
+        "--factor",
+        "pairs",
+        "--points",
+        "2",
+        "--steps",
+        "1",
+        "--response-tokens",
+        "6",
+    ]
     found = run("scaling.py", tmp_path, *settings)
     assert [point["value"] for point in found["points"]] == [1, 2]
     (fit,) = found["exponents"]
-    assert fit["exponent of tokens needed"] == pytest.approx(1, abs=0.02)  # twice the pairs, twice the tokens
+    assert fit["exponent of tokens needed"] == pytest.approx(
+        1, abs=0.02
+    )  # twice the pairs, twice the tokens
     one, two = (point["s a step"] for point in found["points"])
-    assert fit["exponent of s a step"] == pytest.approx(math.log2(two / one))  # a line through two points
+    assert fit["exponent of s a step"] == pytest.approx(
+        math.log2(two / one)
+    )  # a line through two points
 
 
 @pytest.mark.slow
@@ -105,11 +148,17 @@ def test_length_controlled_rates_are_set_beside_another_environments(tmp_path: P
 
 @pytest.mark.slow
 def test_the_data_stages_account_for_every_row(tmp_path: Path):
-    small, _, _, large, copied, picked = run("data_stages.py", tmp_path, "--rows", "200", "2000")["table"]
+    small, _, _, large, copied, picked = run("data_stages.py", tmp_path, "--rows", "200", "2000")[
+        "table"
+    ]
     assert (small["rows"], large["rows"]) == (200, 2000)
-    assert 0 < small["rows out"] < large["rows out"] == copied["rows out"] == picked["rows out"] < 2000
+    assert (
+        0 < small["rows out"] < large["rows out"] == copied["rows out"] == picked["rows out"] < 2000
+    )
     inputs = [row["MB in"] for row in (small, large)]
-    assert inputs[1] == pytest.approx(10 * inputs[0], abs=6)  # whole MB, of which the smaller may be half a one off
+    assert inputs[1] == pytest.approx(
+        10 * inputs[0], abs=6
+    )  # whole MB, of which the smaller may be half a one off
     assert copied["MB in"] == picked["MB in"] == large["MB in"]
 
 
@@ -132,7 +181,19 @@ def test_the_clock_and_the_peaks_hold_what_a_piece_of_work_takes():
 
 @pytest.mark.slow
 def test_backends_are_measured_on_the_same_rows(tmp_path: Path):
-    found = run("backends.py", tmp_path, "--shape", "tiny", "--prompts", "3", "--answers", "3", "--max-new-tokens", "8", *SMALL)
+    found = run(
+        "backends.py",
+        tmp_path,
+        "--shape",
+        "tiny",
+        "--prompts",
+        "3",
+        "--answers",
+        "3",
+        "--max-new-tokens",
+        "8",
+        *SMALL,
+    )
     sampled, judged = found["table"]
     assert (sampled["task"], sampled["rows"], judged["task"], judged["rows"]) == (
         "generate",
@@ -140,6 +201,9 @@ def test_backends_are_measured_on_the_same_rows(tmp_path: Path):
         "judge",
         6,
     )  # the first prompt is warm-up
-    assert 6 <= sampled["tokens_sampled"] <= 6 * 8 and judged["tokens_sampled"] == 0 < judged["tokens_read"]
+    assert (
+        6 <= sampled["tokens_sampled"] <= 6 * 8
+        and judged["tokens_sampled"] == 0 < judged["tokens_read"]
+    )
     for task in (sampled, judged):
         assert 1e-4 < task["cpu_seconds"] < 1.2 * task["wall_seconds"] + 0.1  # one thread

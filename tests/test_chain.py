@@ -19,11 +19,24 @@ from helpers import FP32, load_fp32, run, run_command, train
 from safetensors.torch import load_file
 from toy import make_adapter, make_model
 
-from scir_cli import config, model_sources, objectives, store
-from scir_cli.errors import ConfigError, DataError, EngineError, ModelError, PlanMismatch, StoreError
-from scir_cli.lazy_policy import LazyPolicy
-from scir_cli.objectives import Example
-from scir_cli.pairs import encode_pairs
+from scir_cli import config
+from scir_cli.data import dataset
+from scir_cli.data.files import read_json, write_json
+from scir_cli.engine import model_files
+from scir_cli.engine.lazy_policy import LazyPolicy
+from scir_cli.errors import (
+    ConfigError,
+    DataError,
+    EngineError,
+    ModelError,
+    PlanMismatch,
+    StoreError,
+)
+from scir_cli.rewards import pairs
+from scir_cli.rewards.pairs import encode_pairs
+from scir_cli.settings import IMPLICIT_SCALE, ModelSettings, TrainSettings
+from scir_cli.training import objectives
+from scir_cli.training.objectives import Example
 
 
 @pytest.mark.parametrize("name", ["candidates", "judged", "consistency", "preferences", "scores"])
@@ -31,8 +44,10 @@ def test_rows_in_are_rows_out_plus_drops_and_the_folder_opens_in_datasets(scored
     world = scored
     from datasets import load_dataset, load_from_disk
 
-    manifest = store.read_json(world / name / "manifest.json")
-    assert manifest["rows_in"] == (5 * 18 if name == "scores" else 18)  # 6 prompts, 3 candidates, 3 pairs each; 5 reward models
+    manifest = read_json(world / name / "manifest.json")
+    assert manifest["rows_in"] == (
+        5 * 18 if name == "scores" else 18
+    )  # 6 prompts, 3 candidates, 3 pairs each; 5 reward models
     assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["drops"].values())
     assert len(load_from_disk(str(world / name))) == manifest["rows_out"] > 0
     files = [str(path) for path in sorted((world / name).glob("data-*.arrow"))]
@@ -42,7 +57,7 @@ def test_rows_in_are_rows_out_plus_drops_and_the_folder_opens_in_datasets(scored
 
 def test_a_column_of_the_prompts_is_in_the_preferences_at_the_end_of_the_chain(world: Path):
     for name in ("candidates", "judged", "preferences"):
-        rows = store.read_dataset(world / name).select(["messages", "extra"]).to_pylist()
+        rows = dataset.read_dataset(world / name).select(["messages", "extra"]).to_pylist()
         assert rows
         for row in rows:
             (word,) = json.loads(row["extra"]).values()
@@ -51,15 +66,22 @@ def test_a_column_of_the_prompts_is_in_the_preferences_at_the_end_of_the_chain(w
 
 def test_an_end_token_is_there_if_and_only_if_the_answer_finished(world: Path):
     chat = LazyPolicy(
-        config.build(config.ModelSettings, FP32, {"model": str(world / "policy"), "output_dir": "x"}, where="test"),
+        config.build(
+            ModelSettings, FP32, {"model": str(world / "policy"), "output_dir": "x"}, where="test"
+        ),
         str(world / "policy"),
     ).chat
-    for row in store.read_dataset(world / "candidates").to_pylist():
+    for row in dataset.read_dataset(world / "candidates").to_pylist():
         assert (row["token_ids"][-1] in chat.end_ids) == (row["finish_reason"] == "stop")
-        assert chat.tokenizer.decode([t for t in row["token_ids"] if t not in chat.end_ids]) == row["response"]
+        assert (
+            chat.tokenizer.decode([t for t in row["token_ids"] if t not in chat.end_ids])
+            == row["response"]
+        )
 
 
-def test_the_same_seed_gives_the_same_candidates_in_any_batch_and_another_seed_others(world: Path, tmp_path: Path):
+def test_the_same_seed_gives_the_same_candidates_in_any_batch_and_another_seed_others(
+    world: Path, tmp_path: Path
+):
     common = {
         "model": str(world / "policy"),
         "input": str(world / "prompts.jsonl"),
@@ -70,7 +92,7 @@ def test_the_same_seed_gives_the_same_candidates_in_any_batch_and_another_seed_o
     run("generate", **common, batch_size=1, output_dir=tmp_path / "again")
     run("generate", **common, seed=1, output_dir=tmp_path / "other")
     tokens = [
-        store.read_dataset(folder)["token_ids"].to_pylist()
+        dataset.read_dataset(folder)["token_ids"].to_pylist()
         for folder in (world / "candidates", tmp_path / "again", tmp_path / "other")
     ]
     assert tokens[0] == tokens[1] != tokens[2]
@@ -78,32 +100,43 @@ def test_the_same_seed_gives_the_same_candidates_in_any_batch_and_another_seed_o
 
 def test_the_trainers_first_log_odds_are_those_the_judge_stage_wrote(world: Path):
     settings = config.build(
-        config.TrainSettings,
+        TrainSettings,
         FP32,
         {
             "model": str(world / "policy"),
             "input": "x",
             "output_dir": "x",
             "reward_reference": str(world / "base"),
-            "implicit_scale": config.IMPLICIT_SCALE,
+            "implicit_scale": IMPLICIT_SCALE,
         },
         where="test",
     )
-    model, reference = LazyPolicy(settings, str(world / "policy")), LazyPolicy(settings, str(world / "base"))
+    model, reference = (
+        LazyPolicy(settings, str(world / "policy")),
+        LazyPolicy(settings, str(world / "base")),
+    )
     objective = objectives.Scir(settings, model.chat, model.key, reference.key)
-    table = store.read_dataset(world / "judged")
+    table = dataset.read_dataset(world / "judged")
     rows = table.to_pylist()
     examples = [Example(pair) for pair in encode_pairs(table, model.chat)[1]]
-    logps = model.load().branch_logps([b for e in examples for b in objective.branches(e)]).view(len(rows), -1)
-    context = objectives.Context.of([e.pair for e in examples], reference.key)
+    logps = (
+        model.load()
+        .branch_logps([b for e in examples for b in objective.branches(e)])
+        .view(len(rows), -1)
+    )
+    context = pairs.Context.of([e.pair for e in examples], reference.key)
     for name in ("judge", "implicit"):
         trained = objective.models[name].odds(logps[:, objective.groups[name]].T, context).log_odds
-        judged = [next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == name) for row in rows]
+        judged = [
+            next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == name) for row in rows
+        ]
         torch.testing.assert_close(trained, torch.tensor(judged), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["scir", "dpo"])
-def test_one_large_pack_and_many_small_ones_train_the_same_weights(world: Path, tmp_path: Path, objective: str):
+def test_one_large_pack_and_many_small_ones_train_the_same_weights(
+    world: Path, tmp_path: Path, objective: str
+):
     values = {"objective": objective, "max_steps": 2}
     for name, tokens in (("large", 100_000), ("small", 150)):
         train(world, tmp_path / name, **values, max_tokens_per_pack=tokens)
@@ -115,15 +148,27 @@ def test_one_large_pack_and_many_small_ones_train_the_same_weights(world: Path, 
 
 
 def test_dpo_starts_at_ln_2_and_scir_without_penalty_follows_dpo(world: Path, tmp_path: Path):
-    run("filter", input=str(world / "judged"), output_dir=tmp_path / "agreed", agree_on=["judge", "implicit"])
-    n = store.read_dataset(tmp_path / "agreed").num_rows
-    shared = {"input": str(tmp_path / "agreed"), "batch_size": n, "learning_rate": 1e-5, "num_epochs": 3}
+    run(
+        "filter",
+        input=str(world / "judged"),
+        output_dir=tmp_path / "agreed",
+        agree_on=["judge", "implicit"],
+    )
+    n = dataset.read_dataset(tmp_path / "agreed").num_rows
+    shared = {
+        "input": str(tmp_path / "agreed"),
+        "batch_size": n,
+        "learning_rate": 1e-5,
+        "num_epochs": 3,
+    }
     train(world, tmp_path / "dpo", objective="dpo", **shared)
     train(world, tmp_path / "scir", objective="scir", penalty_weight=0, **shared)
     losses = {
         name: [
             record["loss"]
-            for record in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+            for record in map(
+                json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            )
             if record["kind"] == "train"
         ]
         for name in ("dpo", "scir")
@@ -142,32 +187,58 @@ def test_a_degenerate_or_missing_reward_reference_is_refused(world: Path, tmp_pa
 
 def test_lora_trains_adapters_and_leaves_an_ordinary_folder(world: Path, tmp_path: Path):
     train(world, tmp_path / "m", lora={"rank": 2}, max_steps=1)
-    assert set(load_file(tmp_path / "m" / "model.safetensors")) == set(load_file(world / "policy" / "model.safetensors"))
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) == set(
+        load_file(world / "policy" / "model.safetensors")
+    )
     spec = {"model": str(tmp_path / "m" / "adapter"), "reward_reference": str(world / "policy")}
-    whole = run("judge", **{**spec, "model": str(tmp_path / "m")}, input=str(world / "gold.jsonl"), output_dir=tmp_path / "whole")
+    whole = run(
+        "judge",
+        **{**spec, "model": str(tmp_path / "m")},
+        input=str(world / "gold.jsonl"),
+        output_dir=tmp_path / "whole",
+    )
     parts = run("judge", **spec, input=str(world / "gold.jsonl"), output_dir=tmp_path / "parts")
-    assert parts["summary"]["agreed"] == whole["summary"]["agreed"], "the adapter on its model is the merged model"
-    rows = [store.read_dataset(tmp_path / name).to_pylist() for name in ("whole", "parts")]
+    assert parts["summary"]["agreed"] == whole["summary"]["agreed"], (
+        "the adapter on its model is the merged model"
+    )
+    rows = [dataset.read_dataset(tmp_path / name).to_pylist() for name in ("whole", "parts")]
     assert rows[0][0]["rewards"][1]["log_odds"] != 0
     for one, other in zip(*rows, strict=True):
-        assert [r["log_odds"] for r in one["rewards"]] == pytest.approx([r["log_odds"] for r in other["rewards"]], abs=1e-5)
-    train(world, tmp_path / "m3", model=spec["model"], lora={"rank": 2}, max_steps=1)  # an adapter on a model with an adapter
-    trained, given = (load_fp32(tmp_path / "m3" / name).model.state_dict() for name in ("adapter", "."))
+        assert [r["log_odds"] for r in one["rewards"]] == pytest.approx(
+            [r["log_odds"] for r in other["rewards"]], abs=1e-5
+        )
+    train(
+        world, tmp_path / "m3", model=spec["model"], lora={"rank": 2}, max_steps=1
+    )  # an adapter on a model with an adapter
+    trained, given = (
+        load_fp32(tmp_path / "m3" / name).model.state_dict() for name in ("adapter", ".")
+    )
     for name in given:
         torch.testing.assert_close(trained[name], given[name], rtol=0, atol=1e-6)
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_too_little_memory_is_one_line_that_says_what_to_lower(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 8 GiB")
 
     common = {"model": str(world / "policy"), "output_dir": tmp_path / "out"}
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", full)
-    with pytest.raises(EngineError, match=r"^out of memory sampling 16 answers at a time; lower --batch-size"):
+    with pytest.raises(
+        EngineError, match=r"^out of memory sampling 16 answers at a time; lower --batch-size"
+    ):
         run("generate", **common, input=str(world / "prompts.jsonl"), max_new_tokens=4)
-    monkeypatch.setattr("scir_cli.policy.Policy.branch_logps", full)
-    with pytest.raises(EngineError, match=r"^out of memory with 16384 tokens a pack; lower --max-tokens-per-pack$"):
-        run("judge", **{**common, "output_dir": tmp_path / "j"}, input=str(world / "gold.jsonl"), reward_models=["judge"])
+    monkeypatch.setattr("scir_cli.engine.policy.Policy.branch_logps", full)
+    with pytest.raises(
+        EngineError, match=r"^out of memory with 16384 tokens a pack; lower --max-tokens-per-pack$"
+    ):
+        run(
+            "judge",
+            **{**common, "output_dir": tmp_path / "j"},
+            input=str(world / "gold.jsonl"),
+            reward_models=["judge"],
+        )
 
 
 def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
@@ -175,10 +246,13 @@ def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
     adapter = make_adapter(tmp_path / "adapter", tmp_path / "base")
 
     def load() -> None:
-        LazyPolicy(config.build(config.ModelSettings, {"model": str(adapter), "output_dir": "o"}, where="test"), str(adapter))
+        LazyPolicy(
+            config.build(ModelSettings, {"model": str(adapter), "output_dir": "o"}, where="test"),
+            str(adapter),
+        )
 
     load()
-    store.write_json(adapter / "base.json", {"digest": model_sources.digest(tmp_path / "base")})
+    write_json(adapter / "base.json", {"digest": model_files.digest(tmp_path / "base")})
     load()
     make_model(tmp_path / "base", seed=2)
     with pytest.raises(ModelError, match="trained on other weights"):
@@ -194,27 +268,48 @@ def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
         load()
 
 
-def test_qlora_trains_adapters_on_four_bits_and_merges_them_into_the_weights_it_was_given(world: Path, tmp_path: Path):
-    wide = make_model(tmp_path / "wide", hidden_size=128, intermediate_size=128)  # four bits come in blocks of 64
-    common = {"model": str(wide), "objective": "dpo", "input": str(world / "gold.jsonl"), "dtype": "fp32", "quantization": "4bit"}
+def test_qlora_trains_adapters_on_four_bits_and_merges_them_into_the_weights_it_was_given(
+    world: Path, tmp_path: Path
+):
+    wide = make_model(
+        tmp_path / "wide", hidden_size=128, intermediate_size=128
+    )  # four bits come in blocks of 64
+    common = {
+        "model": str(wide),
+        "objective": "dpo",
+        "input": str(world / "gold.jsonl"),
+        "dtype": "fp32",
+        "quantization": "4bit",
+    }
     train(world, tmp_path / "m", **common, lora={"rank": 2}, max_steps=2)
     given, made = (load_file(folder / "model.safetensors") for folder in (wide, tmp_path / "m"))
     adapters = load_file(tmp_path / "m" / "adapter" / "adapter_model.safetensors")
     (place,) = {
-        name.partition("base_model.model.")[2].partition(".lora_A")[0] for name in adapters if "0.mlp.up_proj.lora_A" in name
+        name.partition("base_model.model.")[2].partition(".lora_A")[0]
+        for name in adapters
+        if "0.mlp.up_proj.lora_A" in name
     }
     a, b = (adapters[f"base_model.model.{place}.lora_{x}.weight"] for x in "AB")
     assert b.abs().max() > 0
-    torch.testing.assert_close(made[f"{place}.weight"], given[f"{place}.weight"] + 16 / 2 * b @ a)  # alpha / rank
+    torch.testing.assert_close(
+        made[f"{place}.weight"], given[f"{place}.weight"] + 16 / 2 * b @ a
+    )  # alpha / rank
     with pytest.raises(ConfigError, match="adapters only"):
         train(world, tmp_path / "x", **common)
 
 
-def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(world: Path, tmp_path: Path):
+def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(
+    world: Path, tmp_path: Path
+):
     common = {"model": str(world / "policy"), "reward_reference": str(world / "base")}
-    summary = run("eval rewards", **common, input=str(world / "gold.jsonl"), output_dir=tmp_path / "rewards")["summary"]
+    summary = run(
+        "eval rewards", **common, input=str(world / "gold.jsonl"), output_dir=tmp_path / "rewards"
+    )["summary"]
     assert summary["models"]["judge"]["labelled"] == 6
-    for name, answers in (("a", {"x": "yes", "y": "no", "z": "same"}), ("b", {"x": "no", "y": "yes", "z": "same", "w": "?"})):
+    for name, answers in (
+        ("a", {"x": "yes", "y": "no", "z": "same"}),
+        ("b", {"x": "no", "y": "yes", "z": "same", "w": "?"}),
+    ):
         rows = [{"instruction": k, "output": v, "generator": name} for k, v in answers.items()]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
     manifest = run(
@@ -230,13 +325,17 @@ def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(wor
 
 
 def test_trl_rows_are_the_labelled_ones_as_messages(world: Path):
-    rows = [json.loads(line) for line in (world / "preferences" / "trl.jsonl").read_text().splitlines()]
-    table = store.read_dataset(world / "preferences")
+    rows = [
+        json.loads(line) for line in (world / "preferences" / "trl.jsonl").read_text().splitlines()
+    ]
+    table = dataset.read_dataset(world / "preferences")
     assert len(rows) == table.num_rows - table["label"].null_count
     assert {m["role"] for row in rows for m in row["chosen"] + row["rejected"]} == {"assistant"}
 
 
-def test_another_setting_in_the_same_folder_is_refused_by_name_and_overwrite_replaces_it(world: Path, tmp_path: Path):
+def test_another_setting_in_the_same_folder_is_refused_by_name_and_overwrite_replaces_it(
+    world: Path, tmp_path: Path
+):
     first = {"input": str(world / "judged"), "output_dir": tmp_path / "f", "rule": "judge"}
     run("filter", **first)
     assert run("filter", **first)["reused"]
@@ -269,10 +368,12 @@ def test_a_truncated_part_and_a_wrong_kind_are_named(world: Path, tmp_path: Path
     part = tmp_path / "f" / "data-00000.arrow"
     part.write_bytes(part.read_bytes()[:-1000])
     with pytest.raises(DataError, match="truncated"):
-        store.read_dataset(tmp_path / "f")
+        dataset.read_dataset(tmp_path / "f")
 
 
-def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     real, calls = os.fsync, []
 
     def full(descriptor: int) -> None:
@@ -287,7 +388,10 @@ def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(world: Path, 
         run("check-consistency", **settings)
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "c").glob("data-*.arrow")] == ["data-00000.arrow"]
-    assert run("check-consistency", **settings)["rows_out"] == store.read_dataset(world / "judged").num_rows
+    assert (
+        run("check-consistency", **settings)["rows_out"]
+        == dataset.read_dataset(world / "judged").num_rows
+    )
 
 
 def test_every_failure_is_one_line_and_a_documented_status(
@@ -308,7 +412,15 @@ def test_every_failure_is_one_line_and_a_documented_status(
         (1, [*generate, "-m", str(tmp_path / "hollow"), "-i", prompts], "no weights"),
         (
             1,
-            ["check-consistency", "-i", str(world / "judged"), "-o", str(tmp_path / "c"), "--fail-under", "1.0"],
+            [
+                "check-consistency",
+                "-i",
+                str(world / "judged"),
+                "-o",
+                str(tmp_path / "c"),
+                "--fail-under",
+                "1.0",
+            ],
             "below --fail-under",
         ),
     ]
@@ -324,8 +436,23 @@ def test_every_failure_is_one_line_and_a_documented_status(
 def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Path, tmp_path: Path):
     code = "import sys, scir_cli.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-    command = [sys.executable, "-m", "scir_cli", "filter", "-i", str(world / "judged"), "-o", str(tmp_path / "f"), "--json"]
-    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["kind"] == "preferences"
+    command = [
+        sys.executable,
+        "-m",
+        "scir_cli",
+        "filter",
+        "-i",
+        str(world / "judged"),
+        "-o",
+        str(tmp_path / "f"),
+        "--json",
+    ]
+    assert (
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[
+            "kind"
+        ]
+        == "preferences"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- SIGKILL
@@ -346,10 +473,16 @@ def kill_when(command: list[str], ready: Any) -> None:
 @pytest.fixture(scope="module")
 def thousands(world: Path) -> Path:
     """The judged pairs many times over under new ids: enough for a stage that only counts to be caught in the middle."""
-    rows = store.read_dataset(world / "judged").to_pylist()
+    rows = dataset.read_dataset(world / "judged").to_pylist()
     many = [{**row, "pair_id": f"{row['pair_id']}-{copy}"} for copy in range(30) for row in rows]
     plan = {"stage": "judge", "made by": "a test"}
-    store.write_dataset(world / "thousands", "judged", plan, [(0, len(many))], lambda low, high: store.Part(many, len(many)))
+    dataset.write_dataset(
+        world / "thousands",
+        "judged",
+        plan,
+        [(0, len(many))],
+        lambda low, high: dataset.Part(many, len(many)),
+    )
     return world / "thousands"
 
 
@@ -358,11 +491,18 @@ STAGES = ["generate", "judge", "check-consistency", "filter", "eval rewards", "t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(world: Path, thousands: Path, tmp_path: Path, stage: str):
+def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
+    world: Path, thousands: Path, tmp_path: Path, stage: str
+):
     many = tmp_path / "many.jsonl"
-    many.write_text("".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(24)), encoding="utf-8")
+    many.write_text(
+        "".join(json.dumps({"prompt": f"Tell me of number {i}."}) + "\n" for i in range(24)),
+        encoding="utf-8",
+    )
     gold = tmp_path / "gold.jsonl"
-    labelled = [{"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(40)]
+    labelled = [
+        {"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(40)
+    ]
     gold.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
     scored = ["-m", str(world / "policy"), "--reward-reference", str(world / "base")]
     options = {
@@ -375,17 +515,26 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(world: Path, th
                   "--learning-rate", "1e-3"],
     }[stage]  # fmt: skip
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    precision = [] if stage in ("check-consistency", "filter") else ["--dtype", "fp32", "--device", "cpu"]
+    precision = (
+        [] if stage in ("check-consistency", "filter") else ["--dtype", "fp32", "--device", "cpu"]
+    )
     command = [sys.executable, "-m", "scir_cli", *stage.split(), *options, *precision, "-o"]
-    done = {"train": "checkpoints/step-*.pt", "eval rewards": "judged/data-*.arrow"}.get(stage, "data-*.arrow")
+    done = {"train": "checkpoints/step-*.pt", "eval rewards": "judged/data-*.arrow"}.get(
+        stage, "data-*.arrow"
+    )
     kill_when([*command, str(killed)], lambda: any(killed.glob(done)))
     assert not (killed / "manifest.json").exists()
     for folder in (killed, whole):
-        subprocess.run([*command, str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, str(folder)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     if stage == "train":
         assert_same_training(killed, whole)
         return
-    tables: list[pa.Table] = [store.read_dataset(folder) for folder in (killed, whole)]
+    tables: list[pa.Table] = [dataset.read_dataset(folder) for folder in (killed, whole)]
     assert tables[0].equals(tables[1])
     if stage == "filter":
         assert (killed / "trl.jsonl").read_bytes() == (whole / "trl.jsonl").read_bytes() != b""
@@ -394,14 +543,21 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(world: Path, th
 def assert_same_training(killed: Path, whole: Path) -> None:
     weights = [load_file(folder / "model.safetensors") for folder in (killed, whole)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
-    records = [map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) for folder in (killed, whole)]
-    losses = [[(r["step"], r["loss"]) for r in record if r["kind"] == "train"] for record in records]
+    records = [
+        map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        for folder in (killed, whole)
+    ]
+    losses = [
+        [(r["step"], r["loss"]) for r in record if r["kind"] == "train"] for record in records
+    ]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["driver alone", "driver and child"])
-def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(world: Path, tmp_path: Path, kill: Any):
+def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(
+    world: Path, tmp_path: Path, kill: Any
+):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"set: {{world: '{world}'}}\nall: {{dtype: fp32, device: cpu}}\nsteps:\n"
@@ -413,7 +569,9 @@ def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(world: Pat
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", "scir_cli", "run", str(recipe), "-o"]
-    driver = subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL, start_new_session=True)
+    driver = subprocess.Popen(
+        [*command, str(killed)], stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not list(killed.glob("c/data-*.arrow")):
         assert driver.poll() is None
@@ -426,6 +584,11 @@ def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(world: Pat
         time.sleep(0.05)
     assert not (killed / "c" / "manifest.json").exists()
     for folder in (killed, whole):
-        subprocess.run([*command, str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [*command, str(folder)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
     for name in ("c", "j", "k", "f"):
-        assert store.read_dataset(killed / name).equals(store.read_dataset(whole / name))
+        assert dataset.read_dataset(killed / name).equals(dataset.read_dataset(whole / name))

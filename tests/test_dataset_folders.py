@@ -13,7 +13,8 @@ import huggingface_hub
 import pyarrow as pa
 import pytest
 
-from scir_cli import cards, config, registry, schemas, stages, store
+from scir_cli import config, registry, stages
+from scir_cli.data import dataset, dataset_card, files, schemas
 from scir_cli.errors import DataError, PlanMismatch
 
 PLAN = {"stage": "generate", "settings": {"limit": None, "top_p": 0.9}, "input": "abc"}
@@ -25,13 +26,18 @@ def run(stage: str, **values: Any) -> dict[str, Any]:
 
 def prompts(folder: Path, drops: int = 1, **options: Any) -> dict[str, Any]:
     """Two prompts, one of them in each part, and the given number of dropped rows."""
-    rows = [{"prompt_id": name, "messages": [{"role": "user", "content": name}], "extra": '{"id": 1}'} for name in "ab"]
+    rows = [
+        {"prompt_id": name, "messages": [{"role": "user", "content": name}], "extra": '{"id": 1}'}
+        for name in "ab"
+    ]
 
-    def make(low: int, high: int) -> store.Part:
-        return store.Part(rows[low:high], high - low)
+    def make(low: int, high: int) -> dataset.Part:
+        return dataset.Part(rows[low:high], high - low)
 
     dropped = Counter(empty_prompt=drops)
-    return store.write_dataset(folder, "prompts", PLAN, [(0, 1), (1, 2)], make, dropped_before=dropped, **options)
+    return dataset.write_dataset(
+        folder, "prompts", PLAN, [(0, 1), (1, 2)], make, dropped_before=dropped, **options
+    )
 
 
 # --------------------------------------------------------------------------------------- cards
@@ -54,13 +60,16 @@ def test_a_card_tells_what_the_rows_are_and_where_they_came_from(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", schemas.COLUMNS)
 def test_a_card_lists_every_column_with_its_meaning(tmp_path: Path, kind: str):
-    store.write_dataset(tmp_path, kind, PLAN, [], lambda low, high: store.Part([], 0))
+    dataset.write_dataset(tmp_path, kind, PLAN, [], lambda low, high: dataset.Part([], 0))
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     for column in schemas.COLUMNS[kind]:
         assert f"| `{column.name}` | " in card
         assert column.meaning.replace("|", "\\|") in card
     if kind == "judged":
-        assert "| `rewards[].swapped_log_odds` | double, may be null | the same, also positive if first is better" in card
+        assert (
+            "| `rewards[].swapped_log_odds` | double, may be null | the same, also positive if first is better"
+            in card
+        )
         assert "| `first.token_ids` | list of int32 |" in card
         assert "`second.token_ids`" not in card  # as in `first`
 
@@ -89,10 +98,17 @@ def test_a_run_that_ended_before_its_manifest_writes_the_same_card_again(tmp_pat
 
 
 def test_a_cell_of_a_card_is_one_line_whatever_a_setting_holds():
-    manifest = {"kind": "scores", "rows_in": 0, "rows_out": 0, "drops": {}, "digest": "d", "inputs": {}}
+    manifest = {
+        "kind": "scores",
+        "rows_in": 0,
+        "rows_out": 0,
+        "drops": {},
+        "digest": "d",
+        "inputs": {},
+    }
     manifest |= {"schema_version": schemas.VERSION, "versions": {}}
     plan = {"stage": "eval rewards", "settings": {"system_prompt": "one | two\nthree"}}
-    assert "| system_prompt | one \\| two three |\n" in cards.render(plan, manifest)
+    assert "| system_prompt | one \\| two three |\n" in dataset_card.render(plan, manifest)
 
 
 # ------------------------------------------------------------------------------------- version
@@ -100,9 +116,9 @@ def test_a_cell_of_a_card_is_one_line_whatever_a_setting_holds():
 
 def outdated(folder: Path, name: str) -> None:
     """Makes a plan or a manifest one of the first schema version, which named no version."""
-    document = store.read_json(folder / name)
+    document = files.read_json(folder / name)
     del document["schema_version"]
-    store.write_json(folder / name, document)
+    files.write_json(folder / name, document)
 
 
 def test_a_dataset_of_another_schema_version_is_refused_with_what_to_do(tmp_path: Path):
@@ -110,7 +126,7 @@ def test_a_dataset_of_another_schema_version_is_refused_with_what_to_do(tmp_path
     outdated(tmp_path / "p", "manifest.json")
     expected = f"p was written by 'scir generate' with schema version 1, and this scir has version {schemas.VERSION}; "
     with pytest.raises(DataError, match=expected + "run that command again with --overwrite"):
-        store.open_dataset(tmp_path / "p")
+        dataset.open_dataset(tmp_path / "p")
 
 
 def test_a_part_of_another_schema_version_is_refused(tmp_path: Path):
@@ -122,13 +138,15 @@ def test_a_part_of_another_schema_version_is_refused(tmp_path: Path):
     with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(DataError, match="with schema version 1"):
-        store.open_dataset(tmp_path / "p")
+        dataset.open_dataset(tmp_path / "p")
 
 
 def test_a_folder_of_another_schema_version_is_not_resumed_but_overwritten(tmp_path: Path):
     prompts(tmp_path / "p")
     outdated(tmp_path / "p", "plan.json")
-    with pytest.raises(PlanMismatch, match="with schema version 1, .* run that command again with --overwrite"):
+    with pytest.raises(
+        PlanMismatch, match="with schema version 1, .* run that command again with --overwrite"
+    ):
         prompts(tmp_path / "p")
     assert prompts(tmp_path / "p", overwrite=True)["rows_out"] == 2
 
@@ -136,21 +154,51 @@ def test_a_folder_of_another_schema_version_is_not_resumed_but_overwritten(tmp_p
 # ----------------------------------------------------------------------------- carried columns
 
 
-def test_what_a_file_of_pairs_has_beside_its_texts_is_in_the_preferences_made_of_it(tiny_llama: Path, tmp_path: Path):
+def test_what_a_file_of_pairs_has_beside_its_texts_is_in_the_preferences_made_of_it(
+    tiny_llama: Path, tmp_path: Path
+):
     rows = [
-        {"id": number, "prompt": f"Why {number}?", "chosen": "a", "rejected": "b", "score": 1.5, "source": {"page": number}}
+        {
+            "id": number,
+            "prompt": f"Why {number}?",
+            "chosen": "a",
+            "rejected": "b",
+            "score": 1.5,
+            "source": {"page": number},
+        }
         for number in range(5)
     ]
     rows[4] = {name: rows[4][name] for name in ("prompt", "chosen", "rejected", "score")}
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    given = {"model": str(tiny_llama), "device": "cpu", "reward_models": ["external"], "external": "score"}
-    run("judge", input=str(tmp_path / "pairs.jsonl"), output_dir=tmp_path / "judged", rows_per_part=2, **given)
-    run("filter", input=str(tmp_path / "judged"), output_dir=tmp_path / "out", rule="external", format="trl")
-    table = store.read_dataset(tmp_path / "out", "preferences")
+    (tmp_path / "pairs.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    given = {
+        "model": str(tiny_llama),
+        "device": "cpu",
+        "reward_models": ["external"],
+        "external": "score",
+    }
+    run(
+        "judge",
+        input=str(tmp_path / "pairs.jsonl"),
+        output_dir=tmp_path / "judged",
+        rows_per_part=2,
+        **given,
+    )
+    run(
+        "filter",
+        input=str(tmp_path / "judged"),
+        output_dir=tmp_path / "out",
+        rule="external",
+        format="trl",
+    )
+    table = dataset.read_dataset(tmp_path / "out", "preferences")
     carried = {
         row["messages"][0]["content"]: row["extra"] and json.loads(row["extra"])
         for row in table.select(["messages", "extra"]).to_pylist()
     }
-    assert carried == {f"Why {n}?": {"id": n, "source": {"page": n}} for n in range(4)} | {"Why 4?": None}
+    assert carried == {f"Why {n}?": {"id": n, "source": {"page": n}} for n in range(4)} | {
+        "Why 4?": None
+    }
     trl = (tmp_path / "out" / "trl.jsonl").read_text(encoding="utf-8").splitlines()
     assert {tuple(json.loads(line)) for line in trl} == {("prompt", "chosen", "rejected")}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers import run
 
-from scir_cli import store
+from scir_cli.data import dataset
 from scir_cli.errors import ConfigError, EngineError, ModelError
 
 KEY = "sk-very-secret"
@@ -44,9 +44,18 @@ class Endpoint(BaseHTTPRequestHandler):
         elif fault is not None:
             self._say(*fault)
         elif "logprobs" in body:
-            self._say(200, {"choices": [{"text": "?", "logprobs": {"top_logprobs": [self.server.top(body)]}}]})
+            self._say(
+                200,
+                {"choices": [{"text": "?", "logprobs": {"top_logprobs": [self.server.top(body)]}}]},
+            )
         else:
-            self._say(200, {"choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}], **self.server.more})
+            self._say(
+                200,
+                {
+                    "choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}],
+                    **self.server.more,
+                },
+            )
 
     def _say(self, status: int, value: Any) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -72,39 +81,69 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def generate(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Say {w}."}) + "\n" for w in ("cat", "dog")), encoding="utf-8")
-    common = {"model": str(tiny_llama), "input": str(prompts), "n": 2, "max_new_tokens": 6, "backend": "openai", "batch_size": 1}
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"Say {w}."}) + "\n" for w in ("cat", "dog")),
+        encoding="utf-8",
+    )
+    common = {
+        "model": str(tiny_llama),
+        "input": str(prompts),
+        "n": 2,
+        "max_new_tokens": 6,
+        "backend": "openai",
+        "batch_size": 1,
+    }
     url = f"http://127.0.0.1:{endpoint.server_port}/v1"
-    return lambda **values: run("generate", **{**common, "base_url": url, "output_dir": tmp_path / "out", **values})
+    return lambda **values: run(
+        "generate", **{**common, "base_url": url, "output_dir": tmp_path / "out", **values}
+    )
 
 
-def test_token_ids_go_in_and_come_out_with_a_seed_a_row(endpoint: Any, generate: Any, tmp_path: Path):
+def test_token_ids_go_in_and_come_out_with_a_seed_a_row(
+    endpoint: Any, generate: Any, tmp_path: Path
+):
     manifest = generate()
     assert manifest["rows_out"] == 4
     assert manifest["work"]["tokens_read"] == sum(len(body["prompt"]) for body, _ in endpoint.seen)
     assert manifest["work"]["tokens_sampled"] == 4 * 3
-    rows = store.read_dataset(tmp_path / "out").to_pylist()
+    rows = dataset.read_dataset(tmp_path / "out").to_pylist()
     for row, (body, key) in zip(rows, endpoint.seen, strict=True):
         assert row["token_ids"] == [*body["prompt"][-2:], 2]
         assert (body["seed"], row["finish_reason"], key) == (row["seed"], "stop", f"Bearer {KEY}")
-    assert KEY not in (tmp_path / "out" / "plan.json").read_text() + (tmp_path / "out" / "manifest.json").read_text()
+    assert (
+        KEY
+        not in (tmp_path / "out" / "plan.json").read_text()
+        + (tmp_path / "out" / "manifest.json").read_text()
+    )
 
 
-def test_what_an_endpoint_found_in_its_prefix_cache_is_counted_where_it_says_so(endpoint: Any, generate: Any, tmp_path: Path):
+def test_what_an_endpoint_found_in_its_prefix_cache_is_counted_where_it_says_so(
+    endpoint: Any, generate: Any, tmp_path: Path
+):
     for n, (usage, rate) in enumerate(
-        [({"prompt_tokens_details": {"cached_tokens": 3}}, True), ({"prompt_tokens_details": None}, False)]
+        [
+            ({"prompt_tokens_details": {"cached_tokens": 3}}, True),
+            ({"prompt_tokens_details": None}, False),
+        ]
     ):
         endpoint.more = {"usage": usage}
         work = generate(output_dir=tmp_path / str(n))["work"]
-        assert work["prefix_cache_hit_rate"] == (pytest.approx(4 * 3 / work["tokens_read"], abs=1e-4) if rate else None)
+        assert work["prefix_cache_hit_rate"] == (
+            pytest.approx(4 * 3 / work["tokens_read"], abs=1e-4) if rate else None
+        )
 
 
 @pytest.mark.parametrize("fault", [(500, {}), (429, {}), "close", "cut"], ids=str)
-def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(endpoint: Any, generate: Any, tmp_path: Path, fault: Any):
+def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(
+    endpoint: Any, generate: Any, tmp_path: Path, fault: Any
+):
     endpoint.faults += [fault, fault]
     assert generate()["rows_out"] == 4
     assert len(endpoint.seen) == 6
-    assert len({row["candidate_id"] for row in store.read_dataset(tmp_path / "out").to_pylist()}) == 4
+    assert (
+        len({row["candidate_id"] for row in dataset.read_dataset(tmp_path / "out").to_pylist()})
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,14 +154,22 @@ def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(endpoint: 
         ([(200, b"<html>")], "not JSON"),
         ([(200, {"choices": [{"text": "hello"}]})], "no token ids"),
         ([(200, {"nonsense": 1})], "no token ids"),
-        ([(200, {"choices": [{"text": "?", "token_ids": [5, 123456]}]})], "gives the token 123456, which the tokenizer"),
-        ([(400, {"error": "maximum context length is 64 tokens"})], "status 400.*maximum context length is 64"),
+        (
+            [(200, {"choices": [{"text": "?", "token_ids": [5, 123456]}]})],
+            "gives the token 123456, which the tokenizer",
+        ),
+        (
+            [(400, {"error": "maximum context length is 64 tokens"})],
+            "status 400.*maximum context length is 64",
+        ),
         ([(401, {"error": "bad key"})], "refuses the key"),
         ([(404, {"detail": "Not Found"})], "status 404.*--base-url end as it should, in /v1"),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_does_not_pass_is_one_line_without_the_key(endpoint: Any, generate: Any, faults: Any, expected: str):
+def test_what_does_not_pass_is_one_line_without_the_key(
+    endpoint: Any, generate: Any, faults: Any, expected: str
+):
     endpoint.faults += faults
     with pytest.raises(EngineError, match=expected) as caught:
         generate(endpoint_arg=["retries=1"])
@@ -133,15 +180,25 @@ def test_what_does_not_pass_is_one_line_without_the_key(endpoint: Any, generate:
 @pytest.fixture
 def judge(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
     pairs = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in ("cat", "dog", "sun")]
+    rows = [
+        {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."}
+        for w in ("cat", "dog", "sun")
+    ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    common = {"model": str(tiny_llama), "input": str(pairs), "reward_models": ["judge"], "rationale_batch_size": 1}
+    common = {
+        "model": str(tiny_llama),
+        "input": str(pairs),
+        "reward_models": ["judge"],
+        "rationale_batch_size": 1,
+    }
     url = f"http://127.0.0.1:{endpoint.server_port}/v1"
 
     def judged(**values: Any) -> Any:
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        manifest = run("judge", **{**common, "backend": "openai", "base_url": url, "output_dir": out, **values})
-        return manifest, [row["rewards"] for row in store.read_dataset(out).to_pylist()]
+        manifest = run(
+            "judge", **{**common, "backend": "openai", "base_url": url, "output_dir": out, **values}
+        )
+        return manifest, [row["rewards"] for row in dataset.read_dataset(out).to_pylist()]
 
     return judged
 
@@ -160,17 +217,29 @@ def test_verdicts_are_read_by_id_or_by_a_text_that_no_other_token_has(endpoint: 
             assert (reward["forward_log_odds"], reward["log_odds"]) == (2.0, 0.0)
             assert reward["verdict_mass"] == pytest.approx(0.3679 + 0.0498, abs=1e-4)  # e^-1 + e^-3
     prompts = {tuple(body["prompt"]) for body, _ in endpoint.seen}
-    assert len(endpoint.seen) == 2 * len(prompts) == 12, "each order of each pair is asked once for both verdicts"
+    assert len(endpoint.seen) == 2 * len(prompts) == 12, (
+        "each order of each pair is asked once for both verdicts"
+    )
 
 
-def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both_are_counted(endpoint: Any, judge: Any):
-    answers = iter([{"A": -1.0, "B": -3.0}] * 2 + [{"A": -1.0, "B": -3.0}, {"A": -0.1, "no": -4.0}] + [{"A": -1.0, "B": -3.0}] * 2)
+def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both_are_counted(
+    endpoint: Any, judge: Any
+):
+    answers = iter(
+        [{"A": -1.0, "B": -3.0}] * 2
+        + [{"A": -1.0, "B": -3.0}, {"A": -0.1, "no": -4.0}]
+        + [{"A": -1.0, "B": -3.0}] * 2
+    )
     endpoint.top = lambda body: next(answers)
     manifest, rows = judge()
     assert manifest["nulls"]["rewards.judge"] == 1
     assert manifest["summary"]["beyond_top_logprobs"] == {"judge": 1}
     assert [reward["log_odds"] for (reward,) in rows] == [0.0, None, 0.0]
-    assert (rows[1][0]["forward_log_odds"], rows[1][0]["swapped_log_odds"], rows[1][0]["verdict_mass"]) == (2.0, None, None)
+    assert (
+        rows[1][0]["forward_log_odds"],
+        rows[1][0]["swapped_log_odds"],
+        rows[1][0]["verdict_mass"],
+    ) == (2.0, None, None)
     with pytest.raises(EngineError, match="gives no log-probabilities"):
         endpoint.faults += [(200, {"choices": [{"text": "A", "logprobs": None}]})] * 2
         judge(endpoint_arg=["retries=0"])
@@ -189,13 +258,21 @@ def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_a
     newlines = "\n" * 100_000
     prompts = tmp_path / "bad.jsonl"
     bad = ["", " \n ", newlines, f"Say{newlines}cat.", "word " * 2000]
-    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in [*bad, "Say cat."]), encoding="utf-8")
+    prompts.write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in [*bad, "Say cat."]), encoding="utf-8"
+    )
     manifest = generate(input=str(prompts), backend=backend, output_dir=tmp_path / "g")
-    assert (manifest["rows_out"], manifest["drops"]) == (2, {"empty_prompt": 6, "prompt_too_long": 4})  # two samples each
+    assert (manifest["rows_out"], manifest["drops"]) == (
+        2,
+        {"empty_prompt": 6, "prompt_too_long": 4},
+    )  # two samples each
     pairs = tmp_path / "bad-pairs.jsonl"
     chosen = [newlines, f"A{newlines}cat.", "word " * 2000, "A cat."]
     pairs.write_text(
-        "".join(json.dumps({"prompt": "Hi.", "chosen": c, "rejected": "No."}) + "\n" for c in chosen), encoding="utf-8"
+        "".join(
+            json.dumps({"prompt": "Hi.", "chosen": c, "rejected": "No."}) + "\n" for c in chosen
+        ),
+        encoding="utf-8",
     )
     endpoint.top = lambda body: {"A": -1.0, "B": -3.0}
     manifest, rows = judge(input=str(pairs), backend=backend)
@@ -204,7 +281,9 @@ def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_a
 
 def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
     for url, said in ((None, "not given"), ("localhost:8000", "localhost:8000")):
-        with pytest.raises(ConfigError, match=f"--base-url, as http://localhost:8000/v1; it is {said}$"):
+        with pytest.raises(
+            ConfigError, match=f"--base-url, as http://localhost:8000/v1; it is {said}$"
+        ):
             generate(base_url=url)
     endpoint.models += ["n"]
     with pytest.raises(ConfigError, match="serves m, n; choose one with --endpoint-arg model=NAME"):

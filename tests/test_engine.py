@@ -30,14 +30,16 @@ from plain_scorer import (
 from torch import Tensor, nn
 from toy import CHATML, VOCABULARY, make_model
 
-from scir_cli import attention, head, trees
-from scir_cli.head import Finish
-from scir_cli.policy import Policy
-from scir_cli.trees import Branch, continuation, verdict
+from scir_cli.engine import lm_head, tree_attention, trees
+from scir_cli.engine.lm_head import KEEP_BYTES, LogitTransform, logits_of_rows, target_logps
+from scir_cli.engine.policy import Policy
+from scir_cli.engine.trees import Branch, continuation, verdict
 
 TAKES_TREES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "cohere", "granite"]
 CANNOT = ["bloom", "mamba"]
-PEFT_AND_TRANSFORMERS_5_23 = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+PEFT_AND_TRANSFORMERS_5_23 = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +67,9 @@ def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(
     assert packed.takes_trees
     assert capsys.readouterr().err == ""
     forest = trees.build(asked.branches)
-    assert len(forest) < 0.6 * sum(len(b.ids) for b in asked.branches)  # much is shared, so that this tests something
+    assert len(forest) < 0.6 * sum(
+        len(b.ids) for b in asked.branches
+    )  # much is shared, so that this tests something
     got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
     assert got.dtype == torch.float32
     assert_same_logps(got, want)
@@ -89,7 +93,9 @@ def random_tree(seed: int) -> Asked:
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("arch", ["llama", "mistral"])
-def test_random_trees_up_to_four_forks_deep_score_and_differentiate_like_one_sequence_at_a_time(seed: int, arch: str, folders: Any):
+def test_random_trees_up_to_four_forks_deep_score_and_differentiate_like_one_sequence_at_a_time(
+    seed: int, arch: str, folders: Any
+):
     packed, plain, asked = load_fp32(folders(arch)), plain_model(folders(arch)), random_tree(seed)
     got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
     assert_same_logps(got, want)
@@ -102,7 +108,9 @@ def test_what_a_small_probe_cannot_see_is_right_all_the_same(arch: str, folders:
     folder, asked = folders(arch), questions()
     loaded = load_fp32(folder)
     with torch.no_grad():
-        assert_same_logps(loaded.branch_logps(asked.branches), plain_logps(plain_model(folder), asked))
+        assert_same_logps(
+            loaded.branch_logps(asked.branches), plain_logps(plain_model(folder), asked)
+        )
 
 
 @pytest.mark.parametrize("arch", CANNOT)
@@ -131,18 +139,24 @@ def attention_that_ignores_the_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator
         scaling: float | None = None,
         **_: Any,
     ):
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        out = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        key, value = (
+            x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)
+        )
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling
+        )
         return out.transpose(1, 2), None
 
     with monkeypatch.context() as patched:
-        patched.setattr(attention, "tree_attention", flat)
+        patched.setattr(tree_attention, "tree_attention", flat)
         yield
-    attention.register()  # the registry is the process's: put the right one back
+    tree_attention.register()  # the registry is the process's: put the right one back
 
 
 @pytest.mark.usefixtures("attention_that_ignores_the_tree")
-def test_a_model_that_ignores_the_mask_is_found_out_when_it_is_loaded(tiny_llama: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_model_that_ignores_the_mask_is_found_out_when_it_is_loaded(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+):
     found_out, asked = load_fp32(tiny_llama), questions()
     assert not found_out.takes_trees
     assert capsys.readouterr().err.splitlines() == [
@@ -155,19 +169,34 @@ def test_a_model_that_ignores_the_mask_is_found_out_when_it_is_loaded(tiny_llama
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8])
-def test_a_window_smaller_than_a_segment_and_one_that_spans_several_are_right(window: int, tmp_path: Path):
+def test_a_window_smaller_than_a_segment_and_one_that_spans_several_are_right(
+    window: int, tmp_path: Path
+):
     folder, asked = make_model(tmp_path / "model", "mistral", sliding_window=window), questions()
-    assert_same_logps(load_fp32(folder).branch_logps(asked.branches).detach(), plain_logps(plain_model(folder), asked).detach())
+    assert_same_logps(
+        load_fp32(folder).branch_logps(asked.branches).detach(),
+        plain_logps(plain_model(folder), asked).detach(),
+    )
 
 
 def test_the_masks_of_a_plan_are_the_visible_keys_of_each_segment():
     forest = trees.build(questions().branches)
     for window in (None, 3, 16):
         mask = trees.visible(forest, window)
-        for segment, own in zip(forest.segments, attention.Plan.of(forest, torch.device("cpu")).mask(window), strict=True):
-            keys = [k for s in (*(forest.segments[a] for a in segment.ancestors), segment) for k in range(s.start, s.end)]
+        for segment, own in zip(
+            forest.segments,
+            tree_attention.TreeLayout.of(forest, torch.device("cpu")).mask(window),
+            strict=True,
+        ):
+            keys = [
+                k
+                for s in (*(forest.segments[a] for a in segment.ancestors), segment)
+                for k in range(s.start, s.end)
+            ]
             causal = torch.ones(len(keys), len(keys), dtype=torch.bool).tril()  # what None says
-            assert (causal if own is None else own).tolist() == mask[segment.start : segment.end][:, keys].tolist()
+            assert (causal if own is None else own).tolist() == mask[segment.start : segment.end][
+                :, keys
+            ].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------------ gradients of shared targets
@@ -180,7 +209,8 @@ def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient
     """Two targets with one hidden state and one token: their gradients add up, each counted once."""
     packed, plain = load_fp32(tiny_llama), plain_model(tiny_llama)
     asked = Asked(
-        [continuation([5, 6, 7], [20, 21]), continuation([5, 6, 7], [20, 22])], [([5, 6, 7], [20, 21]), ([5, 6, 7], [20, 22])]
+        [continuation([5, 6, 7], [20, 21]), continuation([5, 6, 7], [20, 22])],
+        [([5, 6, 7], [20, 21]), ([5, 6, 7], [20, 22])],
     )
     both = [
         dict(
@@ -190,7 +220,10 @@ def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient
                 strict=True,
             )
         )
-        for m, logps in ((packed.model, packed.branch_logps(asked.branches)), (plain, plain_logps(plain, asked)))
+        for m, logps in (
+            (packed.model, packed.branch_logps(asked.branches)),
+            (plain, plain_logps(plain, asked)),
+        )
     ]
     assert_same_gradients(*both)
 
@@ -199,7 +232,11 @@ def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient
 
 
 def test_in_bf16_trees_are_as_near_to_fp32_as_the_model_itself(tiny_llama: Path):
-    exact, half, packed = plain_model(tiny_llama), plain_model(tiny_llama, torch.bfloat16), load_fp32(tiny_llama, dtype="bf16")
+    exact, half, packed = (
+        plain_model(tiny_llama),
+        plain_model(tiny_llama, torch.bfloat16),
+        load_fp32(tiny_llama, dtype="bf16"),
+    )
     assert packed.takes_trees
     ours, own = [], []  # errors a token, nats
     with torch.no_grad():
@@ -211,7 +248,9 @@ def test_in_bf16_trees_are_as_near_to_fp32_as_the_model_itself(tiny_llama: Path)
             ours.append((got - want) / n_tokens)
             own.append((plain_logps(half, asked) - want) / n_tokens)
     rms, own_rms = (torch.cat(errors).square().mean().sqrt().item() for errors in (ours, own))
-    assert rms < 1.5 * own_rms  # 64 branches: chance alone moves such a ratio by about 1 / sqrt(2 * 64), a tenth
+    assert (
+        rms < 1.5 * own_rms
+    )  # 64 branches: chance alone moves such a ratio by about 1 / sqrt(2 * 64), a tenth
     assert own_rms < 0.05  # and neither is noise: answers differ by whole nats a token
 
 
@@ -229,20 +268,25 @@ def test_verdict_margins_below_the_resolution_of_bf16_survive():
     hidden = torch.tensor([[8.0, 1.0]], dtype=torch.bfloat16)
     assert len(set(lm_head(hidden)[0, :2].tolist())) == 1  # 10 and 10 + 1/64 are one number in bf16
     forest = trees.build([verdict([5], 0), verdict([5], 1)])
-    a, b = head.target_logps(hidden, lm_head, Finish(), forest).tolist()
+    a, b = target_logps(hidden, lm_head, LogitTransform(), forest).tolist()
     assert b - a == pytest.approx(1 / 64, abs=1e-6)
 
 
 def test_the_head_on_two_hidden_states_by_hand():
     lm_head = nn.Linear(1, 3)
-    lm_head.weight.data, lm_head.bias.data = torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([0.0, 0.0, math.log(2)])
+    lm_head.weight.data, lm_head.bias.data = (
+        torch.tensor([[1.0], [2.0], [0.0]]),
+        torch.tensor([0.0, 0.0, math.log(2)]),
+    )
     forest = trees.build([Branch((7, 8), (0, 1), (1, 2))])
     # hidden 0: logits 0, 0, ln 2 -> 1/4, 1/4, 1/2; hidden ln 2: logits ln 2, ln 4, ln 2 -> 1/4, 1/2, 1/4
-    logps = head.target_logps(torch.tensor([[0.0], [math.log(2)]]), lm_head, Finish(), forest)
+    logps = target_logps(torch.tensor([[0.0], [math.log(2)]]), lm_head, LogitTransform(), forest)
     assert logps.tolist() == pytest.approx([math.log(1 / 4), math.log(1 / 4)])
 
 
-@pytest.mark.parametrize("arch", ["llama", "phi", "gemma2", "cohere"])  # plain; with a bias; capped; scaled
+@pytest.mark.parametrize(
+    "arch", ["llama", "phi", "gemma2", "cohere"]
+)  # plain; with a bias; capped; scaled
 def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_gradients(
     arch: str, folders: Any, monkeypatch: pytest.MonkeyPatch
 ):
@@ -250,11 +294,15 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
     whole = packed.branch_logps(asked.branches)
     whole_gradients = gradients(packed.model, whole)
     sizes: list[int] = []
-    original = head.logits_of_rows
-    monkeypatch.setattr(head, "logits_of_rows", lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1])
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 1)  # 16 rows a chunk, the least there is
-    for keep in (0, head.KEEP_BYTES):
-        monkeypatch.setattr(head, "KEEP_BYTES", keep)
+    original = logits_of_rows
+    monkeypatch.setattr(
+        lm_head,
+        "logits_of_rows",
+        lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1],
+    )
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", 1)  # 16 rows a chunk, the least there is
+    for keep in (0, KEEP_BYTES):
+        monkeypatch.setattr(lm_head, "KEEP_BYTES", keep)
         sizes.clear()
         chunked = packed.branch_logps(asked.branches)
         n_forward = len(sizes)
@@ -262,7 +310,9 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
         assert max(sizes) == 16
         assert torch.allclose(chunked, whole, rtol=1e-6, atol=0)
         assert_same_gradients(gradients(packed.model, chunked), whole_gradients)
-        assert len(sizes) == (n_forward if keep and arch != "gemma2" else 2 * n_forward)  # kept, or once more in backward
+        assert len(sizes) == (
+            n_forward if keep and arch != "gemma2" else 2 * n_forward
+        )  # kept, or once more in backward
     with torch.no_grad():
         assert torch.allclose(packed.branch_logps(asked.branches), whole, rtol=1e-6, atol=0)
 
@@ -273,8 +323,10 @@ def test_a_log_probability_is_never_above_zero(dtype: torch.dtype):
     lm_head = a_head(50, 16, dtype)
     lm_head.weight.data[3] *= 400
     hidden = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    forest = trees.build([Branch(tuple(range(200)), tuple(range(200)), (token,) * 200) for token in (3, 4)])
-    logps = head.target_logps(hidden, lm_head, Finish(), forest)
+    forest = trees.build(
+        [Branch(tuple(range(200)), tuple(range(200)), (token,) * 200) for token in (3, 4)]
+    )
+    logps = target_logps(hidden, lm_head, LogitTransform(), forest)
     assert logps.shape == (400,)
     assert logps.max() <= 0
     assert logps[:200].max() > -1e-6  # sure of token 3 somewhere
@@ -287,12 +339,17 @@ def test_no_branches_give_no_logps(tiny_policy: Policy):
 def test_a_branch_without_targets_scores_nothing_beside_one_that_does(tiny_policy: Policy):
     scored = continuation([5, 6, 7], [20, 21])
     with torch.no_grad():
-        alone, beside = tiny_policy.branch_logps([scored]), tiny_policy.branch_logps([Branch((5, 9), (), ()), scored])
+        alone, beside = (
+            tiny_policy.branch_logps([scored]),
+            tiny_policy.branch_logps([Branch((5, 9), (), ()), scored]),
+        )
     assert beside[0] == 0
     assert beside[1].item() == pytest.approx(alone[0].item(), rel=1e-5)
 
 
-def test_an_empty_response_beside_others_scores_zero_and_leaves_them_as_they_are(tiny_policy: Policy):
+def test_an_empty_response_beside_others_scores_zero_and_leaves_them_as_they_are(
+    tiny_policy: Policy,
+):
     scored = continuation([5, 6, 7], [20, 21])
     with torch.no_grad():
         alone = tiny_policy.branch_logps([scored])
@@ -304,7 +361,9 @@ def test_an_empty_response_beside_others_scores_zero_and_leaves_them_as_they_are
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
-def test_score_gives_the_same_numbers_for_any_number_of_tokens_a_pack(max_tokens: int, tiny_policy: Policy, tiny_llama: Path):
+def test_score_gives_the_same_numbers_for_any_number_of_tokens_a_pack(
+    max_tokens: int, tiny_policy: Policy, tiny_llama: Path
+):
     asked = questions()
     bounds = [0, 2, 2, 3, 7, len(asked.branches)]  # groups of different sizes, one of them empty
     groups = [asked.branches[low:high] for low, high in itertools.pairwise(bounds)]
@@ -318,13 +377,20 @@ def test_score_of_no_groups_is_nothing(tiny_policy: Policy):
     assert list(tiny_policy.score([], 100)) == []
 
 
-def test_within_its_own_attention_the_model_answers_whole_sequences_and_scores_trees_afterwards(tiny_llama: Path):
+def test_within_its_own_attention_the_model_answers_whole_sequences_and_scores_trees_afterwards(
+    tiny_llama: Path,
+):
     loaded, plain, asked = load_fp32(tiny_llama), plain_model(tiny_llama), questions()
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         before = loaded.branch_logps(asked.branches)
         with pytest.raises(ValueError, match="stop"), loaded.own_attention():
-            assert torch.allclose(loaded.model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+            assert torch.allclose(
+                loaded.model(input_ids=ids).logits,
+                plain(input_ids=ids).logits,
+                rtol=1e-4,
+                atol=1e-4,
+            )
             raise ValueError("stop")  # an error on the way out changes nothing
         assert torch.equal(loaded.branch_logps(asked.branches), before)
 
@@ -360,7 +426,9 @@ def test_dropout_is_off_in_train_mode_too(arch: str, folders: Any):
 
 def adapted(model: Any, target_modules: str = "all-linear") -> Any:
     """The model with LoRA adapters that are not zero, the same for the same model."""
-    adapters = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, task_type="CAUSAL_LM"))
+    adapters = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, task_type="CAUSAL_LM")
+    )
     random = torch.Generator().manual_seed(5)
     for name, parameter in adapters.named_parameters():
         if "lora_" in name:
@@ -393,7 +461,10 @@ def test_with_lora_adapters_trees_equal_plain_and_without_them_the_base(arch: st
 @PEFT_AND_TRANSFORMERS_5_23
 def test_adapters_on_the_head_count_as_well(tiny_llama: Path):
     asked = questions()
-    packed, plain = with_adapters(load_fp32(tiny_llama), ".*lm_head"), adapted(plain_model(tiny_llama), ".*lm_head")
+    packed, plain = (
+        with_adapters(load_fp32(tiny_llama), ".*lm_head"),
+        adapted(plain_model(tiny_llama), ".*lm_head"),
+    )
     got, want = packed.branch_logps(asked.branches), plain_logps(plain, asked)
     assert_same_logps(got, want)
     assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
@@ -402,13 +473,17 @@ def test_adapters_on_the_head_count_as_well(tiny_llama: Path):
 # ------------------------------------------------------------------------------------------------------------------ the weights key
 
 
-def test_the_weights_key_does_not_depend_on_the_folders_name(tiny_llama: Path, tiny_policy: Policy, tmp_path: Path):
+def test_the_weights_key_does_not_depend_on_the_folders_name(
+    tiny_llama: Path, tiny_policy: Policy, tmp_path: Path
+):
     shutil.copytree(tiny_llama, tmp_path / "another name")
     assert load_fp32(tmp_path / "another name").key == tiny_policy.key
     assert len(tiny_policy.key) == 16
 
 
-def test_the_weights_key_changes_with_weights_precision_and_template(tiny_llama: Path, tiny_policy: Policy, tmp_path: Path):
+def test_the_weights_key_changes_with_weights_precision_and_template(
+    tiny_llama: Path, tiny_policy: Policy, tmp_path: Path
+):
     template = tmp_path / "template.jinja"
     template.write_text(CHATML.replace("assistant", "helper"))
     keys = {

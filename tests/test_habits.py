@@ -21,8 +21,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = set(PROJECT["optional-dependencies"])
 #: The public methods of named tuples.
 NAMED_TUPLE = {"_replace", "_asdict", "_fields", "_make"}
-#: Steps of the train stage which have no public name yet. The list may only become shorter.
-TRAIN = {"train._check_zero", "train._examples", "train._remember", "train._rows", "train._run"}
 
 
 def tree(path: Path) -> ast.Module:
@@ -52,10 +50,18 @@ def private_names(module: ast.Module) -> Iterator[str]:
             if owner not in ("self", "cls"):
                 yield f"{owner}.{node.attr}"
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name))
+            yield from (
+                f"{node.module}.{alias.name}" for alias in node.names if is_private(alias.name)
+            )
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr")):
-            strings = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
-            yield from (f"{ast.unparse(node.args[0])}.{name}" for name in strings if isinstance(name, str) and is_private(name))
+            strings = [
+                argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)
+            ]
+            yield from (
+                f"{ast.unparse(node.args[0])}.{name}"
+                for name in strings
+                if isinstance(name, str) and is_private(name)
+            )
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
@@ -63,7 +69,7 @@ def test_no_test_file_imports_a_test_file_or_reaches_a_private_name(path: Path):
     module = tree(path)
     test_files = {other.stem for other in TESTS if other.stem.startswith("test_")} | {"conftest"}
     assert imported_modules(module) & test_files == set()
-    assert set(private_names(module)) - TRAIN == set()
+    assert set(private_names(module)) == set()
 
 
 def test_a_test_file_loads_no_class_of_another_test_file_by_name():
@@ -81,7 +87,12 @@ monkeypatch.setattr(store, "_c", 1)
 self._d, row._replace(x=1), store.__name__, store.e
 getattr(store, "_f")
 """
-    assert set(private_names(ast.parse(source))) == {"scir_cli.store._a", "store._b", "store._c", "store._f"}
+    assert set(private_names(ast.parse(source))) == {
+        "scir_cli.store._a",
+        "store._b",
+        "store._c",
+        "store._f",
+    }
 
 
 def test_each_private_step_of_train_that_is_excused_is_still_used():
@@ -96,15 +107,29 @@ def texts() -> dict[str, str]:
     """The text of every file that users or developers read or run, by name; CHANGELOG and log keep what was."""
     folders = ("scir_cli", "benchmarks", "docs", "recipes", "tests", ".ci", ".github")
     suffixes = {".py", ".md", ".yaml", ".yml", ".sh", ".html", ".toml", ".txt", ".cff", ""}
-    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in suffixes]
-    files += [path for path in ROOT.iterdir() if path.suffix in suffixes and path.name != "CHANGELOG.md"]
-    names = {str(path.relative_to(ROOT)): path for path in files if path.is_file() and path.name not in ("log.md", ".git")}
+    files = [
+        path
+        for folder in folders
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in suffixes
+    ]
+    files += [
+        path for path in ROOT.iterdir() if path.suffix in suffixes and path.name != "CHANGELOG.md"
+    ]
+    names = {
+        str(path.relative_to(ROOT)): path
+        for path in files
+        if path.is_file() and path.name not in ("log.md", ".git")
+    }
     return {name: path.read_text(encoding="utf-8") for name, path in names.items()}
 
 
 def hinted_extras(text: str) -> set[str]:
     """Extras in `pip install -e '.[a,b]'`, `scir-cli[a]` and `install_hint("a")`."""
-    groups = re.findall(r"""['"]\.\[([\w,-]+)\]['"]|scir-cli\\?\[([\w,-]+)\\?\]|install_hint\(["'](\w+)["']\)""", text)
+    groups = re.findall(
+        r"""['"]\.\[([\w,-]+)\]['"]|scir-cli\\?\[([\w,-]+)\\?\]|install_hint\(["'](\w+)["']\)""",
+        text,
+    )
     return {extra for group in groups for extra in "".join(group).split(",")}
 
 
@@ -115,11 +140,25 @@ def test_a_hint_names_the_distribution_and_its_extra():
 
 
 def test_every_hint_names_an_extra_that_exists_and_none_the_project_called_scir():
-    found = {name: hinted_extras(text) for name, text in texts().items() if name != "tests/test_habits.py"}
+    found = {
+        name: hinted_extras(text)
+        for name, text in texts().items()
+        if name != "tests/test_habits.py"
+    }
     assert {name: extras - EXTRAS for name, extras in found.items() if extras - EXTRAS} == {}
     assert found["README.md"] and found["docs/scaling.md"] and found["Makefile"]
     code = set().union(*(extras for name, extras in found.items() if name.startswith("scir_cli/")))
-    assert code == {"deepspeed", "eval", "lora", "qlora", "quickstart", "ray", "remote", "report", "vllm"}
+    assert code == {
+        "deepspeed",
+        "eval",
+        "lora",
+        "qlora",
+        "quickstart",
+        "ray",
+        "remote",
+        "report",
+        "vllm",
+    }
     wrong = re.compile(r"(?<![\w/-])scir\\?\[[a-z]|pip install ['\"]?scir(?![\w-])")
     assert [name for name, text in texts().items() if wrong.search(text)] == []
 
@@ -134,9 +173,13 @@ def test_the_distribution_is_scir_cli_and_its_command_is_scir():
 
 def test_the_version_is_written_in_one_place():
     assert PROJECT["dynamic"] == ["version"] and "version" not in PROJECT
-    numbers = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    numbers = re.findall(
+        r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert numbers == [scir_cli.__version__]
-    done = subprocess.run([sys.executable, "-m", "scir_cli", "--version"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "scir_cli", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout == f"scir {scir_cli.__version__}\n"
 
 
@@ -145,7 +188,9 @@ def test_pre_commit_runs_the_ruff_that_constraints_pin_and_nothing_from_elsewher
 
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
-    (pinned,) = re.findall(r"^ruff==.*$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    (pinned,) = re.findall(
+        r"^ruff==.*$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert all(hook["additional_dependencies"] == [pinned] for hook in hooks["repos"][0]["hooks"])
 
 
@@ -156,4 +201,6 @@ def test_make_help_names_every_target_that_a_person_calls():
     documented = set(re.findall(r"^([\w-]+):.*?## ", rules, re.MULTILINE))
     assert documented == set(phony[1].split())
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert all(f"make {target}" in contributing for target in ("check", "test-fast", "test", "test-vllm"))
+    assert all(
+        f"make {target}" in contributing for target in ("check", "test-fast", "test", "test-vllm")
+    )

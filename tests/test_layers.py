@@ -1,4 +1,9 @@
-"""The house is laid out as docs/architecture.md says: a module imports from its own or lower layers, and importing one does nothing."""
+"""The package is laid out as docs/architecture.md says: imports point down the folders.
+
+A room is a top-level module (`config`) or a folder (`engine/`) of the package. Each room has a
+layer of its own in the table of the document, and a module imports only from its own room or from
+rooms on lower layers. Importing a module does nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +13,110 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import scir_cli
 
 PACKAGE = Path(scir_cli.__file__).parent
-DOC = Path(__file__).parent.parent / "docs" / "architecture.md"
-MODULES = sorted(".".join(p.relative_to(PACKAGE).with_suffix("").parts) for p in PACKAGE.rglob("*.py"))
-TOP = {"__init__", "__main__"}
+DOCUMENT = Path(__file__).parent.parent / "docs" / "architecture.md"
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+ENTRY_POINTS = {"__init__", "__main__"}
+MOST_ROOMS = 17
 
 
 def layers() -> dict[str, int]:
-    """Module, or folder with a slash, -> layer, from the table in the document."""
-    rows = re.findall(r"^\| (\d) \| ((?:`[\w/]+` ?)+)\|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
+    """Room -> layer, from the table in the document."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ((?:`[\w/]+` ?)+)\|", text, re.MULTILINE)
     return {name: int(layer) for layer, names in rows for name in re.findall(r"`([\w/]+)`", names)}
 
 
-def room(module: str) -> str:
-    return module.split(".")[0] + "/" if "." in module else module
+def room_of(module: str) -> str:
+    """`engine/` for `engine.trees` and `engine.__init__`, `config` for `config`."""
+    folder, dot, _ = module.partition(".")
+    return folder + "/" if dot else module
 
 
-def imported(module: str) -> set[str]:
-    """Modules of the package that a module imports, anywhere in it."""
-    tree = ast.parse((PACKAGE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
-    found: set[str] = set()
+def imported_modules(module: str) -> set[str]:
+    """Modules of the package that a module imports anywhere in its text, functions included."""
+    tree = ast.parse(PATHS[module].read_text(encoding="utf-8"))
+    names: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "scir_cli":
-            inside = [*(node.module or "").split(".")[1:]]
-            found |= {".".join([*inside, alias.name]) for alias in node.names} | {".".join(inside)}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("scir_cli.") for alias in node.names if alias.name.startswith("scir_cli.")}
-    folders = {m.removesuffix(".__init__") for m in MODULES if m.endswith(".__init__")}
-    return {m for m in found if m in MODULES or m in folders}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    inside = {name.removeprefix("scir_cli.") for name in names if name.startswith("scir_cli.")}
+    packages = {f"{name}.__init__" for name in inside}
+    return (inside | packages) & set(PATHS)
 
 
-def test_every_module_has_a_layer_and_imports_from_its_own_or_lower_ones():
+def imports_between_rooms() -> set[tuple[str, str]]:
+    """(module, imported module) for each import that leaves its room."""
+    return {
+        (module, other)
+        for module in PATHS
+        if module not in ENTRY_POINTS
+        for other in imported_modules(module) - ENTRY_POINTS
+        if room_of(module) != room_of(other)
+    }
+
+
+def cycle_among(modules: set[str]) -> list[str]:
+    """The modules of an import cycle; [] if there is none.
+
+    Modules that import nothing of the rest are removed until only cycles are left.
+    """
+    left = set(modules)
+    while leaves := {m for m in left if not (imported_modules(m) & left) - {m}}:
+        left -= leaves
+    return sorted(left)
+
+
+def test_the_table_of_layers_lists_each_room_once_on_a_layer_of_its_own():
     known = layers()
-    assert {room(m) for m in MODULES} - TOP == set(known), "the table of layers and the package differ"
-    assert len(known) > 20
-    wrong = [
-        f"{module} (layer {known[room(module)]}) imports {other} (layer {known[target]})"
-        for module in MODULES
-        if module not in TOP
-        for other in imported(module)
-        if (target := room(other) if room(other) in known else other + "/") and known[target] > known[room(module)]
-    ]
-    assert wrong == []
+    assert {room_of(module) for module in PATHS} - ENTRY_POINTS == set(known)
+    assert len(set(known.values())) == len(known)
+    assert len(known) <= MOST_ROOMS
 
 
-def test_every_module_is_imported_with_the_core_dependencies_alone_and_says_nothing():
-    names = ["scir_cli." + m.removesuffix(".__init__") for m in MODULES if m not in TOP]
-    extras = [
-        "peft",
-        "gguf",
-        "sklearn",
-        "scipy",
-        "vllm",
-        "ray",
-        "upath",
-        "trl",
-        "hypothesis",
-        "tensorboard",
-        "wandb",
-        "trackio",
-        "mlflow",
-        "matplotlib",
+def test_every_import_points_to_a_lower_layer():
+    known = layers()
+    upward = [
+        f"{module} imports {other}"
+        for module, other in sorted(imports_between_rooms())
+        if known[room_of(other)] >= known[room_of(module)]
     ]
-    code = (
-        f"import sys, importlib\nfor name in {extras}: sys.modules[name] = None\nfor name in {names}: importlib.import_module(name)"
+    assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert cycle_among(set(PATHS) - ENTRY_POINTS) == []
+
+
+def test_the_tree_in_the_document_names_every_module():
+    tree = re.search(r"```text\nscir_cli/\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    assert tree is not None
+    words = set(re.findall(r"[\w/]+\.py", tree[1]))
+    files = {path.name for path in PATHS.values()} - {"__init__.py", "__main__.py"}
+    assert files - words == set()
+    assert words - files == set()
+
+
+@pytest.mark.slow
+def test_every_module_imports_with_the_core_dependencies_alone_and_prints_nothing():
+    modules = [f"scir_cli.{m.removesuffix('.__init__')}" for m in PATHS if m not in ENTRY_POINTS]
+    extras = ["peft", "gguf", "sklearn", "scipy", "vllm", "ray", "upath", "trl", "hypothesis"]
+    extras += ["tensorboard", "wandb", "trackio", "mlflow", "matplotlib", "bitsandbytes"]
+    code = "\n".join(
+        [
+            "import importlib, sys",
+            f"sys.modules.update(dict.fromkeys({extras}))",
+            f"for name in {modules}: importlib.import_module(name)",
+        ]
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from toy import make_model
 
-from scir_cli.stages.live import LINE_SECONDS, View, sparkline, watching
+from scir_cli.report.training_view import LINE_SECONDS, View, sparkline, watching
 
 FIGURES = {
     "loss": 1.25, "scir/preference_loss": 0.69, "scir/inconsistency": 0.5, "scir/entropy": 0.1, "scir/mask_rate": 0.75, "scir/agreement": 0.8,
@@ -42,10 +42,19 @@ def test_the_view_is_whole_at_80_columns():
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
     assert "…" not in text
-    for said in ("30/200", "inconsistency", "|log-odds| judge_forward", "validation accuracy judge", "75.0%", "▁▁▂▃▄▅▆▇██"):
+    for said in (
+        "30/200",
+        "inconsistency",
+        "|log-odds| judge_forward",
+        "validation accuracy judge",
+        "75.0%",
+        "▁▁▂▃▄▅▆▇██",
+    ):
         assert said in text
     assert "1,234 tokens/s" in text
-    assert "5 min 40 s left" in text  # 170 steps left of 2 s; the steps of the run before do not count
+    assert (
+        "5 min 40 s left" in text
+    )  # 170 steps left of 2 s; the steps of the run before do not count
 
 
 def test_a_pipe_gets_a_line_every_half_minute_and_no_control_characters():
@@ -55,7 +64,10 @@ def test_a_pipe_gets_a_line_every_half_minute_and_no_control_characters():
         for step in range(1, 8):
             clock.now += LINE_SECONDS / 3
             see(step, FIGURES)
-    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == ["train scir: step 3/100", "train scir: step 6/100"]
+    assert [line.split(",")[0] for line in out.getvalue().splitlines()] == [
+        "train scir: step 3/100",
+        "train scir: step 6/100",
+    ]
     assert "loss 1.25, pairs kept by mask 75.0%, agreement 80.0%, 1,234 tokens/s" in out.getvalue()
     assert "\x1b" not in out.getvalue()
 
@@ -67,13 +79,40 @@ def test_a_sparkline_spans_its_values_and_is_flat_where_they_are_equal():
 
 def test_training_on_a_terminal_draws_and_leaves_one_line(tmp_path: Path):
     make_model(tmp_path / "policy")
-    rows = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in ("cat", "dog", "sun")]
-    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    command = [sys.executable, "-m", "scir_cli", "train", "-m", str(tmp_path / "policy"), "-i", str(tmp_path / "gold.jsonl")]
-    command += ["--objective", "dpo", "-o", str(tmp_path / "m"), "--batch-size", "1", "--device", "cpu", "--dtype", "fp32"]
+    rows = [
+        {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."}
+        for w in ("cat", "dog", "sun")
+    ]
+    (tmp_path / "gold.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "scir_cli",
+        "train",
+        "-m",
+        str(tmp_path / "policy"),
+        "-i",
+        str(tmp_path / "gold.jsonl"),
+    ]
+    command += [
+        "--objective",
+        "dpo",
+        "-o",
+        str(tmp_path / "m"),
+        "--batch-size",
+        "1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "fp32",
+    ]
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as process:
         os.close(theirs)
         shown = b""
         try:

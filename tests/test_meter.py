@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from helpers import run
 
-from scir_cli import store
-from scir_cli.meter import Meter
-from scir_cli.stages.progress import progress
+from scir_cli.data import dataset
+from scir_cli.engine.throughput import Meter
+from scir_cli.report.progress import progress
 
 
 def test_rates_are_of_the_time_at_work_of_all_processes_and_hits_of_what_was_looked_up():
@@ -19,10 +19,18 @@ def test_rates_are_of_the_time_at_work_of_all_processes_and_hits_of_what_was_loo
     meter.count(read=100)  # by the engine, which looks nothing up
     meter.count(read=300, sampled=20, cached=150)
     meter.add(Meter(read=400, sampled=60, looked_up=100, cached=50, seconds=8.0))
-    assert meter.rates == (200.0, 20.0, 0.5)  # 800 and 80 tokens in 8 s of two processes at once; 200 of 400
+    assert meter.rates == (
+        200.0,
+        20.0,
+        0.5,
+    )  # 800 and 80 tokens in 8 s of two processes at once; 200 of 400
     assert meter.line() == "in 200/s out 20/s cached 50%"
     assert meter.take() == Meter(800, 80, 400, 200, 8.0)
-    assert (meter.rates, meter.line(), meter.figures()["tokens_read"]) == ((None, None, None), "", 0)
+    assert (meter.rates, meter.line(), meter.figures()["tokens_read"]) == (
+        (None, None, None),
+        "",
+        0,
+    )
 
 
 def test_time_counts_while_a_model_works_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch):
@@ -36,7 +44,9 @@ def test_time_counts_while_a_model_works_and_at_no_other_time(monkeypatch: pytes
     assert meter.seconds == 3.0
 
 
-def test_a_terminal_is_told_and_a_pipe_is_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_a_terminal_is_told_and_a_pipe_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     meter = Meter(read=200, sampled=10, looked_up=200, cached=50, seconds=1.0)
     for told in (False, True):
         if told:
@@ -53,13 +63,19 @@ def test_a_terminal_is_told_and_a_pipe_is_not(monkeypatch: pytest.MonkeyPatch, c
 
 def test_the_manifest_says_what_was_computed(tiny_llama: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(f'{{"prompt": "Tell me of {w}."}}\n' for w in ("cats", "dogs")), encoding="utf-8")
+    prompts.write_text(
+        "".join(f'{{"prompt": "Tell me of {w}."}}\n' for w in ("cats", "dogs")), encoding="utf-8"
+    )
     common: dict[str, Any] = {"model": str(tiny_llama)}
-    work = run("generate", **common, input=str(prompts), n=3, max_new_tokens=5, output_dir=tmp_path / "c")["work"]
-    rows = store.read_dataset(tmp_path / "c").to_pylist()
+    work = run(
+        "generate", **common, input=str(prompts), n=3, max_new_tokens=5, output_dir=tmp_path / "c"
+    )["work"]
+    rows = dataset.read_dataset(tmp_path / "c").to_pylist()
     assert work["tokens_sampled"] == sum(len(row["token_ids"]) for row in rows)
     assert work["tokens_read"] > 0 and work["tokens_read"] % 3 == 0, "each sample reads its prompt"
-    assert work["tokens_read_per_second"] == pytest.approx(work["tokens_read"] / work["seconds"], rel=0.1)
+    assert work["tokens_read_per_second"] == pytest.approx(
+        work["tokens_read"] / work["seconds"], rel=0.1
+    )
     assert work["prefix_cache_hit_rate"] is None
     read = [
         run(
@@ -75,4 +91,4 @@ def test_the_manifest_says_what_was_computed(tiny_llama: Path, tmp_path: Path):
     assert read[1]["work"]["tokens_read"] < read[0]["work"]["tokens_read"], (
         "what pairs share is read once where they lie in one pack"
     )
-    assert store.read_dataset(tmp_path / "j1").num_rows > 2
+    assert dataset.read_dataset(tmp_path / "j1").num_rows > 2

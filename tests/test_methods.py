@@ -13,19 +13,29 @@ import torch
 from helpers import run, train
 from torch import Tensor
 
-from scir_cli import config, objectives, store
-from scir_cli.chat import Chat
+from scir_cli import config
+from scir_cli.data import dataset, files
+from scir_cli.engine.chat import Chat
+from scir_cli.engine.policy import Policy
 from scir_cli.errors import ConfigError, DataError
-from scir_cli.objectives import Collapse, Example
-from scir_cli.policy import Policy
-from scir_cli.reward_models import Pair
+from scir_cli.rewards.pairs import Pair
+from scir_cli.settings import TrainSettings
+from scir_cli.training import objectives
+from scir_cli.training.objectives import CollapseWarning, Example
 
 LN4 = math.log(4)
 
 
-def settings(**values: Any) -> config.TrainSettings:
-    base = {"model": "m", "input": "i", "output_dir": "o", "reward_reference": "r", "implicit_scale": 5.0, "penalty_weight": 1.0}
-    return config.build(config.TrainSettings, base, values, where="test")
+def settings(**values: Any) -> TrainSettings:
+    base = {
+        "model": "m",
+        "input": "i",
+        "output_dir": "o",
+        "reward_reference": "r",
+        "implicit_scale": 5.0,
+        "penalty_weight": 1.0,
+    }
+    return config.build(TrainSettings, base, values, where="test")
 
 
 def example(label: int = 0, label_probability: float = 1.0) -> Example:
@@ -52,7 +62,12 @@ def logps(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, requires_grad=True)
 
 
-SURE = [math.log(0.8), math.log(0.2), math.log(0.2), math.log(0.8)]  # the judge: ln 4 for the first, in both orders
+SURE = [
+    math.log(0.8),
+    math.log(0.2),
+    math.log(0.2),
+    math.log(0.8),
+]  # the judge: ln 4 for the first, in both orders
 
 
 @pytest.mark.parametrize(
@@ -82,10 +97,14 @@ def test_each_preference_loss_reads_the_rewards_it_is_defined_on(
 def test_a_label_that_is_less_than_sure_is_hedged(tiny_policy: Policy):
     dpo = objective(tiny_policy.chat, objective="dpo", beta=0.1)
     loss, _ = dpo.loss(logps([1.0, -2.0]), [example(1, label_probability=0.75)])
-    assert float(loss.detach()) == pytest.approx(0.75 * math.log(1 + math.exp(-0.2)) + 0.25 * math.log(1 + math.exp(0.2)), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(
+        0.75 * math.log(1 + math.exp(-0.2)) + 0.25 * math.log(1 + math.exp(0.2)), rel=1e-5
+    )
 
 
-def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagrees(tiny_policy: Policy):
+def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagrees(
+    tiny_policy: Policy,
+):
     against = [*SURE, -3.0, 0.0]  # h = -2 and 2: the implicit reward prefers the second
     for mask, rate in (("all", 0.0), ("judge", 1.0)):
         _, metrics = objective(tiny_policy.chat, mask=mask).loss(logps(against), [example()])
@@ -111,16 +130,22 @@ def test_a_judge_that_is_not_trained_has_no_gradient_from_the_penalty(tiny_polic
     assert torch.equal(slopes["judge"][:, 4:], slopes["none"][:, 4:])
 
 
-def test_a_pair_below_the_smallest_verdict_mass_is_not_preferred_and_still_penalized(tiny_policy: Policy):
+def test_a_pair_below_the_smallest_verdict_mass_is_not_preferred_and_still_penalized(
+    tiny_policy: Policy,
+):
     # P(A) + P(B) is 0.4 in both orders, with odds of 4; the models agree on the first
     unsure = [math.log(0.32), math.log(0.08), math.log(0.08), math.log(0.32)]
     kept = {}
     for least in (0.39, 0.41):
-        loss, metrics = objective(tiny_policy.chat, min_verdict_mass=least).loss(logps([*unsure, 1.0, -2.0]), [example()])
+        loss, metrics = objective(tiny_policy.chat, min_verdict_mass=least).loss(
+            logps([*unsure, 1.0, -2.0]), [example()]
+        )
         kept[least] = metrics["scir/mask_rate"], float(loss.detach())
     (rate, whole), (masked_rate, penalty) = kept[0.39], kept[0.41]
     assert (rate, masked_rate) == (1, 0)
-    assert whole - penalty == pytest.approx(math.log(1 + math.exp(-0.2)), rel=1e-5)  # DPO at h = 2 and 0, beta 0.1
+    assert whole - penalty == pytest.approx(
+        math.log(1 + math.exp(-0.2)), rel=1e-5
+    )  # DPO at h = 2 and 0, beta 0.1
     assert penalty > 0
 
 
@@ -153,7 +178,7 @@ def chain(request: pytest.FixtureRequest) -> Path:
 
 
 def test_a_collapsing_judge_is_warned_about_once(capsys: pytest.CaptureFixture[str]):
-    guard = Collapse(2)
+    guard = CollapseWarning(2)
     for size, flips in ((4.0, 0.2), (4.0, 0.3), (1.0, 0.9)):
         guard(size, flips)
     assert capsys.readouterr().err == ""  # the last two looks: |a| 2.5, flips 0.6
@@ -168,7 +193,7 @@ def test_a_collapsing_judge_is_warned_about_once(capsys: pytest.CaptureFixture[s
 def test_a_judge_that_only_grows_unsure_or_only_flips_is_not_collapsing(
     seen: list[tuple[float, float]], capsys: pytest.CaptureFixture[str]
 ):
-    guard = Collapse(1)
+    guard = CollapseWarning(1)
     for look in seen:
         guard(*look)
     assert capsys.readouterr().err == ""
@@ -184,8 +209,12 @@ def test_scir_itself_says_that_its_judge_collapses_without_any_validation_pairs(
     assert capsys.readouterr().err.count("judge is collapsing") == 1
 
 
-@pytest.mark.parametrize(("orders", "weight", "ceiling"), [("averaged", 4.0, "4"), ("separate", 3.0, "3")])
-def test_alpha_has_a_ceiling_that_depends_on_the_number_of_models(orders: str, weight: float, ceiling: str):
+@pytest.mark.parametrize(
+    ("orders", "weight", "ceiling"), [("averaged", 4.0, "4"), ("separate", 3.0, "3")]
+)
+def test_alpha_has_a_ceiling_that_depends_on_the_number_of_models(
+    orders: str, weight: float, ceiling: str
+):
     with pytest.raises(ConfigError, match=f"Use less than {ceiling}"):
         settings(judge_orders=orders, entropy_weight=weight)
     settings(judge_orders=orders, entropy_weight=weight - 0.1)
@@ -205,7 +234,9 @@ def test_a_large_alpha_and_a_degenerate_reference_are_spoken_of_in_the_run(
 # --------------------------------------------------------------------------------------------------------------------------- filter, train
 
 
-def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(chain: Path, tmp_path: Path):
+def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(
+    chain: Path, tmp_path: Path
+):
     run(
         "judge",
         model=str(chain / "base"),
@@ -221,29 +252,52 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(chain: 
     }
     run("filter", **common, output_dir=tmp_path / "average")
     run("filter", **common, cream_average="prompt", output_dir=tmp_path / "prompt")
-    rows = store.read_dataset(tmp_path / "prompt", "preferences").to_pylist()
-    (one,) = set(store.read_dataset(tmp_path / "average", "preferences")["label_probability"].to_pylist())
+    rows = dataset.read_dataset(tmp_path / "prompt", "preferences").to_pylist()
+    (one,) = set(
+        dataset.read_dataset(tmp_path / "average", "preferences")["label_probability"].to_pylist()
+    )
     by_prompt = {row["prompt_id"]: row["label_probability"] for row in rows}
-    assert {round(3 * c, 9) for c in by_prompt.values()} <= {0, 1, 2, 3}  # three pairs a prompt: tau is -1, -1/3, 1/3 or 1
+    assert {round(3 * c, 9) for c in by_prompt.values()} <= {
+        0,
+        1,
+        2,
+        3,
+    }  # three pairs a prompt: tau is -1, -1/3, 1/3 or 1
     assert one == pytest.approx(sum(by_prompt.values()) / len(by_prompt))
     train(chain, tmp_path / "m", objective="dpo", input=str(tmp_path / "prompt"), max_steps=1)
     with pytest.raises(ConfigError, match="no verdicts of 'implicit'"):
         run("filter", **{**common, "cream_reward_model": None}, output_dir=tmp_path / "no")
     with pytest.raises(DataError, match="judged none of these pairs"):
-        table = store.read_dataset(tmp_path / "before")
+        table = dataset.read_dataset(tmp_path / "before")
         other = table.set_column(0, "pair_id", pa.array([f"other {i}" for i in range(len(table))]))
-        store.write_dataset(tmp_path / "other", "judged", {"stage": "judge"}, [(0, 1)], lambda *_: store.Part(other, len(other)))
-        run("filter", **{**common, "cream_previous": str(tmp_path / "other")}, output_dir=tmp_path / "none")
+        dataset.write_dataset(
+            tmp_path / "other",
+            "judged",
+            {"stage": "judge"},
+            [(0, 1)],
+            lambda *_: dataset.Part(other, len(other)),
+        )
+        run(
+            "filter",
+            **{**common, "cream_previous": str(tmp_path / "other")},
+            output_dir=tmp_path / "none",
+        )
 
 
 def test_judge_writes_no_verdict_below_the_smallest_verdict_mass(chain: Path, tmp_path: Path):
     def verdicts(folder: Path) -> list[dict[str, Any]]:
-        rows = store.read_dataset(folder, "judged").to_pylist()
-        return [reward for row in rows for reward in row["rewards"] if reward["reward_model"] == "judge"]
+        rows = dataset.read_dataset(folder, "judged").to_pylist()
+        return [
+            reward for row in rows for reward in row["rewards"] if reward["reward_model"] == "judge"
+        ]
 
     before = verdicts(chain / "judged")
     least = sorted(verdict["verdict_mass"] for verdict in before)[len(before) // 2]
-    common = {"model": str(chain / "policy"), "reward_models": ["judge"], "input": str(chain / "candidates")}
+    common = {
+        "model": str(chain / "policy"),
+        "reward_models": ["judge"],
+        "input": str(chain / "candidates"),
+    }
     manifest = run("judge", **common, min_verdict_mass=least, output_dir=tmp_path / "judged")
     after = verdicts(tmp_path / "judged")
     assert [v["log_odds"] is None for v in after] == [v["verdict_mass"] < least for v in before]
@@ -253,9 +307,11 @@ def test_judge_writes_no_verdict_below_the_smallest_verdict_mass(chain: Path, tm
 
 def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_path: Path):
     def difference(folder: Path) -> float:
-        rows = store.read_dataset(folder, "preferences").to_pylist()
+        rows = dataset.read_dataset(folder, "preferences").to_pylist()
         signed = [
-            (1 if r["label"] == "first" else -1) * (len(r["first"]["token_ids"]) - len(r["second"]["token_ids"])) for r in rows
+            (1 if r["label"] == "first" else -1)
+            * (len(r["first"]["token_ids"]) - len(r["second"]["token_ids"]))
+            for r in rows
         ]
         return abs(sum(signed) / len(signed))
 
@@ -267,26 +323,46 @@ def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_p
 
 def test_a_fitted_scale_is_found_on_the_judged_data_and_used(chain: Path, tmp_path: Path):
     train(chain, tmp_path / "m", max_steps=1)
-    rows = store.read_dataset(chain / "judged").to_pylist()
+    rows = dataset.read_dataset(chain / "judged").to_pylist()
     sizes = {
-        name: torch.tensor([abs(r["log_odds"]) for row in rows for r in row["rewards"] if r["reward_model"] == name]).median()
+        name: torch.tensor(
+            [
+                abs(r["log_odds"])
+                for row in rows
+                for r in row["rewards"]
+                if r["reward_model"] == name
+            ]
+        ).median()
         for name in ("judge", "implicit")
     }
-    assert first_step(tmp_path / "m")["scir/scale"] == pytest.approx(float(5 * sizes["judge"] / sizes["implicit"]), rel=0.02)
-    asked = train(chain, tmp_path / "asked", input=str(chain / "gold.jsonl"), max_steps=1)  # no verdicts there: the judge is asked
+    assert first_step(tmp_path / "m")["scir/scale"] == pytest.approx(
+        float(5 * sizes["judge"] / sizes["implicit"]), rel=0.02
+    )
+    asked = train(
+        chain, tmp_path / "asked", input=str(chain / "gold.jsonl"), max_steps=1
+    )  # no verdicts there: the judge is asked
     assert asked["summary"]["scir/scale"] not in (0, 1, 5)
 
 
 def test_a_scale_that_is_given_is_used_as_it_is(chain: Path, tmp_path: Path):
-    assert train(chain, tmp_path / "m", implicit_scale=7.0, max_steps=1)["summary"]["scir/scale"] == 7
+    assert (
+        train(chain, tmp_path / "m", implicit_scale=7.0, max_steps=1)["summary"]["scir/scale"] == 7
+    )
     given = {"model": "m", "input": "i", "output_dir": "o"}
-    assert config.build(config.TrainSettings, given, where="test").implicit_scale == "fitted"
-    assert config.build(config.TrainSettings, given, {"implicit_scale": "2.5"}, where="test").implicit_scale == 2.5
-    with pytest.raises(ConfigError, match="'implicit_scale' is '-1': expected a number above 0, or fitted$"):
-        config.build(config.TrainSettings, given, {"implicit_scale": "-1"}, where="test")
+    assert config.build(TrainSettings, given, where="test").implicit_scale == "fitted"
+    assert (
+        config.build(TrainSettings, given, {"implicit_scale": "2.5"}, where="test").implicit_scale
+        == 2.5
+    )
+    with pytest.raises(
+        ConfigError, match="'implicit_scale' is '-1': expected a number above 0, or fitted$"
+    ):
+        config.build(TrainSettings, given, {"implicit_scale": "-1"}, where="test")
 
 
-def test_lambda_is_fitted_to_a_ratio_of_the_gradients_that_training_meets(chain: Path, tmp_path: Path):
+def test_lambda_is_fitted_to_a_ratio_of_the_gradients_that_training_meets(
+    chain: Path, tmp_path: Path
+):
     def norm(folder: str, weight: float) -> float:
         """Of the first step's gradient under this lambda."""
         train(chain, tmp_path / folder, penalty_weight=weight, max_steps=1)
@@ -295,8 +371,15 @@ def test_lambda_is_fitted_to_a_ratio_of_the_gradients_that_training_meets(chain:
     preference, penalty = norm("without", 0.0), norm("nothing else", 1e6) / 1e6
     fitted = train(chain, tmp_path / "m", penalty_ratio=2.0, max_steps=1)
     assert fitted["fitted"]["penalty_weight"] == pytest.approx(2 * preference / penalty, rel=1e-3)
-    assert fitted["summary"]["scir/penalty_weight"] == pytest.approx(fitted["fitted"]["penalty_weight"], rel=1e-5)
-    assert train(chain, tmp_path / "given", penalty_weight=0.3, max_steps=1)["summary"]["scir/penalty_weight"] == 0.3
+    assert fitted["summary"]["scir/penalty_weight"] == pytest.approx(
+        fitted["fitted"]["penalty_weight"], rel=1e-5
+    )
+    assert (
+        train(chain, tmp_path / "given", penalty_weight=0.3, max_steps=1)["summary"][
+            "scir/penalty_weight"
+        ]
+        == 0.3
+    )
 
 
 def test_lambda_is_the_ratio_where_no_pair_has_a_preference_to_compare_with(
@@ -307,13 +390,15 @@ def test_lambda_is_the_ratio_where_no_pair_has_a_preference_to_compare_with(
     assert "lambda is 0.7" in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_was_fitted_is_kept_by_the_next_iteration_while_the_reward_reference_is_the_same(chain: Path, tmp_path: Path):
+def test_what_was_fitted_is_kept_by_the_next_iteration_while_the_reward_reference_is_the_same(
+    chain: Path, tmp_path: Path
+):
     def fitted(folder: str, **values: Any) -> dict[str, float]:
         return dict(train(chain, tmp_path / folder, max_steps=1, **values)["fitted"])
 
     first = fitted("m2", learning_rate=1e-2)
     assert fitted("m3", model=str(tmp_path / "m2")) == first
-    assert store.read_json(tmp_path / "m3" / "plan.json")["kept"] == first
+    assert files.read_json(tmp_path / "m3" / "plan.json")["kept"] == first
     given = fitted("given", model=str(tmp_path / "m2"), penalty_weight=0.3)
     assert given == {"implicit_scale": first["implicit_scale"], "penalty_weight": 0.3}
     again = fitted("again", model=str(tmp_path / "m2"), implicit_beta=0.2)
@@ -328,36 +413,54 @@ def test_a_lambda_that_was_given_is_not_taken_for_a_fitted_one(chain: Path, tmp_
 
 
 @pytest.mark.parametrize("changed", ["likelihood_scale", "judge_prompt"])
-def test_what_was_fitted_for_another_scale_or_prompt_is_not_kept(chain: Path, tmp_path: Path, changed: str):
+def test_what_was_fitted_for_another_scale_or_prompt_is_not_kept(
+    chain: Path, tmp_path: Path, changed: str
+):
     prompt = tmp_path / "judge.txt"
     prompt.write_text("{question} A: {a} B: {b} Which?", encoding="utf-8")
     values = {"reward_models": ["judge", "implicit", "likelihood"], "judge_prompt": str(prompt)}
     train(chain, tmp_path / "m2", **values, max_steps=1)
     train(chain, tmp_path / "m3", **values, model=str(tmp_path / "m2"), max_steps=1)
-    assert "kept" in store.read_json(tmp_path / "m3" / "plan.json")
+    assert "kept" in files.read_json(tmp_path / "m3" / "plan.json")
     if changed == "judge_prompt":
-        prompt.write_text("{question} A: {a} B: {b} Which one?", encoding="utf-8")  # the same file, another content
+        prompt.write_text(
+            "{question} A: {a} B: {b} Which one?", encoding="utf-8"
+        )  # the same file, another content
     else:
         values["likelihood_scale"] = 3.0
     train(chain, tmp_path / "other", **values, model=str(tmp_path / "m2"), max_steps=1)
-    assert "kept" not in store.read_json(tmp_path / "other" / "plan.json")
+    assert "kept" not in files.read_json(tmp_path / "other" / "plan.json")
 
 
-def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(chain: Path, tmp_path: Path):
+def test_rubric_and_rationale_are_third_and_fourth_reward_models_of_the_penalty(
+    chain: Path, tmp_path: Path
+):
     names = ["judge", "implicit", "rubric", "rationale"]
     with pytest.raises(DataError, match="hold no rationales"):
         train(chain, tmp_path / "none", reward_models=names, max_steps=1)
-    common = {"model": str(chain / "policy"), "reward_reference": str(chain / "base"), "reward_models": names}
-    run("judge", **common, input=str(chain / "candidates"), rationale_max_tokens=4, output_dir=tmp_path / "judged")
-    row = store.read_dataset(tmp_path / "judged").to_pylist()[0]
+    common = {
+        "model": str(chain / "policy"),
+        "reward_reference": str(chain / "base"),
+        "reward_models": names,
+    }
+    run(
+        "judge",
+        **common,
+        input=str(chain / "candidates"),
+        rationale_max_tokens=4,
+        output_dir=tmp_path / "judged",
+    )
+    row = dataset.read_dataset(tmp_path / "judged").to_pylist()[0]
     assert [len(r["rationale_token_ids"]) for r in row["rewards"] if r["rationale_token_ids"]] == [
         2
     ]  # the rationale's, in both orders
     train(chain, tmp_path / "m", input=str(tmp_path / "judged"), reward_models=names, max_steps=1)
     first = first_step(tmp_path / "m")
-    rows = store.read_dataset(tmp_path / "judged").to_pylist()
+    rows = dataset.read_dataset(tmp_path / "judged").to_pylist()
     for name in ("judge", "implicit", "rubric"):  # step 0 reads what `judge` wrote
-        sizes = [abs(r["log_odds"]) for row in rows for r in row["rewards"] if r["reward_model"] == name]
+        sizes = [
+            abs(r["log_odds"]) for row in rows for r in row["rewards"] if r["reward_model"] == name
+        ]
         assert first[f"abs_log_odds/{name}"] > 0
         assert min(sizes) <= first[f"abs_log_odds/{name}"] <= max(sizes)
     assert {"abs_log_odds/rationale_forward", "abs_log_odds/rationale_swapped"} <= set(first)
@@ -371,4 +474,4 @@ def test_anchors_are_mixed_into_the_steps_and_change_the_plan(chain: Path, tmp_p
     assert manifest["rows_in"] == plain["rows_in"] + 6
     assert manifest["rows_in"] == manifest["rows_out"] + sum(manifest["drops"].values())
     assert "anchors/verdict_nll" in (tmp_path / "m" / "metrics.jsonl").read_text()
-    assert store.read_json(tmp_path / "m" / "plan.json")["anchors"] is not None
+    assert files.read_json(tmp_path / "m" / "plan.json")["anchors"] is not None

@@ -11,8 +11,11 @@ import pytest
 from rich.console import Console
 from toy import make_model
 
-from scir_cli import config, metrics, pages, stages
-from scir_cli.stages.live import View
+from scir_cli import config, stages
+from scir_cli.report import html
+from scir_cli.report.training_view import View
+from scir_cli.settings import REWARD_MODELS, TrainSettings
+from scir_cli.training import metrics
 
 RUNS: dict[str, dict[str, Any]] = {
     "dpo": {"objective": "dpo"},
@@ -28,13 +31,30 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     root = tmp_path_factory.mktemp("metrics")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)
-    pairs = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in ("cat", "dog", "sun", "sea")]
-    (root / "gold.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    common = {"model": str(root / "policy"), "reward_reference": str(root / "base"), "input": str(root / "gold.jsonl")}
-    common |= {"validation": str(root / "gold.jsonl"), "batch_size": 2, "learning_rate": 1e-3, "dtype": "fp32", "device": "cpu"}
+    pairs = [
+        {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."}
+        for w in ("cat", "dog", "sun", "sea")
+    ]
+    (root / "gold.jsonl").write_text(
+        "".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8"
+    )
+    common = {
+        "model": str(root / "policy"),
+        "reward_reference": str(root / "base"),
+        "input": str(root / "gold.jsonl"),
+    }
+    common |= {
+        "validation": str(root / "gold.jsonl"),
+        "batch_size": 2,
+        "learning_rate": 1e-3,
+        "dtype": "fp32",
+        "device": "cpu",
+    }
     logged = {}
     for name, values in RUNS.items():
-        settings = config.build(config.TrainSettings, {**common, **values, "output_dir": root / name}, where="test")
+        settings = config.build(
+            TrainSettings, {**common, **values, "output_dir": root / name}, where="test"
+        )
         stages.load("train")(settings)
         text = (root / name / "metrics.jsonl").read_text(encoding="utf-8")
         logged[name] = [{**json.loads(line), "folder": root / name} for line in text.splitlines()]
@@ -46,7 +66,9 @@ def keys(found: list[dict[str, Any]]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_figure_that_is_logged_has_an_entry(name: str, records: dict[str, list[dict[str, Any]]]):
+def test_every_figure_that_is_logged_has_an_entry(
+    name: str, records: dict[str, list[dict[str, Any]]]
+):
     found = keys(records[name])
     assert {"loss", "grad_norm", "tokens", "validation/accuracy/judge"} <= found
     assert sorted(key for key in found if metrics.find(key) is None) == []
@@ -54,28 +76,43 @@ def test_every_figure_that_is_logged_has_an_entry(name: str, records: dict[str, 
 
 def test_every_entry_is_logged_by_some_run(records: dict[str, list[dict[str, Any]]]):
     found = set().union(*map(keys, records.values()))
-    dead = [metric.key for metric in metrics.METRICS if not any(metric.covers(key) for key in found)]
+    dead = [
+        metric.key for metric in metrics.METRICS if not any(metric.covers(key) for key in found)
+    ]
     assert dead == ["anchors/verdict_nll"]  # needs --anchors: test_methods.py
 
 
-def test_ipo_logs_the_same_keys_as_dpo_and_both_show_their_preference_loss(records: dict[str, list[dict[str, Any]]]):
-    with_dpo, with_ipo = ({key for key in keys(records[name]) if key.startswith("scir/")} for name in ("scir", "ipo"))
+def test_ipo_logs_the_same_keys_as_dpo_and_both_show_their_preference_loss(
+    records: dict[str, list[dict[str, Any]]],
+):
+    with_dpo, with_ipo = (
+        {key for key in keys(records[name]) if key.startswith("scir/")} for name in ("scir", "ipo")
+    )
     assert with_dpo == with_ipo >= {"scir/preference_loss", "scir/inconsistency"}
     for name in ("scir", "ipo"):
         view = View("train", 2)
         steps = [record for record in records[name] if record["kind"] == "train"]
         for record in steps:
-            view.see(record["step"], {key: value for key, value in record.items() if key not in ("step", "kind", "folder")})
+            view.see(
+                record["step"],
+                {
+                    key: value
+                    for key, value in record.items()
+                    if key not in ("step", "kind", "folder")
+                },
+            )
         console = Console(file=io.StringIO(), width=80)
         console.print(view)
         shown = console.file.getvalue()  # type: ignore[attr-defined]
         assert "preference loss" in shown
         assert "inconsistency" in shown
-        assert "preference loss" in pages.render(pages.training(steps[0]["folder"]))
+        assert "preference loss" in html.render(html.training_page(steps[0]["folder"]))
 
 
 def test_validation_looks_at_every_reward_model(records: dict[str, list[dict[str, Any]]]):
-    assert {f"validation/accuracy/{name}" for name in ("judge", "implicit", "rubric")} <= keys(records["scir"])
+    assert {f"validation/accuracy/{name}" for name in ("judge", "implicit", "rubric")} <= keys(
+        records["scir"]
+    )
     assert "validation/accuracy/implicit" not in keys(records["dpo"])  # dpo has no reward reference
 
 
@@ -92,8 +129,10 @@ def test_keys_and_labels_are_told_apart_and_fit_the_view():
     labels = [metric.label for metric in metrics.METRICS]
     assert len(set(names)) == len(set(labels)) == len(names)
     for metric in metrics.METRICS:
-        for model in (*config.REWARD_MODELS, "rationale_forward") if metric.in_view else ():
-            if "validation" not in metric.key or "_" not in model:  # validation has one verdict of both orders
+        for model in (*REWARD_MODELS, "rationale_forward") if metric.in_view else ():
+            if (
+                "validation" not in metric.key or "_" not in model
+            ):  # validation has one verdict of both orders
                 assert len(metric.full_label(metric.key + model)) <= 30
 
 

@@ -14,13 +14,23 @@ import pytest
 from toy import make_model
 from typer.testing import CliRunner
 
-from scir_cli import cli, config, plugins, reward_models, store
+from scir_cli import cli, config, plugins
+from scir_cli.data import dataset, files
 from scir_cli.errors import ConfigError
+from scir_cli.rewards import reward_models
+from scir_cli.settings import RewardSettings
 
 ROOT = Path(__file__).parent.parent
-(EXAMPLE,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reward_models.md").read_text(encoding="utf-8"), re.DOTALL)
+(EXAMPLE,) = re.findall(
+    r"```python\n(.*?)```",
+    (ROOT / "docs" / "reward_models.md").read_text(encoding="utf-8"),
+    re.DOTALL,
+)
 WORDS = ("cat", "dog", "sun", "sea", "map", "key")
-PAIRS = [{"prompt": f"Say {w}.", "chosen": f"The {w}, and more of the {w}.", "rejected": "No."} for w in WORDS]
+PAIRS = [
+    {"prompt": f"Say {w}.", "chosen": f"The {w}, and more of the {w}.", "rejected": "No."}
+    for w in WORDS
+]
 
 RECIPE = """
 all: {dtype: fp32, device: cpu, model: policy, reward_reference: base, reward_models: [judge, implicit, "my_models:Brevity"]}
@@ -38,9 +48,9 @@ MISTAKES = {
     "a missing module": ("", "nothing_here:Brevity", "cannot be imported: No module named 'nothing_here'"),
     "a module that fails": ("1 / 0", "MODULE:Brevity", "cannot be imported: ZeroDivisionError: division by zero"),
     "a missing class": (EXAMPLE, "MODULE:Brevty", "has no class 'Brevty'. Did you mean 'Brevity'?"),
-    "no base class": ("class Brevity:\n    n_branches = 0", "MODULE:Brevity", "does not derive from scir_cli.reward_models.RewardModel"),
+    "no base class": ("class Brevity:\n    n_branches = 0", "MODULE:Brevity", "does not derive from scir_cli.rewards.reward_models.RewardModel"),
     "missing methods": (
-        "from scir_cli.reward_models import RewardModel\nclass Brevity(RewardModel):\n    n_branches = 0",
+        "from scir_cli.rewards.reward_models import RewardModel\nclass Brevity(RewardModel):\n    n_branches = 0",
         "MODULE:Brevity",
         "lacks branches and odds",
     ),
@@ -75,7 +85,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("own")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)
-    (root / "gold.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8")
+    (root / "gold.jsonl").write_text(
+        "".join(json.dumps(pair) + "\n" for pair in PAIRS), encoding="utf-8"
+    )
     (root / "my_models.py").write_text(EXAMPLE, encoding="utf-8")
     return root
 
@@ -89,7 +101,17 @@ def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def judge(world: Path, out: Path, models: str) -> Any:
-    words = ["judge", "-m", str(world / "policy"), "-i", str(world / "gold.jsonl"), "-o", str(out), "--reward-models", models]
+    words = [
+        "judge",
+        "-m",
+        str(world / "policy"),
+        "-i",
+        str(world / "gold.jsonl"),
+        "-o",
+        str(out),
+        "--reward-models",
+        models,
+    ]
     return CliRunner().invoke(cli.app, [*words, "--dtype", "fp32", "--device", "cpu"])
 
 
@@ -102,19 +124,37 @@ def finished(world: Path) -> tuple[Path, str]:
     """The folders of a recipe with that model, and what it printed: workers, ranks and steps are processes of their own."""
     (world / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     # PYTHONSAFEPATH: as for a console script, the current directory is not searched for modules.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-    command = [sys.executable, "-m", "scir_cli", "run", "recipe.yaml", "-o", "out", "--report", "story.html"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "80",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "scir_cli",
+        "run",
+        "recipe.yaml",
+        "-o",
+        "out",
+        "--report",
+        "story.html",
+    ]
     done = subprocess.run(command, cwd=world, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return world, done.stdout
 
 
 @pytest.mark.slow
-def test_its_verdicts_are_those_of_its_equation_and_filter_labels_by_them(finished: tuple[Path, str]):
+def test_its_verdicts_are_those_of_its_equation_and_filter_labels_by_them(
+    finished: tuple[Path, str],
+):
     world, _ = finished
-    rows = store.read_dataset(world / "out" / "judged").to_pylist()
+    rows = dataset.read_dataset(world / "out" / "judged").to_pylist()
     assert len(rows) == len(PAIRS)
-    key = store.read_json(world / "out" / "judged" / "plan.json")["model"]
+    key = files.read_json(world / "out" / "judged" / "plan.json")["model"]
     verdicts = {}
     for row in rows:
         (reward,) = [r for r in row["rewards"] if r["reward_model"] == "brevity"]
@@ -123,18 +163,30 @@ def test_its_verdicts_are_those_of_its_equation_and_filter_labels_by_them(finish
         expected = {side: logps[side] / n - 0.1 * n for side, n in tokens.items()}
         assert reward["log_odds"] == pytest.approx(expected["first"] - expected["second"], abs=1e-4)
         verdicts[row["pair_id"]] = "first" if reward["log_odds"] > 0 else "second"
-    labels = {row["pair_id"]: row["label"] for row in store.read_dataset(world / "out" / "preferences").to_pylist()}
+    labels = {
+        row["pair_id"]: row["label"]
+        for row in dataset.read_dataset(world / "out" / "preferences").to_pylist()
+    }
     assert labels == verdicts
 
 
 @pytest.mark.slow
 def test_it_trains_beside_judge_and_implicit_and_is_validated(finished: tuple[Path, str]):
     world, _ = finished
-    records = [json.loads(line) for line in (world / "out" / "m2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps, validations = ([r for r in records if r["kind"] == kind] for kind in ("train", "validation"))
+    records = [
+        json.loads(line)
+        for line in (world / "out" / "m2" / "metrics.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    ]
+    steps, validations = (
+        [r for r in records if r["kind"] == kind] for kind in ("train", "validation")
+    )
     assert len(steps) == 2
     assert all(r["abs_log_odds/brevity"] > 0 for r in steps)
-    assert {f"validation/accuracy/{name}" for name in ("judge", "implicit", "brevity")} <= set(validations[0])
+    assert {f"validation/accuracy/{name}" for name in ("judge", "implicit", "brevity")} <= set(
+        validations[0]
+    )
     assert validations[0]["branch_grad_norm/brevity"] == 0  # --stop-gradient brevity
     assert validations[0]["branch_grad_norm/judge"] > 0
 
@@ -146,26 +198,32 @@ def test_it_is_in_the_tables_and_on_every_page(finished: tuple[Path, str]):
     assert "judge / brevity" in printed
     for page in ("out/consistency.html", "out/m2.html", "out/scores.html", "story.html"):
         assert "brevity" in (world / page).read_text(encoding="utf-8"), page
-    summary = store.read_json(world / "out" / "scores" / "manifest.json")["summary"]
+    summary = files.read_json(world / "out" / "scores" / "manifest.json")["summary"]
     assert list(summary["models"]) == ["judge", "implicit", "brevity"]
     assert summary["models"]["brevity"]["labelled"] == len(PAIRS)
 
 
 def test_a_model_that_asks_nothing_of_the_policy_reads_the_lengths(world: Path, here: Path):
-    text = "from scir_cli.odds import Odds\nfrom scir_cli.reward_models import RewardModel\n\nclass ShortAnswer(RewardModel):\n"
+    text = "from scir_cli.rewards.reward_models import RewardModel, RewardOutput\n\nclass ShortAnswer(RewardModel):\n"
     text += "    n_branches = 0\n    def branches(self, pair):\n        return []\n    def odds(self, logps, context):\n"
-    (here / "lengths_only.py").write_text(f"{text}        return Odds(context.n_tokens[1] - context.n_tokens[0])\n")
+    (here / "lengths_only.py").write_text(
+        f"{text}        return RewardOutput(context.n_tokens[1] - context.n_tokens[0])\n"
+    )
     assert judge(world, here / "out", "lengths_only:ShortAnswer").exit_code == 0
-    for row in store.read_dataset(here / "out").to_pylist():
+    for row in dataset.read_dataset(here / "out").to_pylist():
         (reward,) = row["rewards"]
         assert reward["reward_model"] == "short_answer"
-        assert reward["log_odds"] == len(row["second"]["token_ids"]) - len(row["first"]["token_ids"])
+        assert reward["log_odds"] == len(row["second"]["token_ids"]) - len(
+            row["first"]["token_ids"]
+        )
 
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_in_a_model_is_one_line(what: str, world: Path, here: Path):
     text, models, expected = MISTAKES[what]
-    module = "wrong_" + re.sub(r"\W", "_", what)  # of its own: an imported module is not imported again
+    module = "wrong_" + re.sub(
+        r"\W", "_", what
+    )  # of its own: an imported module is not imported again
     (here / f"{module}.py").write_text(text, encoding="utf-8")
     done = judge(world, here / "out", models.replace("MODULE", module))
     assert done.exit_code == 2
@@ -175,8 +233,12 @@ def test_a_mistake_in_a_model_is_one_line(what: str, world: Path, here: Path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["jugde", "my_models:", ":Brevity", "my models:Brevity", "my_models:Brevity.x"])
-def test_a_name_that_no_model_can_have_is_refused_without_importing_anything(name: str, world: Path, here: Path):
+@pytest.mark.parametrize(
+    "name", ["jugde", "my_models:", ":Brevity", "my models:Brevity", "my_models:Brevity.x"]
+)
+def test_a_name_that_no_model_can_have_is_refused_without_importing_anything(
+    name: str, world: Path, here: Path
+):
     done = judge(world, here / "out", name)
     assert done.exit_code == 2
     assert f"is '{name}': no such reward model." in done.stderr
@@ -186,7 +248,7 @@ def test_a_name_that_no_model_can_have_is_refused_without_importing_anything(nam
 def test_a_stage_is_another_one_once_the_file_is_edited(here: Path):
     (here / "edited_model.py").write_text(EXAMPLE, encoding="utf-8")
     values = {"model": "m", "output_dir": "o", "reward_models": "judge,edited_model:Brevity"}
-    settings = config.build(config.RewardSettings, values, where="test")
+    settings = config.build(RewardSettings, values, where="test")
     before = settings.plan()
     assert before["reward_models"][0] == "judge"
     assert settings.plan() == before
@@ -197,7 +259,12 @@ def test_a_stage_is_another_one_once_the_file_is_edited(here: Path):
 
 @pytest.mark.parametrize(
     ("class_name", "name"),
-    [("Brevity", "brevity"), ("ShortAnswer", "short_answer"), ("HTTPScore", "http_score"), ("V2Judge", "v2_judge")],
+    [
+        ("Brevity", "brevity"),
+        ("ShortAnswer", "short_answer"),
+        ("HTTPScore", "http_score"),
+        ("V2Judge", "v2_judge"),
+    ],
 )
 def test_verdicts_are_stored_under_the_class_name_in_snake_case(class_name: str, name: str):
     assert type(class_name, (reward_models.RewardModel,), {}).name == name
@@ -216,10 +283,27 @@ def test_a_subclass_of_a_built_in_model_has_a_name_of_its_own_and_may_choose_it(
 
 def test_an_entropy_weight_is_checked_against_the_orders_of_a_users_model(world: Path, here: Path):
     """judge and strict_judge have two orders each, and implicit one verdict: K = 5, 2K/(K-1) = 2.5; the settings alone count 4."""
-    text = "from scir_cli.reward_models import Judge\n\nclass StrictJudge(Judge):\n    pass\n"
+    text = "from scir_cli.rewards.reward_models import Judge\n\nclass StrictJudge(Judge):\n    pass\n"
     (here / "strict.py").write_text(text, encoding="utf-8")
-    words = ["train", "-m", str(world / "policy"), "--reward-reference", str(world / "base"), "-i", str(world / "gold.jsonl")]
-    words += ["--reward-models", "judge,implicit,strict:StrictJudge", "-o", str(here / "m"), "--dtype", "fp32", "--device", "cpu"]
+    words = [
+        "train",
+        "-m",
+        str(world / "policy"),
+        "--reward-reference",
+        str(world / "base"),
+        "-i",
+        str(world / "gold.jsonl"),
+    ]
+    words += [
+        "--reward-models",
+        "judge,implicit,strict:StrictJudge",
+        "-o",
+        str(here / "m"),
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
     done = CliRunner().invoke(cli.app, [*words, "--entropy-weight", "2.5"])
     assert done.exit_code == 2
     assert "with 5 verdicts per pair" in done.stderr
@@ -227,7 +311,9 @@ def test_an_entropy_weight_is_checked_against_the_orders_of_a_users_model(world:
     assert not (here / "m").exists()
 
 
-def test_a_module_of_the_current_directory_does_not_hide_an_installed_one(here: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_module_of_the_current_directory_does_not_hide_an_installed_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+):
     (here / "colorsys.py").write_text("raise RuntimeError('hidden')", encoding="utf-8")
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     with pytest.raises(ConfigError, match=r"colorsys.py has no class 'Brevity'"):

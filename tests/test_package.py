@@ -14,54 +14,133 @@ import pytest
 from toy import make_model
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = "".join(json.dumps({"prompt": f"Tell me of the {w}."}) + "\n" for w in ("cat", "dog", "sun"))
+PROMPTS = "".join(
+    json.dumps({"prompt": f"Tell me of the {w}."}) + "\n" for w in ("cat", "dog", "sun")
+)
 
 
 def run(command: list[str], folder: Path, **environment: str) -> str:
-    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path):
-    source = tmp_path / "source"  # only what a package is made of: an old build/ of the checkout could hide a file that is missing
-    shutil.copytree(ROOT / "scir_cli", source / "scir_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    source = (
+        tmp_path / "source"
+    )  # only what a package is made of: an old build/ of the checkout could hide a file that is missing
+    shutil.copytree(
+        ROOT / "scir_cli", source / "scir_cli", ignore=shutil.ignore_patterns("__pycache__")
+    )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
     run(build, tmp_path)
     (wheel,) = tmp_path.glob("scir_cli-*.whl")
-    run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "installed", str(wheel)], tmp_path)
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            "installed",
+            str(wheel),
+        ],
+        tmp_path,
+    )
     make_model(tmp_path / "policy")
     (tmp_path / "prompts.jsonl").write_text(PROMPTS, encoding="utf-8")
     here = {"PYTHONPATH": str(tmp_path / "installed")}
-    where = run([sys.executable, "-c", "import scir_cli; print(scir_cli.__file__)"], tmp_path, **here)
+    where = run(
+        [sys.executable, "-c", "import scir_cli; print(scir_cli.__file__)"], tmp_path, **here
+    )
     assert Path(where.strip()).is_relative_to(tmp_path)
-    assert run([sys.executable, "-m", "scir_cli", "--version"], tmp_path, **here).startswith("scir ")
+    assert run([sys.executable, "-m", "scir_cli", "--version"], tmp_path, **here).startswith(
+        "scir "
+    )
     render = "from scir_cli import pages; print(pages.render(pages.Page('t', 's', [], []))[:15])"
-    assert run([sys.executable, "-c", render], tmp_path, **here).strip() == "<!doctype html>"  # its template travels
-    generate = ["generate", "-m", "policy", "-i", "prompts.jsonl", "--n", "1", "--max-new-tokens", "4", "-o", "out", "--json"]
-    assert json.loads(run([sys.executable, "-m", "scir_cli", *generate], tmp_path, **here))["rows_out"] == 3
+    assert (
+        run([sys.executable, "-c", render], tmp_path, **here).strip() == "<!doctype html>"
+    )  # its template travels
+    generate = [
+        "generate",
+        "-m",
+        "policy",
+        "-i",
+        "prompts.jsonl",
+        "--n",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "-o",
+        "out",
+        "--json",
+    ]
+    assert (
+        json.loads(run([sys.executable, "-m", "scir_cli", *generate], tmp_path, **here))["rows_out"]
+        == 3
+    )
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
-    assert run([sys.executable, "-m", "scir_cli", "run", recipe, "--dry-run"], tmp_path, **here).startswith("#!/bin/sh")
+    assert run(
+        [sys.executable, "-m", "scir_cli", "run", recipe, "--dry-run"], tmp_path, **here
+    ).startswith("#!/bin/sh")
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path):
-    (use,) = re.findall(r"## Use\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (use,) = re.findall(
+        r"## Use\n(.*?)\n## ", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     block = "".join(re.findall(r"```sh\n(.*?)```", use, re.DOTALL))
     make_model(tmp_path / "m0", seed=1, max_position_embeddings=2048)
     make_model(tmp_path / "m1", seed=2, max_position_embeddings=2048)
     (tmp_path / "prompts.jsonl").write_text(PROMPTS, encoding="utf-8")
-    pairs = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."} for w in ("cat", "dog", "sun")]
-    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8")
+    pairs = [
+        {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."}
+        for w in ("cat", "dog", "sun")
+    ]
+    (tmp_path / "labelled.jsonl").write_text(
+        "".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8"
+    )
     models = {"M0": "m0", "M1": "m1"}
     script = re.sub(r"^(M[01])=.*$", lambda m: f"{m[1]}={models[m[1]]}", block, flags=re.MULTILINE)
     script = script.replace("--fail-under 0.6", "--fail-under 0.0")  # random models agree by chance
     assert script.count("scir ") >= 10
-    (tmp_path / "scir").write_text(f'#!/bin/sh\nexec {sys.executable} -m scir_cli "$@"\n', encoding="utf-8")
+    (tmp_path / "scir").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m scir_cli "$@"\n', encoding="utf-8"
+    )
     (tmp_path / "scir").chmod(0o755)
-    run(["sh", "-e", "-c", script], tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(ROOT))
-    for name in ("candidates", "judged", "consistency", "preferences", "m2", "accuracy", "winrate", "consistency-m2"):
+    run(
+        ["sh", "-e", "-c", script],
+        tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        PYTHONPATH=str(ROOT),
+    )
+    for name in (
+        "candidates",
+        "judged",
+        "consistency",
+        "preferences",
+        "m2",
+        "accuracy",
+        "winrate",
+        "consistency-m2",
+    ):
         assert (tmp_path / "out" / name / "manifest.json").exists()

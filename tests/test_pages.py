@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from chromium import PROGRAM, Chromium
 
-from scir_cli import config, consistency, pages, plots, registry, stages, store
+from scir_cli import config, registry, settings, stages
+from scir_cli.analysis import verdicts
+from scir_cli.data.dataset import Part, read_dataset, versions, write_dataset
+from scir_cli.data.files import read_json, write_json
 from scir_cli.errors import ConfigError
-from scir_cli.store import Part
+from scir_cli.report import html, plots
 
 NASTY = {
     "script": "<script>window.broken = 1</script><img src=x onerror='window.broken = 2'></div></details></main>",
@@ -29,7 +32,9 @@ NASTY = {
 }
 
 
-def rows(n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labelled: bool = True) -> list[dict[str, Any]]:
+def rows(
+    n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labelled: bool = True
+) -> list[dict[str, Any]]:
     """Judged pairs: two reward models that agree more often than not, gold labels that the judge often gets right."""
     rng = np.random.default_rng(seed)
     made = []
@@ -38,7 +43,12 @@ def rows(n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}"
         judge, implicit = float(gold * rng.normal(1, 2)), float(gold * rng.normal(0.5, 1))
         seat = float(rng.normal(0, 1))
         sides = [
-            {"candidate_id": None, "text": text(i, side), "token_ids": [1] * int(rng.integers(1, 30)), "finish_reason": "stop"}
+            {
+                "candidate_id": None,
+                "text": text(i, side),
+                "token_ids": [1] * int(rng.integers(1, 30)),
+                "finish_reason": "stop",
+            }
             for side in "ab"
         ]
         made.append(
@@ -55,7 +65,9 @@ def rows(n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}"
 
 
 def dataset(out: Path, made: list[dict[str, Any]]) -> Path:
-    store.write_dataset(out, "judged", {"stage": "judge"}, [(0, len(made))], lambda low, high: Part(made, len(made)))
+    write_dataset(
+        out, "judged", {"stage": "judge"}, [(0, len(made))], lambda low, high: Part(made, len(made))
+    )
     return out
 
 
@@ -87,10 +99,19 @@ def trained(out: Path, steps: int, **more: Any) -> Path:
             file.write(json.dumps({"step": step, "kind": "train", **figures, **more}) + "\n")
             if step % 10 == 1:
                 file.write(
-                    json.dumps({"step": step, "kind": "validation", "branch_grad_norm/judge": 3.0, "validation/agreement": 0.5})
+                    json.dumps(
+                        {
+                            "step": step,
+                            "kind": "validation",
+                            "branch_grad_norm/judge": 3.0,
+                            "validation/agreement": 0.5,
+                        }
+                    )
                     + "\n"
                 )
-    store.write_json(out / "plan.json", {"stage": "train", "settings": {"objective": "scir", "beta": 0.1}})
+    write_json(
+        out / "plan.json", {"stage": "train", "settings": {"objective": "scir", "beta": 0.1}}
+    )
     manifest = {
         "kind": "model",
         "digest": "x",
@@ -101,8 +122,9 @@ def trained(out: Path, steps: int, **more: Any) -> Path:
         "steps": steps,
         "seconds": 75.0,
     }
-    store.write_json(
-        out / "manifest.json", {**manifest, "versions": store.versions(), "summary": {"loss": 0.25, "scir/mask_rate": 0.5}}
+    write_json(
+        out / "manifest.json",
+        {**manifest, "versions": versions(), "summary": {"loss": 0.25, "scir/mask_rate": 0.5}},
     )
     return out
 
@@ -112,15 +134,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every page there is, as name.html, and the folders they are made from."""
     root = tmp_path_factory.mktemp("pages")
     judged = str(dataset(root / "m1-judged", rows(600)))
-    nasty = str(dataset(root / "nasty-judged", rows(30, text=lambda i, side: list(NASTY.values())[i % len(NASTY)])))
-    run("check-consistency", input=judged, output_dir=root / "m1-consistency", report=root / "consistency.html")
+    nasty = str(
+        dataset(
+            root / "nasty-judged",
+            rows(30, text=lambda i, side: list(NASTY.values())[i % len(NASTY)]),
+        )
+    )
+    run(
+        "check-consistency",
+        input=judged,
+        output_dir=root / "m1-consistency",
+        report=root / "consistency.html",
+    )
     run("check-consistency", input=nasty, output_dir=root / "nasty", report=root / "nasty.html")
     run("eval rewards", input=judged, output_dir=root / "m1-heldout", report=root / "rewards.html")
     later = str(dataset(root / "m2-judged", rows(300, seed=1)))
     run("check-consistency", input=later, output_dir=root / "m2-consistency")
     trained(root / "m1", 4)
     trained(root / "m2", 700)
-    pages.write(root / "train.html", pages.training(root / "m2"))
+    html.write(root / "train.html", html.training_page(root / "m2"))
     answers = [*NASTY.values(), "short", "a longer answer"]
     for name, other in (("a", "b"), ("a", "c"), ("b", "c")):
         annotations = [
@@ -138,7 +170,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("train", "m2"),
         ("check-consistency", "m2-consistency"),
     ]
-    pages.write(root / "story.html", pages.story([(stage, root / name) for stage, name in names]))
+    html.write(root / "story.html", html.run_page([(stage, root / name) for stage, name in names]))
     return root
 
 
@@ -170,7 +202,7 @@ class Reader(HTMLParser):
 def test_a_page_is_whole_small_and_refers_to_nothing_outside(world: Path, name: str):
     page = (world / f"{name}.html").read_text(encoding="utf-8")
     seen = Reader(page)
-    assert len(page.encode()) < pages.MAX_BYTES
+    assert len(page.encode()) < html.MAX_BYTES
     assert seen.tags.count("script") == 1
     for attribute, value in seen.attributes:
         assert not attribute.startswith("on")
@@ -178,7 +210,9 @@ def test_a_page_is_whole_small_and_refers_to_nothing_outside(world: Path, name: 
             assert value and value.startswith(("#", "data:"))
     assert "nan" not in re.findall(r"<td[^>]*>([^<]*)</td>", page)
     ids = [value for attribute, value in seen.attributes if attribute == "id"]
-    assert len(ids) == len(set(ids)), "an id that two pictures share would give one the other's clipping"
+    assert len(ids) == len(set(ids)), (
+        "an id that two pictures share would give one the other's clipping"
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,9 +240,16 @@ def test_what_models_wrote_is_text(world: Path):
     assert long == "x" * 12_000 + "\n… 38,000 more characters, left out of this page"
 
 
-def test_the_same_folders_give_the_same_bytes_and_a_finished_stage_still_writes_its_page(world: Path, tmp_path: Path):
+def test_the_same_folders_give_the_same_bytes_and_a_finished_stage_still_writes_its_page(
+    world: Path, tmp_path: Path
+):
     again = tmp_path / "deep" / "er" / "again.html"
-    manifest = run("check-consistency", input=str(world / "m1-judged"), output_dir=world / "m1-consistency", report=again)
+    manifest = run(
+        "check-consistency",
+        input=str(world / "m1-judged"),
+        output_dir=world / "m1-consistency",
+        report=again,
+    )
     assert manifest["reused"]
     assert again.read_bytes() == (world / "consistency.html").read_bytes()
 
@@ -226,35 +267,47 @@ def test_a_failed_check_leaves_its_page(world: Path, tmp_path: Path):
         "--fail-under",
         "1.0",
     ]
-    done = subprocess.run([sys.executable, "-m", "scir_cli", *command], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "scir_cli", *command], capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "below --fail-under" in done.stderr
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     common = {"input": "x", "output_dir": tmp_path / "o"}
     with pytest.raises(ConfigError, match="folder"):
-        config.build(config.CheckConsistencySettings, common, {"report": tmp_path}, where="test")
+        config.build(settings.CheckConsistencySettings, common, {"report": tmp_path}, where="test")
     monkeypatch.setattr(config, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'scir-cli\[report\]'"):
-        config.build(config.CheckConsistencySettings, common, {"report": "page.html"}, where="test")
+        config.build(
+            settings.CheckConsistencySettings, common, {"report": "page.html"}, where="test"
+        )
 
 
 def test_pages_of_texts_that_all_are_long_stay_small_and_say_what_was_left_out(tmp_path: Path):
-    table = store.read_dataset(dataset(tmp_path / "d", rows(80, text=lambda i, side: f"{i}<\x00" * 20_000)))
-    shown = pages.browser(table, consistency.from_table(table))
-    page = pages.render(pages.Page("t", "s", [], [], [shown]))
-    assert 1_000_000 < len(page.encode()) < pages.MAX_BYTES
+    table = read_dataset(
+        dataset(tmp_path / "d", rows(80, text=lambda i, side: f"{i}<\x00" * 20_000))
+    )
+    shown = html.browser(table, verdicts.from_table(table))
+    page = html.render(html.Page("t", "s", [], [], [shown]))
+    assert 1_000_000 < len(page.encode()) < html.MAX_BYTES
     assert shown.text.startswith(f"{len(shown.pairs)} of 80 pairs")
     assert 5 < len(shown.pairs) < 60
 
 
 def test_pairs_to_read_begin_with_the_surest_disagreement_and_hold_the_surest_mistake():
     log_odds = np.array([[3.0, 5.0, -1.0, 2.0, np.nan], [-2.0, -0.5, -1.0, 2.0, 1.0]])
-    assert pages.surest_disagreement(log_odds).tolist() == [2.0, 0.5, -1.0, -2.0, 0.0]
+    assert html.surest_disagreement(log_odds).tolist() == [2.0, 0.5, -1.0, -2.0, 0.0]
     # the surest on either side: min(3, 2), min(5, 0.5); where signs are equal the other side has none: min(-1, 1), min(2, -2); one verdict: min(1, 0)
-    assert pages.pairs_to_read(np.array([2.0, 0.5, -1.0]), np.array([0.0, 0.0, 4.0]), 5)[:3] == [0, 1, 2]
+    assert html.pairs_to_read(np.array([2.0, 0.5, -1.0]), np.array([0.0, 0.0, 4.0]), 5)[:3] == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_labels_that_look_like_mathematics_or_markup_are_drawn_as_they_are():
@@ -284,15 +337,24 @@ def test_small_numbers_on_an_axis_are_written_whole():
 
 
 def test_win_rates_take_the_interval_they_have_or_make_it_from_their_standard_error():
-    match = {"model": "a", "other": "b", "win_rate": 0.6, "standard_error": 0.05, "length_controlled_win_rate": None}
+    match = {
+        "model": "a",
+        "other": "b",
+        "win_rate": 0.6,
+        "standard_error": 0.05,
+        "length_controlled_win_rate": None,
+    }
     controlled = {
         "length_controlled_win_rate": 0.5,
         "length_controlled_low": 0.4,
         "length_controlled_high": 0.7,
         "standard_error": None,
     }
-    assert pages.win_rates({"matches": [match, {**match, **controlled, "other": "c"}]}) == {
-        "Win rate": [("a / b", 0.6, pytest.approx(0.502), pytest.approx(0.698)), ("a / c", 0.6, None, None)],
+    assert html.win_rates({"matches": [match, {**match, **controlled, "other": "c"}]}) == {
+        "Win rate": [
+            ("a / b", 0.6, pytest.approx(0.502), pytest.approx(0.698)),
+            ("a / c", 0.6, None, None),
+        ],
         "Length-controlled win rate": [("a / c", 0.5, 0.4, 0.7)],
     }
 
@@ -301,12 +363,20 @@ def test_hardly_any_data_still_gives_a_page(tmp_path: Path):
     for name, made in (("one", rows(1)), ("unlabelled", rows(9, labelled=False)), ("judge alone", [{**r, "rewards": r["rewards"][:1]} for r in rows(9)]),
                        ("no verdict", [{**r, "rewards": [{**r["rewards"][0], "log_odds": None}]} for r in rows(3)])):  # fmt: skip
         judged = dataset(tmp_path / name, made)
-        run("check-consistency", input=str(judged), output_dir=tmp_path / f"{name}-out", report=tmp_path / f"{name}.html")
+        run(
+            "check-consistency",
+            input=str(judged),
+            output_dir=tmp_path / f"{name}-out",
+            report=tmp_path / f"{name}.html",
+        )
         assert "Read some pairs" in (tmp_path / f"{name}.html").read_text(encoding="utf-8")
-    pages.write(tmp_path / "t.html", pages.training(trained(tmp_path / "t", 1)))
-    store.write_json(tmp_path / "t" / "manifest.json", {**store.read_json(tmp_path / "t" / "manifest.json"), "summary": {}})
+    html.write(tmp_path / "t.html", html.training_page(trained(tmp_path / "t", 1)))
+    write_json(
+        tmp_path / "t" / "manifest.json",
+        {**read_json(tmp_path / "t" / "manifest.json"), "summary": {}},
+    )
     (tmp_path / "t" / "metrics.jsonl").unlink()
-    pages.write(tmp_path / "none.html", pages.training(tmp_path / "t"))
+    html.write(tmp_path / "none.html", html.training_page(tmp_path / "t"))
     assert "optimiser steps" in (tmp_path / "none.html").read_text(encoding="utf-8")
 
 
@@ -321,7 +391,9 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 
 @pytest.mark.chromium
-@pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+@pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium on this machine (Debian: apt install chromium)"
+)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture(
@@ -332,15 +404,22 @@ def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture
         assert chromium.complaints == []
         assert chromium.requests == []
         assert chromium.evaluate("window.broken === undefined")
-        assert chromium.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{name} is wider than {width} pixels"
+        assert chromium.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+            f"{name} is wider than {width} pixels"
+        )
         sizes = chromium.evaluate(
             "[...document.querySelectorAll('figure svg')].map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
         )
         assert len(sizes) >= 3
         assert all(w > 250 and h > 90 for w, h in sizes)
-        paper, ink = (chromium.evaluate(f"getComputedStyle(document.body).{p}") for p in ("backgroundColor", "color"))
+        paper, ink = (
+            chromium.evaluate(f"getComputedStyle(document.body).{p}")
+            for p in ("backgroundColor", "color")
+        )
         assert (brightness(paper) < brightness(ink)) == dark
-        drawn = chromium.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill")
+        drawn = chromium.evaluate(
+            "getComputedStyle(document.querySelector('figure svg text')).fill"
+        )
         assert (brightness(drawn) > 128) == dark, "text in a picture follows the page"
 
 
@@ -349,18 +428,26 @@ def brightness(colour: str) -> float:
 
 
 @pytest.mark.chromium
-@pytest.mark.skipif(PROGRAM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
-def test_pairs_are_sorted_and_chosen_and_an_injected_script_would_not_run(world: Path, chromium: Chromium):
+@pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium on this machine (Debian: apt install chromium)"
+)
+def test_pairs_are_sorted_and_chosen_and_an_injected_script_would_not_run(
+    world: Path, chromium: Chromium
+):
     chromium.look(world / "consistency.html", 1400)
     choose = "(() => { const f = document.querySelector('form'); f.elements['%s'].value = '%s'; f.dispatchEvent(new Event('change')); })()"
     chromium.evaluate(choose % ("order", "mistake"))
-    mistakes = chromium.evaluate("[...document.querySelectorAll('.pair')].map(p => Number(p.dataset.mistake))")
+    mistakes = chromium.evaluate(
+        "[...document.querySelectorAll('.pair')].map(p => Number(p.dataset.mistake))"
+    )
     assert mistakes == sorted(mistakes, reverse=True)
     assert mistakes[0] > 0
     chromium.evaluate(choose % ("tag", "flips"))
-    assert chromium.evaluate("[...document.querySelectorAll('.pair:not([hidden])')].every(p => p.dataset.tags.includes('flips'))")
-    inject = (
-        "(() => { const s = document.createElement('script'); s.textContent = 'window.broken = 3'; document.body.append(s); })()"
+    assert chromium.evaluate(
+        "[...document.querySelectorAll('.pair:not([hidden])')].every(p => p.dataset.tags.includes('flips'))"
     )
+    inject = "(() => { const s = document.createElement('script'); s.textContent = 'window.broken = 3'; document.body.append(s); })()"
     chromium.evaluate(inject)
-    assert chromium.evaluate("window.broken === undefined"), "the page's policy lets no script in but its own"
+    assert chromium.evaluate("window.broken === undefined"), (
+        "the page's policy lets no script in but its own"
+    )

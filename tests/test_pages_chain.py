@@ -27,9 +27,16 @@ steps:
 def test_a_recipe_writes_the_story_of_its_iterations(tmp_path: Path):
     make_model(tmp_path / "base", seed=1)
     make_model(tmp_path / "policy", seed=2)
-    rows = [{"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "<b>No.</b>"} for w in ("cat", "dog", "sun", "sea")]
-    (tmp_path / "gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = RECIPE.replace("BASE", str(tmp_path / "base")).replace("POLICY", str(tmp_path / "policy"))
+    rows = [
+        {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "<b>No.</b>"}
+        for w in ("cat", "dog", "sun", "sea")
+    ]
+    (tmp_path / "gold.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
+    text = RECIPE.replace("BASE", str(tmp_path / "base")).replace(
+        "POLICY", str(tmp_path / "policy")
+    )
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     story, again = tmp_path / "story.html", tmp_path / "again.html"
     for page in (story, again):
@@ -44,11 +51,20 @@ def test_a_recipe_writes_the_story_of_its_iterations(tmp_path: Path):
             "--report",
             str(page),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         assert done.returncode == 0, done.stderr
     assert story.read_bytes() == again.read_bytes()
     page = story.read_text(encoding="utf-8")
-    for said in ("m1-heldout", "m2-heldout", "How sure they are", "Training, objective scir", "&lt;b&gt;No.&lt;/b&gt;", "Stages"):
+    for said in (
+        "m1-heldout",
+        "m2-heldout",
+        "How sure they are",
+        "Training, objective scir",
+        "&lt;b&gt;No.&lt;/b&gt;",
+        "Stages",
+    ):
         assert said in page
     assert "Mean |log-odds|" in (tmp_path / "out" / "m2.html").read_text(encoding="utf-8")
     if PROGRAM is not None:

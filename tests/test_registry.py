@@ -12,19 +12,20 @@ import typer
 from rich.table import Table
 from typer.testing import CliRunner
 
-from scir_cli import cli, config, recipe, registry
+from scir_cli import cli, errors, recipe, registry
 from scir_cli.registry import STAGES, Stage
+from scir_cli.settings import CheckConsistencySettings, ReportSettings, StageSettings
 
 FAKE = Stage(
     "eval fake",
     "Measure nothing at all.",
-    config.CheckConsistencySettings,
+    CheckConsistencySettings,
     run="test_registry:run_fake",
     tables="test_registry:fake_tables",
 )
 
 
-def run_fake(settings: config.CheckConsistencySettings) -> dict[str, Any]:
+def run_fake(settings: CheckConsistencySettings) -> dict[str, Any]:
     summary = {"confidence": settings.min_confidence}
     return {"rows_in": 3, "rows_out": 2, "drops": {"dull": 1}, "nulls": {}, "summary": summary}
 
@@ -37,13 +38,17 @@ def fake_tables(manifest: dict[str, Any]) -> list[Table]:
 
 @pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 def test_every_stage_has_settings_a_line_of_help_and_functions_that_exist(stage: Stage):
-    assert issubclass(stage.settings, config.StageSettings)
+    assert issubclass(stage.settings, StageSettings)
     assert "\n" not in stage.about
     assert stage.about.endswith(".")
     assert 10 < len(stage.about) <= 100
-    targets = [target for target in (stage.run, stage.tables, stage.page, stage.story) if target is not None]
+    targets = [
+        target
+        for target in (stage.run, stage.tables, stage.page, stage.story)
+        if target is not None
+    ]
     assert all(callable(registry.load(target)) for target in targets)
-    assert issubclass(stage.settings, config.ReportSettings) == (stage.page is not None)
+    assert issubclass(stage.settings, ReportSettings) == (stage.page is not None)
 
 
 def test_the_commands_of_the_cli_are_the_stages_and_run():
@@ -65,11 +70,15 @@ def test_one_record_is_a_command_with_its_settings_its_line_and_its_tables(tmp_p
     cli.add_stages(app, [FAKE])
     shown = CliRunner().invoke(app, ["eval", "--help"])
     assert "Measure nothing at all." in shown.stdout
-    done = CliRunner().invoke(app, ["eval", "fake", "-i", "x", "-o", str(tmp_path / "o"), "--min-confidence", "0.75"])
+    done = CliRunner().invoke(
+        app, ["eval", "fake", "-i", "x", "-o", str(tmp_path / "o"), "--min-confidence", "0.75"]
+    )
     assert done.exit_code == 0
     assert "0.75" in done.stdout
     assert done.stderr.startswith("eval fake: 3 in = 2 out + 1 dull")
-    wrong = CliRunner().invoke(app, ["eval", "fake", "-i", "x", "-o", str(tmp_path / "o"), "min_confidense=0.75"])
+    wrong = CliRunner().invoke(
+        app, ["eval", "fake", "-i", "x", "-o", str(tmp_path / "o"), "min_confidense=0.75"]
+    )
     assert wrong.exit_code == 2
     assert "Did you mean 'min_confidence'?" in wrong.stderr
 
@@ -77,7 +86,7 @@ def test_one_record_is_a_command_with_its_settings_its_line_and_its_tables(tmp_p
 def test_one_record_is_a_step_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "recipe.yaml"
     path.write_text("steps: [{eval fake: {input: x, output_dir: o}}]", encoding="utf-8")
-    with pytest.raises(cli.ConfigError, match="unknown stage 'eval fake'"):
+    with pytest.raises(errors.ConfigError, match="unknown stage 'eval fake'"):
         recipe.load(path)
     monkeypatch.setitem(STAGES, "eval fake", FAKE)
     (step,) = recipe.load(path)

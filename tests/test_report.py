@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from scir_cli import consistency, registry, report
-from scir_cli.consistency import Verdicts
+from scir_cli import registry
+from scir_cli.analysis import consistency
+from scir_cli.analysis.verdicts import Verdicts
+from scir_cli.report import tables
 
 
 def verdicts(names: list[str], n: int = 200) -> Verdicts:
@@ -20,19 +22,34 @@ def verdicts(names: list[str], n: int = 200) -> Verdicts:
     subsets: list[str | None] = [f"[/red] subset-number-{i % 3}" for i in range(n)]
     seats = np.full_like(odds, 0.7)
     return Verdicts(
-        names, odds, odds + seats, odds - seats, seats, np.ones(n), rng.normal(0, 9, n), subsets, [str(i) for i in range(n)]
+        names,
+        odds,
+        odds + seats,
+        odds - seats,
+        seats,
+        np.ones(n),
+        rng.normal(0, 9, n),
+        subsets,
+        [str(i) for i in range(n)],
     )
 
 
 @pytest.mark.parametrize(
-    "names", [["judge", "implicit"], ["judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external"]]
+    "names",
+    [
+        ["judge", "implicit"],
+        ["judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external"],
+    ],
 )
 def test_tables_are_whole_at_80_columns(names: list[str]):
     v = verdicts(names)
-    summary = consistency.summary(v) | {"by_subset": consistency.by_subset(v), "curves": consistency.curves(v)}
+    summary = consistency.summary(v) | {
+        "by_subset": consistency.by_subset(v),
+        "curves": consistency.curves(v),
+    }
     out = io.StringIO()
     console = Console(file=out, width=80, markup=False)
-    for table in report.verdict_tables({"summary": summary}):
+    for table in tables.verdict_tables({"summary": summary}):
         console.print(table)
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
@@ -45,7 +62,7 @@ def test_tables_are_whole_at_80_columns(names: list[str]):
 def test_names_that_look_like_markup_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]):
     v = verdicts(["judge", "[bold]other"])
     summary = consistency.summary(v) | {"by_subset": consistency.by_subset(v)}
-    report.show(registry.STAGES["eval rewards"], {"summary": summary})
+    tables.print_results(registry.STAGES["eval rewards"], {"summary": summary})
     printed = capsys.readouterr().out
     assert "[bold]other" in printed
     assert "[/red] subset-number-0" in printed

@@ -9,8 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scir_cli import config, rewardbench, sources, stages
-from scir_cli.rewardbench import KNOWN, SECTIONS, best_of, reward_bench, reward_bench_2, ties_score
+from scir_cli import config, stages
+from scir_cli.analysis.reward_bench import (
+    KNOWN,
+    SECTIONS,
+    SUBSETS_2,
+    best_of,
+    reward_bench,
+    reward_bench_2,
+    ties_score,
+)
+from scir_cli.data import readers
+from scir_cli.settings import EvalRewardsSettings
 
 NAN = math.nan
 
@@ -33,7 +43,11 @@ def test_a_section_weighs_its_subsets_and_the_score_weighs_the_sections_equally(
     sections = {"Chat": 338 / 358, "Chat Hard": 1.0, "Safety": 604 / 740, "Reasoning": 0.75}
     assert found["sections"] == pytest.approx(sections)
     assert found["score"] == pytest.approx((338 / 358 + 1 + 604 / 740 + 0.75) / 4)
-    assert (found["prior_sets"], found["score_with_prior_sets"], found["missing"]) == (None, None, [])
+    assert (found["prior_sets"], found["score_with_prior_sets"], found["missing"]) == (
+        None,
+        None,
+        [],
+    )
 
 
 def test_the_prior_sets_weigh_half_a_section():
@@ -44,7 +58,9 @@ def test_the_prior_sets_weigh_half_a_section():
 
 
 def test_a_subset_without_a_figure_is_named_and_there_is_no_score():
-    accuracy: dict[str, float | None] = {subset: 1.0 for counts in SECTIONS.values() for subset in counts}
+    accuracy: dict[str, float | None] = {
+        subset: 1.0 for counts in SECTIONS.values() for subset in counts
+    }
     found = reward_bench(accuracy | {"hep-go": None, "math-prm": 0.0})
     assert (found["score"], found["missing"]) == (None, ["hep-go"])
     assert found["sections"]["Reasoning"] == pytest.approx(820 / (984 + 820))  # of what is there
@@ -52,7 +68,14 @@ def test_a_subset_without_a_figure_is_named_and_there_is_no_score():
 
 @pytest.mark.parametrize(
     ("margins", "value"),
-    [([1, 2, 3], 1), ([1, -0.1, 3], 0), ([1, 0, 3], 1 / 2), ([0, 0, 0], 1 / 4), ([0, -1, 0], 0), ([1, NAN, 1], NAN)],
+    [
+        ([1, 2, 3], 1),
+        ([1, -0.1, 3], 0),
+        ([1, 0, 3], 1 / 2),
+        ([0, 0, 0], 1 / 4),
+        ([0, -1, 0], 0),
+        ([1, NAN, 1], NAN),
+    ],
 )
 def test_best_of_four_shares_a_first_place(margins, value):
     assert best_of(np.array([margins], float)) == pytest.approx(value, nan_ok=True)
@@ -73,7 +96,9 @@ def test_ties_are_scored_from_scores_of_single_responses_as_the_authors_do():
     }
     found = ties_score(examples)
     margin = (math.tanh(1) + math.tanh(-7 / 3)) / 2
-    assert found["score"] == pytest.approx(0.3 * 1 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin)
+    assert found["score"] == pytest.approx(
+        0.3 * 1 + 0.3 * 0.5 + 0.2 * 0.5 + 0.2 * 0.5 + 0.01 * margin
+    )
 
 
 def test_equal_scores_of_all_right_answers_do_not_divide_by_zero():
@@ -84,9 +109,19 @@ def test_equal_scores_of_all_right_answers_do_not_divide_by_zero():
 
 
 def test_an_example_with_a_missing_verdict_is_counted_and_left_out():
-    examples = {"tied:1": of_scores([5, 4], [1, 2]), "ref:1": of_scores([3], [1]), "tied:2": np.array([[NAN], [1.0]])}
-    assert ties_score(examples) == {"score": pytest.approx(1 + 0.01 * math.tanh(1)), "examples": 2, "incomplete": 1}
-    found = reward_bench_2({("Math", "1"): np.array([[1.0, NAN]]), ("Math", "2"): np.array([[1.0, 2.0]])})
+    examples = {
+        "tied:1": of_scores([5, 4], [1, 2]),
+        "ref:1": of_scores([3], [1]),
+        "tied:2": np.array([[NAN], [1.0]]),
+    }
+    assert ties_score(examples) == {
+        "score": pytest.approx(1 + 0.01 * math.tanh(1)),
+        "examples": 2,
+        "incomplete": 1,
+    }
+    found = reward_bench_2(
+        {("Math", "1"): np.array([[1.0, NAN]]), ("Math", "2"): np.array([[1.0, 2.0]])}
+    )
     assert (found["sections"], found["incomplete"], found["score"]) == ({"Math": 1.0}, 1, None)
     assert found["missing"] == ["Factuality", "Precise IF", "Safety", "Focus", "Ties"]
 
@@ -116,7 +151,7 @@ def test_hh_transcripts_become_turns_and_a_pair_of_different_prompts_is_counted(
         {"chosen": start + "\n\nAssistant:", "rejected": start + "\n\nAssistant: Yes."},
         {"chosen": start, "rejected": start + "\n\nAssistant: Yes."},
     ]
-    table, drops = sources.load_pairs(write(tmp_path / "hh.jsonl", rows))
+    table, drops = readers.load_pairs(write(tmp_path / "hh.jsonl", rows))
     (row,) = table.to_pylist()
     assert [(m["role"], m["content"]) for m in row["messages"]] == [
         ("user", "Hi."),
@@ -127,9 +162,11 @@ def test_hh_transcripts_become_turns_and_a_pair_of_different_prompts_is_counted(
     assert drops == {"different_prompts": 1, "empty_response": 2}
 
 
-def test_an_answer_that_quotes_a_transcript_is_an_answer_where_a_prompt_stands_beside_it(tmp_path: Path):
+def test_an_answer_that_quotes_a_transcript_is_an_answer_where_a_prompt_stands_beside_it(
+    tmp_path: Path,
+):
     rows = [{"prompt": "Quote.", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "no"}]
-    (row,) = sources.load_pairs(write(tmp_path / "quote.jsonl", rows))[0].to_pylist()
+    (row,) = readers.load_pairs(write(tmp_path / "quote.jsonl", rows))[0].to_pylist()
     assert sides(row) == ("\n\nHuman: a\n\nAssistant: b", "no")
 
 
@@ -138,21 +175,46 @@ def test_ultrafeedback_binarized_repeats_the_prompt_in_both_message_lists(tmp_pa
         return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]
 
     rows = [
-        {"prompt": "Q", "prompt_id": "0", "chosen": said("a"), "rejected": said("b"), "messages": said("a"), "score_chosen": 9.0}
+        {
+            "prompt": "Q",
+            "prompt_id": "0",
+            "chosen": said("a"),
+            "rejected": said("b"),
+            "messages": said("a"),
+            "score_chosen": 9.0,
+        }
     ]
-    (row,) = sources.load_pairs(write(tmp_path / "uf.jsonl", rows))[0].to_pylist()
+    (row,) = readers.load_pairs(write(tmp_path / "uf.jsonl", rows))[0].to_pylist()
     assert (row["messages"], sides(row)) == ([{"role": "user", "content": "Q"}], ("a", "b"))
 
 
 def test_a_reward_bench_2_row_is_every_right_answer_beside_every_wrong_one(tmp_path: Path):
     rows = [
-        {"id": "tied:3", "prompt": "Q", "chosen": ["a", "b"], "rejected": ["c", "d", "e"], "subset": "Ties", "num_correct": 2},
-        {"id": "9", "prompt": "R", "chosen": ["a"], "rejected": ["a", "b"], "subset": "Math", "num_correct": 1},
+        {
+            "id": "tied:3",
+            "prompt": "Q",
+            "chosen": ["a", "b"],
+            "rejected": ["c", "d", "e"],
+            "subset": "Ties",
+            "num_correct": 2,
+        },
+        {
+            "id": "9",
+            "prompt": "R",
+            "chosen": ["a"],
+            "rejected": ["a", "b"],
+            "subset": "Math",
+            "num_correct": 1,
+        },
     ]
-    table, drops = sources.load_pairs(write(tmp_path / "rb2.jsonl", rows))
+    table, drops = readers.load_pairs(write(tmp_path / "rb2.jsonl", rows))
     pairs = table.to_pylist()
     assert {sides(row) for row in pairs[:6]} == {(x, y) for x in "ab" for y in "cde"}
-    ids = {row[side]["text"]: row[side]["candidate_id"] for row in pairs[:6] for side in ("first", "second")}
+    ids = {
+        row[side]["text"]: row[side]["candidate_id"]
+        for row in pairs[:6]
+        for side in ("first", "second")
+    }
     assert (ids["b"], ids["e"]) == ("tied:3/chosen/1/2", "tied:3/rejected/2/3")
     assert (sides(pairs[6]), drops) == (("a", "b"), {"identical_responses": 1})
 
@@ -163,15 +225,25 @@ def benchmark_of(tmp_path: Path, rows: list[dict], scores: str) -> dict:
         "model": "", "input": write(tmp_path / "in.jsonl", rows), "output_dir": tmp_path / "out", "reward_models": ["external"], "external": scores,
     }  # fmt: skip
     judged = tmp_path / "judged"
-    from scir_cli import store
+    from scir_cli.data import dataset
 
-    table, _ = sources.load_pairs(values["input"], external=scores)
-    store.write_dataset(judged, "judged", {"stage": "test"}, [(0, 1)], lambda low, high: store.Part(table, table.num_rows))
-    settings = config.build(config.EvalRewardsSettings, {"input": str(judged), "output_dir": tmp_path / "out"}, where="test")
+    table, _ = readers.load_pairs(values["input"], external=scores)
+    dataset.write_dataset(
+        judged,
+        "judged",
+        {"stage": "test"},
+        [(0, 1)],
+        lambda low, high: dataset.Part(table, table.num_rows),
+    )
+    settings = config.build(
+        EvalRewardsSettings, {"input": str(judged), "output_dir": tmp_path / "out"}, where="test"
+    )
     return stages.load("eval rewards")(settings)["summary"]
 
 
-def test_eval_rewards_gives_reward_bench_sections_where_the_subsets_are_reward_benchs(tmp_path: Path):
+def test_eval_rewards_gives_reward_bench_sections_where_the_subsets_are_reward_benchs(
+    tmp_path: Path,
+):
     rows = [
         {
             "prompt": f"{s} {i}",
@@ -202,12 +274,32 @@ def test_eval_rewards_puts_reward_bench_2_rows_together_again(tmp_path: Path):
             "subset": s,
             "score": 1.0 if s != "Focus" else -1.0,
         }
-        for i, s in enumerate(rewardbench.SUBSETS_2[:5])
+        for i, s in enumerate(SUBSETS_2[:5])
     ]
     rows += [
-        {"id": "ref:0", "prompt": "one", "chosen": ["a"], "rejected": ["b", "c"], "subset": "Ties", "score": 1.0},
-        {"id": "tied:0", "prompt": "two", "chosen": ["a", "b"], "rejected": ["c", "d"], "subset": "Ties", "score": 1.0},
+        {
+            "id": "ref:0",
+            "prompt": "one",
+            "chosen": ["a"],
+            "rejected": ["b", "c"],
+            "subset": "Ties",
+            "score": 1.0,
+        },
+        {
+            "id": "tied:0",
+            "prompt": "two",
+            "chosen": ["a", "b"],
+            "rejected": ["c", "d"],
+            "subset": "Ties",
+            "score": 1.0,
+        },
     ]
     found = benchmark_of(tmp_path, rows, "score")["benchmark"]["models"]["external"]
-    assert found["sections"] == pytest.approx(dict.fromkeys(rewardbench.SUBSETS_2[:4], 1.0) | {"Focus": 0.0, "Ties": 1.01})
-    assert (found["score"], found["examples"], found["incomplete"]) == (pytest.approx((4 + 0 + 1.01) / 6), 7, 0)
+    assert found["sections"] == pytest.approx(
+        dict.fromkeys(SUBSETS_2[:4], 1.0) | {"Focus": 0.0, "Ties": 1.01}
+    )
+    assert (found["score"], found["examples"], found["incomplete"]) == (
+        pytest.approx((4 + 0 + 1.01) / 6),
+        7,
+        0,
+    )

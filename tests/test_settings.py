@@ -11,11 +11,17 @@ import flags
 import pytest
 from typer.testing import CliRunner
 
-from scir_cli import config, fitting, registry
+from scir_cli import config, registry, settings
 from scir_cli.cli import app
-from scir_cli.config import BackendSettings, EvalResponsesSettings, GenerateSettings, JudgeSettings
 from scir_cli.errors import ConfigError
+from scir_cli.settings import (
+    BackendSettings,
+    EvalResponsesSettings,
+    GenerateSettings,
+    JudgeSettings,
+)
 from scir_cli.stages import overwrite
+from scir_cli.training import fitting
 
 #: Outputs: --overwrite protects what a command reads.
 OUTPUTS = {"output_dir", "report"}
@@ -36,7 +42,9 @@ def settings_of_all_stages() -> dict[str, tuple[str, Any]]:
 
 def test_the_flags_are_those_that_are_written_down():
     frozen = flags.FROZEN.read_text(encoding="utf-8").splitlines()
-    assert flags.lines() == frozen, "a flag, default or group changed; if on purpose: python tests/flags.py --write"
+    assert flags.lines() == frozen, (
+        "a flag, default or group changed; if on purpose: python tests/flags.py --write"
+    )
 
 
 def test_train_has_few_settings_and_few_to_read_first():
@@ -45,7 +53,11 @@ def test_train_has_few_settings_and_few_to_read_first():
 
 
 def test_the_groups_of_train_are_shown_in_order_and_the_report_does_not_lead():
-    text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    text = (
+        CliRunner()
+        .invoke(app, ["train", "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+        .stdout
+    )
     headings = re.findall(r"^╭─ ([\w ]+?) ─", text, re.MULTILINE)
     assert headings[-7:] == [
         config.INPUT_OUTPUT,
@@ -62,16 +74,22 @@ def test_the_groups_of_train_are_shown_in_order_and_the_report_does_not_lead():
 
 @pytest.mark.parametrize("stage", registry.STAGES)
 def test_help_is_readable_at_eighty_columns(stage: str):
-    result = CliRunner().invoke(app, [*stage.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    result = CliRunner().invoke(
+        app, [*stage.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    )
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert not re.search(r"\w…", result.stdout)  # nothing is cut off
-    texts = [len(line) - re.match(r"^│ --\S+ +(-\w +)?\S+ +", line).end() for line in lines if line.startswith("│ --")]
+    texts = [
+        len(line) - re.match(r"^│ --\S+ +(-\w +)?\S+ +", line).end()
+        for line in lines
+        if line.startswith("│ --")
+    ]
     assert min(texts) >= 28  # columns that are left for the text
 
 
 def test_choices_that_are_too_wide_for_their_column_stand_in_the_text():
-    fields = config.fields(config.TrainSettings)
+    fields = config.fields(settings.TrainSettings)
     assert config.metavar(fields["objective"]) == "sft|dpo|scir"
     assert config.metavar(fields["implicit_scale"]) == "fitted|NUMBER"
     assert config.metavar(fields["preference_loss"]) == "CHOICE"
@@ -93,15 +111,24 @@ def test_every_setting_that_is_a_path_or_names_a_dataset_or_model_is_protected_f
 
 
 def test_a_setting_that_shapes_a_fit_is_part_of_the_plan():
-    for name in config.names_with(config.TrainSettings, "affects_fit"):
-        assert config.role(config.TrainSettings.model_fields[name], "affects_output"), name
+    for name in config.names_with(settings.TrainSettings, "affects_fit"):
+        assert config.role(settings.TrainSettings.model_fields[name], "affects_output"), name
 
 
 def test_all_of_the_consistency_group_but_weights_and_inputs_affects_what_is_fitted():
-    fields = config.fields(config.TrainSettings)
-    shown = {name for name, info in fields.items() if config.group_of(config.TrainSettings, name, info) == config.CONSISTENCY}
-    kept = shown - set(config.names_with(config.TrainSettings, "affects_fit"))
-    assert kept == {"penalty_weight", "anchors", "anchor_weight", "reward_reference"}  # the reference is compared by its weights
+    fields = config.fields(settings.TrainSettings)
+    shown = {
+        name
+        for name, info in fields.items()
+        if config.group_of(settings.TrainSettings, name, info) == config.CONSISTENCY
+    }
+    kept = shown - set(config.names_with(settings.TrainSettings, "affects_fit"))
+    assert kept == {
+        "penalty_weight",
+        "anchors",
+        "anchor_weight",
+        "reward_reference",
+    }  # the reference is compared by its weights
     assert set(fitting.FITTED) <= shown
 
 
@@ -121,11 +148,20 @@ def test_a_plan_has_a_file_s_content_and_not_its_name(tmp_path: Path):
 
 
 def backend(*words: str) -> BackendSettings:
-    return config.build(BackendSettings, {"model": "m", "output_dir": "o", "endpoint_arg": list(words)}, where="test")
+    return config.build(
+        BackendSettings,
+        {"model": "m", "output_dir": "o", "endpoint_arg": list(words)},
+        where="test",
+    )
 
 
 def test_endpoint_arguments_have_types_and_defaults():
-    assert backend().endpoint.model_dump() == {"model": None, "retries": 6, "timeout": 600.0, "top_logprobs": 20}
+    assert backend().endpoint.model_dump() == {
+        "model": None,
+        "retries": 6,
+        "timeout": 600.0,
+        "top_logprobs": 20,
+    }
     given = backend("model=n", "retries=0", "timeout=1.5", "top_logprobs=5").endpoint
     assert (given.model, given.retries, given.timeout, given.top_logprobs) == ("n", 0, 1.5, 5)
 
@@ -164,34 +200,60 @@ def test_evaluators_read_one_response_and_have_no_n(stage: str):
 
 @pytest.mark.parametrize("name", ["rationale_max_tokens", "rationale_batch_size", "score_column"])
 def test_train_has_no_setting_that_only_judging_needs(name: str):
-    assert name not in config.fields(config.TrainSettings)
-    assert name in config.fields(config.EvalRewardsSettings)
+    assert name not in config.fields(settings.TrainSettings)
+    assert name in config.fields(settings.EvalRewardsSettings)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- overwrite
 
 
-def test_eval_winrate_does_not_delete_the_gamed_baselines_that_lie_in_its_output_folder(tmp_path: Path):
+def test_eval_winrate_does_not_delete_the_gamed_baselines_that_lie_in_its_output_folder(
+    tmp_path: Path,
+):
     out = tmp_path / "out"
     out.mkdir()
     (out / "df_gamed.csv").write_text("x", encoding="utf-8")
     (tmp_path / "annotations.json").write_text(json.dumps([]), encoding="utf-8")
-    words = ["eval", "winrate", "--annotations", str(tmp_path / "annotations.json"), "-o", str(out), "--overwrite"]
+    words = [
+        "eval",
+        "winrate",
+        "--annotations",
+        str(tmp_path / "annotations.json"),
+        "-o",
+        str(out),
+        "--overwrite",
+    ]
     result = CliRunner().invoke(app, [*words, "--gamed-baselines", str(out / "df_gamed.csv")])
     assert result.exit_code == 2
-    assert f"output_dir {out} is or holds gamed_baselines {out}/df_gamed.csv; choose another folder" in result.stderr
+    assert (
+        f"output_dir {out} is or holds gamed_baselines {out}/df_gamed.csv; choose another folder"
+        in result.stderr
+    )
     assert (out / "df_gamed.csv").exists()
 
 
-@pytest.mark.parametrize("name", [n for n in config.names_with(JudgeSettings, "path") if n != "input"])
+@pytest.mark.parametrize(
+    "name", [n for n in config.names_with(JudgeSettings, "path") if n != "input"]
+)
 def test_every_input_in_the_output_folder_is_refused_by_its_name(tmp_path: Path, name: str):
     (tmp_path / "read").write_text("{question}", encoding="utf-8")
-    values = {"model": "m", "input": "i", "output_dir": str(tmp_path), "overwrite": True, name: str(tmp_path / "read")}
-    with pytest.raises(ConfigError, match=f"^scir judge: output_dir .* is or holds {name} .*read; choose another folder$"):
+    values = {
+        "model": "m",
+        "input": "i",
+        "output_dir": str(tmp_path),
+        "overwrite": True,
+        name: str(tmp_path / "read"),
+    }
+    with pytest.raises(
+        ConfigError,
+        match=f"^scir judge: output_dir .* is or holds {name} .*read; choose another folder$",
+    ):
         overwrite.check(config.build(JudgeSettings, values, where="test"), "scir judge")
 
 
-def test_a_recipe_with_a_step_that_would_delete_its_input_is_refused_before_anything_runs(tmp_path: Path):
+def test_a_recipe_with_a_step_that_would_delete_its_input_is_refused_before_anything_runs(
+    tmp_path: Path,
+):
     (tmp_path / "run" / "prompts").mkdir(parents=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -203,5 +265,7 @@ def test_a_recipe_with_a_step_that_would_delete_its_input_is_refused_before_anyt
     )
     result = CliRunner().invoke(app, ["run", str(recipe)])
     assert result.exit_code == 2
-    assert f"{recipe}: generate: output_dir {tmp_path}/run/prompts is or holds input" in result.stderr
+    assert (
+        f"{recipe}: generate: output_dir {tmp_path}/run/prompts is or holds input" in result.stderr
+    )
     assert not (tmp_path / "run" / "candidates").exists()

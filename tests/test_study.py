@@ -22,7 +22,14 @@ TINY = Setup(
     size=world.Size(hidden=32, layers=1, n_base=40, n_seed=12, n_prompts=6, n_heldout=12, n_test=3),
     base={"learning_rate": 1e-3, "batch_size": 8, "max_steps": 2},
     tune={"learning_rate": 1e-3, "batch_size": 8, "max_steps": 2},
-    loop={"learning_rate": 1e-3, "batch_size": 8, "max_steps": 2, "num_epochs": 9, "n": 2, "max_new_tokens": 6},
+    loop={
+        "learning_rate": 1e-3,
+        "batch_size": 8,
+        "max_steps": 2,
+        "num_epochs": 9,
+        "n": 2,
+        "max_new_tokens": 6,
+    },
     max_new_tokens=6,
 )
 
@@ -66,8 +73,16 @@ def test_quality_is_hardly_a_function_of_length_and_a_bias_towards_length_can_be
     def longer_is_chosen(bias: float) -> float:
         draw = random.Random(1)
         prompts = world.draw_prompts(draw, 600, set(), size.families)
-        pairs = [pair for p in prompts if (pair := world.labelled_pair(draw, p, size.slips, length_bias=bias))]
-        differ = [len(p["chosen"]) > len(p["rejected"]) for p in pairs if len(p["chosen"]) != len(p["rejected"])]
+        pairs = [
+            pair
+            for p in prompts
+            if (pair := world.labelled_pair(draw, p, size.slips, length_bias=bias))
+        ]
+        differ = [
+            len(p["chosen"]) > len(p["rejected"])
+            for p in pairs
+            if len(p["chosen"]) != len(p["rejected"])
+        ]
         return sum(differ) / len(differ)
 
     assert 0.42 < longer_is_chosen(0.0) < 0.58
@@ -80,7 +95,11 @@ def test_what_other_judges_are_taught_is_the_quality_in_fifths_and_the_better_se
     scores = {row["prompt"].split("\n")[1]: row["chosen"] for row in rubric}
     assert scores == {"1234": "5", "1243": "2"}  # round(5 * 0.5) = 2
     assert all(row["rejected"] != row["chosen"] and row["rejected"] in "012345" for row in rubric)
-    written = {row["prompt"]: row["chosen"] for seed in range(20) if (row := world.lesson(random.Random(seed), "rationale", pair))}
+    written = {
+        row["prompt"]: row["chosen"]
+        for seed in range(20)
+        if (row := world.lesson(random.Random(seed), "rationale", pair))
+    }
     assert written == {
         "sort 3142\nA 1234\nB 1243\nwhy?": "A 5 B 2\n\nVerdict: A",
         "sort 3142\nA 1243\nB 1234\nwhy?": "A 2 B 5\n\nVerdict: B",
@@ -90,7 +109,10 @@ def test_what_other_judges_are_taught_is_the_quality_in_fifths_and_the_better_se
 def test_held_out_and_test_prompts_are_nobody_s_training_prompts(tmp_path: Path):
     world.write(tmp_path, TINY.size, seed=3)
     prompts = {
-        name: {json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()}
+        name: {
+            json.loads(line)["prompt"]
+            for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        }
         for name in ("base", "seed", "prompts", "heldout", "test")
     }
     measured = prompts["heldout"] | prompts["test"]
@@ -120,11 +142,22 @@ def cell(name: str) -> Method:
     return next(m for m in MAIN if m.name == name)
 
 
-def test_a_cell_is_measured_after_each_iteration_and_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_cell_is_measured_after_each_iteration_and_is_not_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     gold = world.Gold(("evaluation",))
     first = results(tmp_path, [cell("scir"), cell("srlm")], gold)
-    assert [(r["method"], r["iteration"]) for r in first["records"]] == [("scir", 1), ("scir", 2), ("srlm", 1), ("srlm", 2)]
-    assert all(0 <= r[k] <= 1 for r in first["records"] for k in ("sampled_quality", "judge_accuracy", "agreement", "flip_rate"))
+    assert [(r["method"], r["iteration"]) for r in first["records"]] == [
+        ("scir", 1),
+        ("scir", 2),
+        ("srlm", 1),
+        ("srlm", 2),
+    ]
+    assert all(
+        0 <= r[k] <= 1
+        for r in first["records"]
+        for k in ("sampled_quality", "judge_accuracy", "agreement", "flip_rate")
+    )
     assert {r["steps"] for r in first["records"]} == {2}
     capsys.readouterr()
     assert results(tmp_path, [cell("scir"), cell("srlm")], gold) == first
@@ -134,21 +167,37 @@ def test_a_cell_is_measured_after_each_iteration_and_is_not_done_again(tmp_path:
 def test_rubric_and_rationale_are_measured_and_trained_where_a_world_teaches_them(tmp_path: Path):
     (four,) = [m for m in WITH_JUDGES if m.name == "scir-l3, rubric and rationale"]
     setup = replace(TINY, size=replace(TINY.size, judges=("rubric", "rationale")), iterations=1)
-    study.run_experiment("tiny", tmp_path / "out", [0], [four], setup, world.Gold(("evaluation",)), tmp_path / "results")
+    study.run_experiment(
+        "tiny",
+        tmp_path / "out",
+        [0],
+        [four],
+        setup,
+        world.Gold(("evaluation",)),
+        tmp_path / "results",
+    )
     result = json.loads((tmp_path / "results" / "tiny.json").read_text())
     assert all(
-        0 <= found[f"{name}_accuracy"] <= 1 for found in (result["m1"]["0"], *result["records"]) for name in setup.size.judges
+        0 <= found[f"{name}_accuracy"] <= 1
+        for found in (result["m1"]["0"], *result["records"])
+        for name in setup.size.judges
     )
     assert "gradient_rationale" in result["records"][0]
 
 
 @pytest.mark.slow
-def test_no_method_but_the_oracle_and_the_external_scores_asks_for_gold_outside_evaluation(tmp_path: Path):
+def test_no_method_but_the_oracle_and_the_external_scores_asks_for_gold_outside_evaluation(
+    tmp_path: Path,
+):
     blind = [m for m in MAIN if not m.scores]
     assert len(results(tmp_path, blind, world.Gold(("evaluation",)))["records"]) == 2 * len(blind)
     with pytest.raises(PermissionError, match="oracle"):
         results(tmp_path, [cell("oracle")], world.Gold(("evaluation", "external")))
-    scored = results(tmp_path / "scored", [cell("oracle"), cell("external")], world.Gold(("evaluation", "oracle", "external")))
+    scored = results(
+        tmp_path / "scored",
+        [cell("oracle"), cell("external")],
+        world.Gold(("evaluation", "oracle", "external")),
+    )
     assert len(scored["records"]) == 4
 
 
@@ -166,9 +215,17 @@ def test_every_method_of_every_experiment_is_a_recipe_with_settings_it_knows(nam
 
 def test_an_interval_of_three_differences_by_hand():
     # 1, 2, 3: mean 2, s = 1, t(2) = 4.303: 2 -+ 4.303 / sqrt 3 = 2 -+ 2.4843
-    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 2.48434, 2 + 2.48434), abs=1e-4)
-    assert report.interval([0.5, 0.5])[1:] == (-float("inf"), float("inf"))  # two seeds that are alike establish nothing
-    assert report.interval([1 / 60, 1 / 60, 1 / 60])[1:] == (-float("inf"), float("inf"))  # nor do three
+    assert report.interval([1.0, 2.0, 3.0]) == pytest.approx(
+        (2, 2 - 2.48434, 2 + 2.48434), abs=1e-4
+    )
+    assert report.interval([0.5, 0.5])[1:] == (
+        -float("inf"),
+        float("inf"),
+    )  # two seeds that are alike establish nothing
+    assert report.interval([1 / 60, 1 / 60, 1 / 60])[1:] == (
+        -float("inf"),
+        float("inf"),
+    )  # nor do three
 
 
 def records(**values: list[float]) -> list[dict[str, Any]]:
@@ -228,26 +285,54 @@ def bars(svg: str, width: str) -> list[tuple[float, float]]:
 
 
 def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_its_panel_and_coloured_by_what_helps():
-    marks = [[(0.02, 0.01, 0.03)], [(-0.01, -0.03, 0.01)], [(0.01, -float("inf"), float("inf"))], [None]]
+    marks = [
+        [(0.02, 0.01, 0.03)],
+        [(-0.01, -0.03, 0.01)],
+        [(0.01, -float("inf"), float("inf"))],
+        [None],
+    ]
     names = ["scir (9)", "open (9)", "two seeds (2)", "none (0)"]
-    svg = figures.forest("x", "less it", names, [figures.Forest("gold", 1, marks), figures.Forest("flips", -1, marks)])
-    assert {*names, "less it", "gold", "more is better →", "flips", "← less is better", "not measured"} <= set(texts(svg))
-    assert {"interval holds 0", "no interval", "better, 95 % interval without 0", "worse, 95 % interval without 0"} <= set(
-        texts(svg)
+    svg = figures.forest(
+        "x",
+        "less it",
+        names,
+        [figures.Forest("gold", 1, marks), figures.Forest("flips", -1, marks)],
     )
+    assert {
+        *names,
+        "less it",
+        "gold",
+        "more is better →",
+        "flips",
+        "← less is better",
+        "not measured",
+    } <= set(texts(svg))
+    assert {
+        "interval holds 0",
+        "no interval",
+        "better, 95 % interval without 0",
+        "worse, 95 % interval without 0",
+    } <= set(texts(svg))
     (zero, _), _ = bars(svg, "0.9")
     helps, holds, *_ = drawn = bars(svg, "1.6")
     assert len(drawn) == 4  # two panels, two intervals each
     unit = (helps[1] - helps[0]) / 2  # 0.01 to 0.03
     assert helps == pytest.approx((zero + unit, zero + 3 * unit), abs=0.03)
     assert holds == pytest.approx((zero - 3 * unit, zero + unit), abs=0.03)
-    green, red = (re.findall(rf"M ([\d.]+) [^>]*stroke: {c}; stroke-width: 1.6;", svg) for c in ("#15845a", "#c63560"))
-    assert len(green) == len(red) == 1 and float(green[0]) < float(red[0])  # the same difference in gold, then in flips
+    green, red = (
+        re.findall(rf"M ([\d.]+) [^>]*stroke: {c}; stroke-width: 1.6;", svg)
+        for c in ("#15845a", "#c63560")
+    )
+    assert len(green) == len(red) == 1 and float(green[0]) < float(
+        red[0]
+    )  # the same difference in gold, then in flips
 
 
 def test_a_mean_beyond_the_reach_of_a_panel_is_written():
     marks = [[(0.01, 0.005, 0.015)]] * 3 + [[(-0.9, -1.0, -0.8)]]
-    assert "−0.90" in texts(figures.forest("x", "", list("abcd"), [figures.Forest("gold", 1, marks)] * 2))
+    assert "−0.90" in texts(
+        figures.forest("x", "", list("abcd"), [figures.Forest("gold", 1, marks)] * 2)
+    )
     assert figures.span(figures.Forest("gold", 1, marks)) == pytest.approx(
         (-0.06 - 0.006, 0.015 + 0.006)
     )  # 4 x 0.015, and 8 % of 0.075
@@ -268,17 +353,34 @@ def test_pictures_name_every_method_world_and_cell():
     m1 = {str(seed): dict.fromkeys(report.CLAIMED, 0.5) for seed in range(3)}
     drawn = report.pictures(
         {
-            "main": {"records": main, "m1": m1, "methods": [{"name": n} for n in ("scir", "srlm", "other")]},
-            "real": {"records": [r | {"sampled_quality": None} for r in main], "m1": m1, "methods": []},
-            "sweep": {"records": cells, "methods": [{"name": m.name, "settings": m.settings} for m in EXPERIMENTS["sweep"][1]]},
+            "main": {
+                "records": main,
+                "m1": m1,
+                "methods": [{"name": n} for n in ("scir", "srlm", "other")],
+            },
+            "real": {
+                "records": [r | {"sampled_quality": None} for r in main],
+                "m1": m1,
+                "methods": [],
+            },
+            "sweep": {
+                "records": cells,
+                "methods": [
+                    {"name": m.name, "settings": m.settings} for m in EXPERIMENTS["sweep"][1]
+                ],
+            },
         }
     )
     assert set(drawn) == set(report.ALT)
-    assert {"scir (3)", "other (3)"} <= set(texts(drawn["methods"])) and "srlm (3)" not in texts(drawn["methods"])
+    assert {"scir (3)", "other (3)"} <= set(texts(drawn["methods"])) and "srlm (3)" not in texts(
+        drawn["methods"]
+    )
     assert {"main (3)", "A real model (3)", "not measured"} <= set(texts(drawn["worlds"]))
     assert {"M_1", "M_2", "scir", "srlm"} <= set(texts(drawn["courses"]))
     assert {f"{(i + 10) / 100:.2f}" for i in range(len(sweep))} <= set(texts(drawn["sweep"]))
-    assert all("var(" not in svg and svg.startswith('<svg width="864" height="') for svg in drawn.values())
+    assert all(
+        "var(" not in svg and svg.startswith('<svg width="864" height="') for svg in drawn.values()
+    )
 
 
 def test_the_pictures_that_are_committed_are_those_the_page_names_and_the_results_give():

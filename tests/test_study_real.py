@@ -34,14 +34,38 @@ def damaged(kind: str, seed: int = 0) -> str:
 def size(tmp_path_factory: pytest.TempPathFactory) -> real.Size:
     """A world of made-up text and a toy model."""
     folder = tmp_path_factory.mktemp("real")
-    things = ("lamp", "boat", "drum", "vase", "coat", "ring", "clock", "chair", "plate", "shelf", "glove", "spade")
+    things = (
+        "lamp",
+        "boat",
+        "drum",
+        "vase",
+        "coat",
+        "ring",
+        "clock",
+        "chair",
+        "plate",
+        "shelf",
+        "glove",
+        "spade",
+    )
     answers = [
-        f"The {t} is {n} years old. It was made by hand in a small town. You could use it {n} times." for n, t in enumerate(things)
+        f"The {t} is {n} years old. It was made by hand in a small town. You could use it {n} times."
+        for n, t in enumerate(things)
     ]
-    lines = [json.dumps({"prompt": f"Tell me of the {t}.", "response": a}) for t, a in zip(things, answers, strict=True)]
+    lines = [
+        json.dumps({"prompt": f"Tell me of the {t}.", "response": a})
+        for t, a in zip(things, answers, strict=True)
+    ]
     (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = make_model(folder / "llama", "llama")
-    return real.Size(model=str(model), text=str(folder / "text.jsonl"), n_seed=4, n_seed_pairs=6, n_pairs=5, n_heldout=3)
+    return real.Size(
+        model=str(model),
+        text=str(folder / "text.jsonl"),
+        n_seed=4,
+        n_seed_pairs=6,
+        n_pairs=5,
+        n_heldout=3,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ damage
@@ -100,13 +124,18 @@ def test_a_sentence_is_denied_at_its_first_auxiliary_verb(sentence: str, expecte
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        ("One two three. Four five. Six seven eight nine.\nTen.", ("One two three.", "Four five.")),  # 3 + 2 + 4 words; at most 6
+        (
+            "One two three. Four five. Six seven eight nine.\nTen.",
+            ("One two three.", "Four five."),
+        ),  # 3 + 2 + 4 words; at most 6
         ("One two three. One two three.", None),
         ("One two three. Four", None),  # no end
         ("One. Two.", None),  # too short
     ],
 )
-def test_an_answer_is_cut_to_whole_sentences_of_its_first_paragraph(response: str, expected: real.Sentences | None):
+def test_an_answer_is_cut_to_whole_sentences_of_its_first_paragraph(
+    response: str, expected: real.Sentences | None
+):
     assert real.cut(response, (4, 6)) == expected
 
 
@@ -125,12 +154,20 @@ def test_held_out_kinds_and_prompts_are_in_nothing_that_is_trained_on(size: real
     assert {r["subset"] for r in rows["unseen"]} == real.UNSEEN.keys()
     prompts = {name: {r["prompt"] for r in rows[name]} for name in rows}
     assert prompts["heldout"] == prompts["unseen"] == prompts["test"]
-    assert not prompts["seed"] & prompts["prompts"] and not prompts["heldout"] & (prompts["seed"] | prompts["prompts"])
+    assert not prompts["seed"] & prompts["prompts"] and not prompts["heldout"] & (
+        prompts["seed"] | prompts["prompts"]
+    )
     answers = real.answers(size)
-    for row in rows["prompts"]:  # what is given without a label is an answer and one damaged in a way that is taught, no other
+    for row in rows[
+        "prompts"
+    ]:  # what is given without a label is an answer and one damaged in a way that is taught, no other
         (bad,) = set(row["answers"]) - {" ".join(answers[row["prompt"]])}
         assert bad in {
-            kind(random.Random(s), answers[row["prompt"]], [answers[p] for p in sorted(prompts["prompts"])])
+            kind(
+                random.Random(s),
+                answers[row["prompt"]],
+                [answers[p] for p in sorted(prompts["prompts"])],
+            )
             for kind in real.SEEN.values()
             for s in range(200)
         }
@@ -151,7 +188,9 @@ def test_the_order_of_an_unlabelled_pair_says_nothing():
 
 
 def test_too_little_text_is_said(size: real.Size):
-    with pytest.raises(ValueError, match="has 12 answers that can be used; a world of this size needs 107"):
+    with pytest.raises(
+        ValueError, match="has 12 answers that can be used; a world of this size needs 107"
+    ):
         real.rows(dataclasses.replace(size, n_pairs=100), seed=0)
 
 
@@ -161,13 +200,22 @@ def test_too_little_text_is_said(size: real.Size):
 def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path: Path):
     short: dict[str, Any] = {"max_steps": 2, "batch_size": 4}
     setup = dataclasses.replace(
-        REAL, size=size, dtype="fp32", max_new_tokens=6, base=REAL.base | short, tune=REAL.tune | short, loop=REAL.loop | short
+        REAL,
+        size=size,
+        dtype="fp32",
+        max_new_tokens=6,
+        base=REAL.base | short,
+        tune=REAL.tune | short,
+        loop=REAL.loop | short,
     )
     methods = [m for m in ON_REAL if m.name in ("srlm", "scir")]
     gold = world.Gold(("evaluation",), real.scorer(size))
     study.run_experiment("real", tmp_path / "out", [0], methods, setup, gold, tmp_path)
     result = json.loads((tmp_path / "real.json").read_text())
-    assert [(r["method"], r["iteration"], r["steps"]) for r in result["records"]] == [("srlm", 1, 2), ("scir", 1, 2)]
+    assert [(r["method"], r["iteration"], r["steps"]) for r in result["records"]] == [
+        ("srlm", 1, 2),
+        ("scir", 1, 2),
+    ]
     names = (
         "judge_accuracy",
         "unseen_judge_accuracy",

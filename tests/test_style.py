@@ -38,7 +38,9 @@ def test_no_function_of_the_package_is_longer_than_the_bound(package: style.Styl
     assert package.longest[0] <= LONGEST_FUNCTION, package.longest[1]
 
 
-def test_functions_of_fifteen_lines_or_more_have_a_docstring_but_for_the_bound(package: style.Style):
+def test_functions_of_fifteen_lines_or_more_have_a_docstring_but_for_the_bound(
+    package: style.Style,
+):
     assert len(package.undocumented) <= UNDOCUMENTED_LONG_FUNCTIONS, package.undocumented
 
 
@@ -70,15 +72,25 @@ def test_nodes_lines_and_documentation_are_those_counted_by_hand(tmp_path: Path)
     assert counted.nodes == 12 + 7 + 10 + 1
     assert counted.lines == 3 + 3 + 5 + 2
     assert counted.wide_lines == ["a.py:17"]
-    assert sorted(counted.functions) == [(2, "a.py:14 inner"), (3, "a.py:7 refuse"), (4, "a.py:1 double"), (4, "a.py:13 _private")]
+    assert sorted(counted.functions) == [
+        (2, "a.py:14 inner"),
+        (3, "a.py:7 refuse"),
+        (4, "a.py:1 double"),
+        (4, "a.py:13 _private"),
+    ]
     assert (counted.public, counted.public_documented) == (3, 2)
     assert (counted.array_functions, counted.array_functions_with_shapes) == (1, 1)
-    assert (counted.raising, counted.raising_documented) == (2, 1)  # refuse and inner; _private only defines inner
+    assert (counted.raising, counted.raising_documented) == (
+        2,
+        1,
+    )  # refuse and inner; _private only defines inner
 
 
 def test_a_long_function_without_a_docstring_is_listed(tmp_path: Path):
     body = "\n".join(f"    x = {i}" for i in range(14))
-    (tmp_path / "a.py").write_text(f"def long():\n{body}\n\n\ndef short():\n{body[: body.rindex(chr(10))]}\n", encoding="utf-8")
+    (tmp_path / "a.py").write_text(
+        f"def long():\n{body}\n\n\ndef short():\n{body[: body.rindex(chr(10))]}\n", encoding="utf-8"
+    )
     assert style.count(tmp_path).undocumented == ["a.py:1 long"]  # 15 lines; the other has 14
 
 

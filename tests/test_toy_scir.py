@@ -10,12 +10,17 @@ import torch
 from helpers import load_fp32
 from toy import make_model
 
-from scir_cli import config, consistency, objectives, reward_models, schemas
-from scir_cli.objectives import Example
-from scir_cli.pairs import encode_pairs
-from scir_cli.policy import Policy
-from scir_cli.reward_models import Context, Pair
-from scir_cli.trainer import Trainer
+from scir_cli import config
+from scir_cli.analysis import statistics
+from scir_cli.data import schemas
+from scir_cli.engine import trees
+from scir_cli.engine.policy import Policy
+from scir_cli.rewards import reward_models
+from scir_cli.rewards.pairs import Context, Pair, encode_pairs
+from scir_cli.settings import IMPLICIT_SCALE, TrainSettings
+from scir_cli.training import objectives
+from scir_cli.training.objectives import Example
+from scir_cli.training.trainer import Trainer
 
 LETTERS = "cdefghijklmnopqrstuv"  # 380 pairs; without a and b, which are too close to the verdicts
 LABELLED, UNLABELLED = 120, 130  # the other 130 are held out: no training sees them
@@ -44,7 +49,7 @@ def pairs(policy: Policy) -> list[tuple[Pair, int]]:
     return [(encoded[i], labels[i]) for i in rng.permutation(len(rows))]
 
 
-def settings(**values: object) -> config.TrainSettings:
+def settings(**values: object) -> TrainSettings:
     base = {
         "model": "x",
         "input": "x",
@@ -52,34 +57,46 @@ def settings(**values: object) -> config.TrainSettings:
         "reward_reference": "M_0",
         "num_epochs": 100,
         "schedule": "linear",
-        "implicit_scale": config.IMPLICIT_SCALE,
+        "implicit_scale": IMPLICIT_SCALE,
     }
-    return config.build(config.TrainSettings, base | values, where="test")
+    return config.build(TrainSettings, base | values, where="test")
 
 
-def train(policy: Policy, examples: list[Example], folder: Path, chosen: config.TrainSettings, start: str) -> None:
+def train(
+    policy: Policy, examples: list[Example], folder: Path, chosen: TrainSettings, start: str
+) -> None:
     folder.mkdir()
-    Trainer(policy, objectives.TABLE[chosen.objective](chosen, policy.chat, start, "M_0"), examples, chosen, folder).train()
+    Trainer(
+        policy,
+        objectives.TABLE[chosen.objective](chosen, policy.chat, start, "M_0"),
+        examples,
+        chosen,
+        folder,
+    ).train()
 
 
 @torch.no_grad()
 def remember(policy: Policy, items: list[Pair], key: str) -> None:
-    groups = [[reward_models.continuation(p.prompt_ids, ids) for ids in p.response_ids] for p in items]
+    groups = [[trees.continuation(p.prompt_ids, ids) for ids in p.response_ids] for p in items]
     for pair, logps in zip(items, policy.score(groups, 4096), strict=True):
         pair.reference_logps[key] = (float(logps[0]), float(logps[1]))
 
 
-def figures(policy: Policy, data: list[tuple[Pair, int]], chosen: config.TrainSettings) -> dict[str, float]:
+def figures(
+    policy: Policy, data: list[tuple[Pair, int]], chosen: TrainSettings
+) -> dict[str, float]:
     """Agreement of the averaged judge with the implicit reward, flips, and the accuracy of each, on the pairs."""
     models = reward_models.make(["judge", "implicit"], policy.chat, chosen)
     items, gold = [p for p, _ in data], np.array([label for _, label in data])
-    logps = torch.stack(list(policy.score([reward_models.ask(models, p) for p in items], 4096)))
-    odds = reward_models.answer(models, logps, Context.of(items, "M_0"))
+    logps = torch.stack(
+        list(policy.score([reward_models.all_branches(models, p) for p in items], 4096))
+    )
+    odds = reward_models.all_outputs(models, logps, Context.of(items, "M_0"))
     stacked = np.stack([o.log_odds.numpy().astype(float) for o in odds.values()])
     orders = odds["judge"].orders
     assert orders is not None
     return {
-        "agreement": float(np.mean(consistency.agreement(stacked).agree)),
+        "agreement": float(np.mean(statistics.agreement(stacked).agree)),
         "flips": float((orders[0].sign() == -orders[1].sign()).float().mean()),
         "judge": float(np.mean(stacked[0] * gold > 0)),
         "implicit": float(np.mean(stacked[1] * gold > 0)),
@@ -94,7 +111,15 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
     """The judge is taught first and the implicit reward a little; SCIR then gets no label. Five of six seeds keep these bounds (docs/log.md)."""
     prompt = tmp_path / "judge.txt"
     prompt.write_text("{question} A {a} B {b}", encoding="utf-8")
-    policy = load_fp32(make_model(tmp_path / "m0", seed=seed, hidden_size=64, intermediate_size=128, initializer_range=0.05))
+    policy = load_fp32(
+        make_model(
+            tmp_path / "m0",
+            seed=seed,
+            hidden_size=64,
+            intermediate_size=128,
+            initializer_range=0.05,
+        )
+    )
     data = pairs(policy)
     everyone = [p for p, _ in data]
     labelled = [Example(p, label) for p, label in data[:LABELLED]]
@@ -102,20 +127,34 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
 
     remember(policy, everyone, "M_0")
     common = {"judge_prompt": prompt, "batch_size": 30}
-    sft = settings(objective="sft", sft_response_weight=0.0, learning_rate=2e-3, max_steps=300, **common)
+    sft = settings(
+        objective="sft", sft_response_weight=0.0, learning_rate=2e-3, max_steps=300, **common
+    )
     train(policy, labelled, tmp_path / "sft", sft, "M_0")
     remember(policy, everyone, "taught")
-    train(policy, labelled, tmp_path / "dpo", settings(objective="dpo", learning_rate=3e-4, max_steps=40, **common), "taught")
+    train(
+        policy,
+        labelled,
+        tmp_path / "dpo",
+        settings(objective="dpo", learning_rate=3e-4, max_steps=40, **common),
+        "taught",
+    )
     remember(policy, everyone, "M_1")
-    scir = settings(objective="scir", learning_rate=3e-4, max_steps=40, **common | {"batch_size": 65})
+    scir = settings(
+        objective="scir", learning_rate=3e-4, max_steps=40, **common | {"batch_size": 65}
+    )
     before = {name: figures(policy, pool, scir) for name, pool in pools.items()}
     train(policy, [Example(p) for p, _ in pools["unlabelled"]], tmp_path / "scir", scir, "M_1")
     after = {name: figures(policy, pool, scir) for name, pool in pools.items()}
 
     with capsys.disabled():
         for pool in pools:
-            moves = (f"{name} {x:.3f} -> {after[pool][name]:.3f}" for name, x in before[pool].items())
-            print(f"\ntoy, seed {seed}, {len(pools[pool])} {pool} pairs: " + ", ".join(moves), end="")
+            moves = (
+                f"{name} {x:.3f} -> {after[pool][name]:.3f}" for name, x in before[pool].items()
+            )
+            print(
+                f"\ntoy, seed {seed}, {len(pools[pool])} {pool} pairs: " + ", ".join(moves), end=""
+            )
 
     for pool, gain in {"unlabelled": 0.1, "held-out": 0.03}.items():
         old, new = before[pool], after[pool]
@@ -127,4 +166,6 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
         assert new["judge"] >= old["judge"] - 0.03
         assert new["implicit"] >= old["implicit"] - 0.03
     assert after["unlabelled"]["flips"] < before["unlabelled"]["flips"]
-    assert after["unlabelled"]["implicit"] >= before["unlabelled"]["implicit"] + 0.03  # what the judge knows has moved over
+    assert (
+        after["unlabelled"]["implicit"] >= before["unlabelled"]["implicit"] + 0.03
+    )  # what the judge knows has moved over

@@ -9,15 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scir_cli import trees
-from scir_cli.trees import Branch, continuation, verdict
+from scir_cli.engine import trees
+from scir_cli.engine.trees import Branch, continuation, verdict
 
 Prefix = tuple[int, ...]
 
 # Paths over three tokens share prefixes by chance; paths of up to five chunks fork at up to four places and share long runs.
 CHUNKS = [(1, 2, 3, 4), (1, 2, 5), (6,), (7, 8, 9), (7, 8, 9)]
 random_paths = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
-forked_paths = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=5).map(lambda chunks: sum(chunks, ()))
+forked_paths = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=5).map(
+    lambda chunks: sum(chunks, ())
+)
 paths = st.one_of(random_paths, forked_paths)
 
 
@@ -87,14 +89,24 @@ def test_a_small_forest_is_laid_out_depth_first_with_shared_prefixes_once():
         [1, 1, 0, 0, 0, 0, 0],
         [0, 1, 1, 0, 0, 0, 0],
         [0, 0, 1, 1, 0, 0, 0],
-        [0, 1, 0, 0, 1, 0, 0],  # 5 stands at position 2: it sees 2, not 1, however far away they lie in the sequence
+        [
+            0,
+            1,
+            0,
+            0,
+            1,
+            0,
+            0,
+        ],  # 5 stands at position 2: it sees 2, not 1, however far away they lie in the sequence
         [0, 0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 1, 1],
     ]
 
 
 def test_a_continuation_scores_each_response_token_from_the_token_before_it():
-    assert continuation([10, 11, 12], [20, 21, 22]) == Branch((10, 11, 12, 20, 21), (2, 3, 4), (20, 21, 22))
+    assert continuation([10, 11, 12], [20, 21, 22]) == Branch(
+        (10, 11, 12, 20, 21), (2, 3, 4), (20, 21, 22)
+    )
 
 
 def test_a_continuation_of_one_token_needs_no_token_beyond_the_prompt():
@@ -115,12 +127,19 @@ def test_two_verdicts_after_one_prompt_are_two_targets_at_one_hidden_state():
 
 def test_no_branches_make_an_empty_forest():
     forest = trees.build([])
-    assert (len(forest), forest.segments, len(forest.target_hidden), forest.n_branches) == (0, (), 0, 0)
+    assert (len(forest), forest.segments, len(forest.target_hidden), forest.n_branches) == (
+        0,
+        (),
+        0,
+        0,
+    )
 
 
 def test_a_hundred_responses_share_one_prompt():
     prompt = list(range(100, 150))
-    forest = trees.build([continuation(prompt, [number, number + 1000, number + 2000]) for number in range(100)])
+    forest = trees.build(
+        [continuation(prompt, [number, number + 1000, number + 2000]) for number in range(100)]
+    )
     assert len(forest) == 50 + 100 * 2  # the third token of a response is only a target
 
 
@@ -138,8 +157,12 @@ def test_every_target_sees_its_path_up_to_it_in_order_and_nothing_else(branches:
 @given(branch_sets)
 def test_targets_stand_in_the_order_of_the_branches(branches: list[Branch]):
     forest = trees.build(branches)
-    assert forest.target_token.tolist() == [token for branch in branches for token in branch.target_tokens]
-    assert forest.target_branch.tolist() == [index for index, branch in enumerate(branches) for _ in branch.target_tokens]
+    assert forest.target_token.tolist() == [
+        token for branch in branches for token in branch.target_tokens
+    ]
+    assert forest.target_branch.tolist() == [
+        index for index, branch in enumerate(branches) for _ in branch.target_tokens
+    ]
     assert forest.n_branches == len(branches)
 
 
@@ -152,10 +175,15 @@ def test_a_forest_holds_each_distinct_prefix_once(branches: list[Branch]):
 
 
 @given(path_sets, st.one_of(st.none(), st.integers(1, 6)))
-def test_a_query_sees_a_key_exactly_where_the_keys_path_is_a_prefix_of_its_own(path_set: list[Prefix], window: int | None):
+def test_a_query_sees_a_key_exactly_where_the_keys_path_is_a_prefix_of_its_own(
+    path_set: list[Prefix], window: int | None
+):
     forest = trees.build([everywhere(path) for path in path_set])
     nodes = located(forest, path_set)
-    expected = [[q[: len(k)] == k and (window is None or len(q) - len(k) < window) for k in nodes] for q in nodes]
+    expected = [
+        [q[: len(k)] == k and (window is None or len(q) - len(k) < window) for k in nodes]
+        for q in nodes
+    ]
     assert trees.visible(forest, window).tolist() == expected
 
 
@@ -172,9 +200,16 @@ def test_a_segments_ancestors_and_its_own_tokens_are_what_its_queries_see(branch
     forest = trees.build(branches)
     mask = trees.visible(forest)
     for segment in forest.segments:
-        before = [index for a in segment.ancestors for index in range(forest.segments[a].start, forest.segments[a].end)]
+        before = [
+            index
+            for a in segment.ancestors
+            for index in range(forest.segments[a].start, forest.segments[a].end)
+        ]
         for query in range(segment.start, segment.end):
-            assert np.flatnonzero(mask[query]).tolist() == [*before, *range(segment.start, query + 1)]
+            assert np.flatnonzero(mask[query]).tolist() == [
+                *before,
+                *range(segment.start, query + 1),
+            ]
 
 
 @given(branch_sets, st.randoms(use_true_random=False))
@@ -194,9 +229,13 @@ def test_three_hundred_forks_along_one_path_are_laid_out():
     assert sorted(forest.positions[forest.tokens == 999].tolist()) == list(range(1, 301))
 
 
-@given(st.lists(st.lists(branches_on_paths(), min_size=1, max_size=4), max_size=10), st.integers(1, 60))
+@given(
+    st.lists(st.lists(branches_on_paths(), min_size=1, max_size=4), max_size=10), st.integers(1, 60)
+)
 @settings(max_examples=200)
-def test_packs_hold_all_groups_once_in_order_within_the_budget(groups: list[list[Branch]], max_tokens: int):
+def test_packs_hold_all_groups_once_in_order_within_the_budget(
+    groups: list[list[Branch]], max_tokens: int
+):
     ranges = trees.pack(groups, max_tokens)
     assert [index for low, high in ranges for index in range(low, high)] == list(range(len(groups)))
 
@@ -210,7 +249,9 @@ def test_packs_hold_all_groups_once_in_order_within_the_budget(groups: list[list
         assert low < high
         assert high - low == 1 or size(low, high) <= max_tokens
     for (low, high), (_, end) in itertools.pairwise(ranges):
-        assert size(low, high + 1) > max_tokens, f"group {high} of the pack up to {end} would have fitted before"
+        assert size(low, high + 1) > max_tokens, (
+            f"group {high} of the pack up to {end} would have fitted before"
+        )
 
 
 @pytest.mark.parametrize(
@@ -222,13 +263,19 @@ def test_packs_hold_all_groups_once_in_order_within_the_budget(groups: list[list
         (13, [(0, 4)]),
     ],
 )
-def test_groups_of_three_two_seven_and_one_tokens_are_packed(max_tokens: int, expected: list[tuple[int, int]]):
-    groups = [[verdict(range(100 * size, 101 * size), 0)] for size in (3, 2, 7, 1)]  # nothing shared
+def test_groups_of_three_two_seven_and_one_tokens_are_packed(
+    max_tokens: int, expected: list[tuple[int, int]]
+):
+    groups = [
+        [verdict(range(100 * size, 101 * size), 0)] for size in (3, 2, 7, 1)
+    ]  # nothing shared
     assert trees.pack(groups, max_tokens) == expected
 
 
 def test_what_neighbours_share_takes_room_in_a_pack_once():
-    groups = [[verdict([1, 2, 3, 4, answer], 0)] for answer in (5, 6, 7)]  # 5 tokens alone, 7 together
+    groups = [
+        [verdict([1, 2, 3, 4, answer], 0)] for answer in (5, 6, 7)
+    ]  # 5 tokens alone, 7 together
     assert trees.pack(groups, 7) == [(0, 3)]
     assert trees.pack(groups, 6) == [(0, 2), (2, 3)]
 

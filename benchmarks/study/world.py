@@ -32,8 +32,15 @@ CHAIN = ("random", "m0", "base")
 #: Who answers the unlabelled prompts.
 BACKEND = "transformers"
 #: How answers are sampled where a policy is measured.
-ANSWERS = {"sampled": {"n": 4, "temperature": 1.0, "top_p": 1.0}, "greedy": {"n": 1, "temperature": 0.0}}
-PHRASES = ("", "ok ", "well then ")  # in front of an answer; they change its length and not its quality
+ANSWERS = {
+    "sampled": {"n": 4, "temperature": 1.0, "top_p": 1.0},
+    "greedy": {"n": 1, "temperature": 0.0},
+}
+PHRASES = (
+    "",
+    "ok ",
+    "well then ",
+)  # in front of an answer; they change its length and not its quality
 CONSONANTS, VOWELS = "bdgkmp", "aeiou"
 
 
@@ -52,7 +59,9 @@ class Family:
 
 def positions(expected: Sequence[str], given: Sequence[str]) -> float:
     """Share of places that hold what they should, over the longer of the two."""
-    return sum(a == b for a, b in zip(expected, given, strict=False)) / max(len(expected), len(given), 1)
+    return sum(a == b for a, b in zip(expected, given, strict=False)) / max(
+        len(expected), len(given), 1
+    )
 
 
 def sort_prompt(draw: Draw) -> str:
@@ -103,7 +112,9 @@ def spell_quality(prompt: str, answer: str) -> float:
     """Share of places that hold what the grammar allows there."""
     consonants = prompt.split()[1]
     fits = [
-        letter in VOWELS and answer[i - 2 : i - 1] != letter if i % 2 else letter == consonants[i // 2]
+        letter in VOWELS and answer[i - 2 : i - 1] != letter
+        if i % 2
+        else letter == consonants[i // 2]
         for i, letter in enumerate(answer[: 2 * len(consonants)])
     ]
     return sum(fits) / max(len(answer), 2 * len(consonants))
@@ -112,7 +123,11 @@ def spell_quality(prompt: str, answer: str) -> float:
 def by_position(answer: Callable[[Draw, str], str], split: str = "") -> Callable[[str, str], float]:
     def quality(prompt: str, given: str) -> float:
         expected = answer(Draw(0), prompt)
-        return positions(expected.split(split), given.split(split)) if split else positions(expected, given)
+        return (
+            positions(expected.split(split), given.split(split))
+            if split
+            else positions(expected, given)
+        )
 
     return quality
 
@@ -127,7 +142,9 @@ FAMILIES: dict[str, Family] = {
 
 def quality(prompt: str, response: str) -> float:
     """How good a response is, from 0 to 1; the phrase in front does not count."""
-    body = next((response.removeprefix(p) for p in reversed(PHRASES) if response.startswith(p)), response)
+    body = next(
+        (response.removeprefix(p) for p in reversed(PHRASES) if response.startswith(p)), response
+    )
     return FAMILIES[prompt.split()[0]].quality(prompt, body)
 
 
@@ -168,7 +185,10 @@ def of_answers(candidates: Sequence[Json], gold: Gold) -> Json:
     """Of answers that were sampled: their mean quality, and tokens."""
     with gold.purpose("evaluation"):
         scores = quality_of_rows(gold, candidates)
-    return {"quality": statistics.fmean(scores), "tokens": statistics.fmean(len(row["token_ids"]) for row in candidates)}
+    return {
+        "quality": statistics.fmean(scores),
+        "tokens": statistics.fmean(len(row["token_ids"]) for row in candidates),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------- responses
@@ -206,7 +226,9 @@ def draw_prompts(draw: Draw, n: int, taken: set[str], families: Sequence[str]) -
     return found
 
 
-def labelled_pair(draw: Draw, prompt: str, slips: Sequence[float], noise: float = 0.0, length_bias: float = 0.0) -> Json | None:
+def labelled_pair(
+    draw: Draw, prompt: str, slips: Sequence[float], noise: float = 0.0, length_bias: float = 0.0
+) -> Json | None:
     """Two noisy answers of different quality, the better one chosen; None where none was found.
 
     noise: chance that the label is turned round. length_bias: chance that the longer one is chosen whatever its quality.
@@ -233,11 +255,16 @@ def lesson(draw: Draw, judge: str, pair: Json) -> Json:
     scores = [round(5 * quality(pair["prompt"], answer)) for answer in seats]
     if judge == "rubric":
         asked = {"response": seats[0]}
-        right, wrong = str(scores[0]), str(draw.choice([score for score in range(6) if score != scores[0]]))
+        right, wrong = (
+            str(scores[0]),
+            str(draw.choice([score for score in range(6) if score != scores[0]])),
+        )
     else:
         asked = {"a": seats[0], "b": seats[1]}
         verdicts = ("A", "B") if seats[0] == pair["chosen"] else ("B", "A")
-        right, wrong = (f"A {scores[0]} B {scores[1]}\n\nVerdict: {verdict}" for verdict in verdicts)
+        right, wrong = (
+            f"A {scores[0]} B {scores[1]}\n\nVerdict: {verdict}" for verdict in verdicts
+        )
     return {
         "prompt": PROMPTS[judge].format(question=pair["prompt"], **asked), "chosen": right, "rejected": wrong, "subset": judge,
     }  # fmt: skip
@@ -260,7 +287,9 @@ class Size:
     label_noise: float = 0.0
     length_bias: float = 0.0
     position_bias: float = 0.0  # nats that M_0's judge is given for seat A
-    judges: tuple[str, ...] = ()  # of PROMPTS: what else M_0 is taught, each by as many of its pairs as a family has
+    judges: tuple[
+        str, ...
+    ] = ()  # of PROMPTS: what else M_0 is taught, each by as many of its pairs as a family has
 
 
 def write(folder: Path, size: Size, seed: int) -> None:
@@ -282,13 +311,19 @@ def write(folder: Path, size: Size, seed: int) -> None:
         "base": [pair if kind == "answer" else lesson(draw, kind, pair) for kind, pair in taught],
         "seed": [pair for pair in seeds if pair][: size.n_labels],
         "heldout": [pair for pair in pairs if pair],
-        "prompts": [{"prompt": p} for p in draw_prompts(draw, size.n_prompts, set(taken), size.families)],
+        "prompts": [
+            {"prompt": p} for p in draw_prompts(draw, size.n_prompts, set(taken), size.families)
+        ],
         "test": [{"prompt": p} for p in test],
     }
     for name, lines in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
     for judge in ("judge", *size.judges):
-        (folder / f"{judge}.txt").write_text({"judge": JUDGE_PROMPT, **PROMPTS}[judge], encoding="utf-8")
+        (folder / f"{judge}.txt").write_text(
+            {"judge": JUDGE_PROMPT, **PROMPTS}[judge], encoding="utf-8"
+        )
     make_model(folder / "random", size, seed)
 
 
@@ -323,10 +358,18 @@ def plant_position_bias(folder: Path, prompts: Sequence[str], nats: float) -> No
     states = []
     with torch.no_grad():
         for prompt in prompts:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
-            states.append(model.model(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).last_hidden_state[0, -1])
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            states.append(
+                model.model(
+                    **tokenizer(text, return_tensors="pt", add_special_tokens=False)
+                ).last_hidden_state[0, -1]
+            )
         mean = torch.stack(states).mean(0)
-        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("A")] += nats * mean / (mean @ mean)
+        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("A")] += (
+            nats * mean / (mean @ mean)
+        )
     model.save_pretrained(folder)
 
 
@@ -339,7 +382,10 @@ def make_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END, pad_token=END, extra_special_tokens=[USER, ASSISTANT]
+        tokenizer_object=backend,
+        eos_token=END,
+        pad_token=END,
+        extra_special_tokens=[USER, ASSISTANT],
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer

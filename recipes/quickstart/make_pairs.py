@@ -18,11 +18,18 @@ def pairs(examples: list[dict[str, str]]) -> list[dict[str, str]]:
     for index in range(0, len(by_length), 2):
         one, other = by_length[index : index + 2]
         foreign[one["prompt"]], foreign[other["prompt"]] = other["response"], one["response"]
-    return [{"prompt": e["prompt"], "chosen": e["response"], "rejected": foreign[e["prompt"]]} for e in examples]
+    return [
+        {"prompt": e["prompt"], "chosen": e["response"], "rejected": foreign[e["prompt"]]}
+        for e in examples
+    ]
 
 
-examples = [json.loads(line) for line in (HERE / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+examples = [
+    json.loads(line) for line in (HERE / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+]
 for name, part in (("seed", examples[:N_SEED]), ("heldout", examples[N_SEED:])):
     rows = pairs(part)
-    (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (HERE / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
     print(f"{name}.jsonl: {len(rows)} pairs")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from scir_cli import plugins
-from scir_cli.config import BackendSettings
+from scir_cli.engine.trees import Branch
 from scir_cli.errors import ConfigError, suggest
-from scir_cli.trees import Branch
+from scir_cli.settings import BackendSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,9 @@ def resolve(name: str) -> str:
         return name
     import torch
 
-    return "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
+    return (
+        "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
+    )
 
 
 def load(name: str) -> type[Backend]:
@@ -115,6 +117,8 @@ def load(name: str) -> type[Backend]:
     return plugins.load_class(target, Backend, "backend")
 
 
-def make(name: str, model: Any, sampling: Sampling, settings: BackendSettings | None = None) -> Backend:
+def make(
+    name: str, model: Any, sampling: Sampling, settings: BackendSettings | None = None
+) -> Backend:
     """The backend of this name or "module:Class"; raises as `load` does."""
     return load(name)(model, sampling, settings)

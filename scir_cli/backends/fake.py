@@ -18,4 +18,7 @@ class FakeBackend(Backend):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         answers = [r.prompt_ids[-(2 + r.seed % 7) :] for r in requests]
         finished = [(*a, self.end) for a in answers]
-        return [Completion(f, "stop") if len(f) <= self.limit else Completion(f[: self.limit], "length") for f in finished]
+        return [
+            Completion(f, "stop") if len(f) <= self.limit else Completion(f[: self.limit], "length")
+            for f in finished
+        ]

@@ -19,9 +19,9 @@ import urllib3
 from torch import Tensor
 
 from scir_cli.backends import Completion, Request, Sampling, VerdictBackend, verdict_tokens
-from scir_cli.config import BackendSettings
+from scir_cli.engine.trees import Branch
 from scir_cli.errors import ConfigError, EngineError
-from scir_cli.trees import Branch
+from scir_cli.settings import BackendSettings
 
 BUSY = (408, 429, 500, 502, 503, 504)
 
@@ -33,28 +33,47 @@ class OpenAIBackend(VerdictBackend):
     def __init__(self, model: Any, sampling: Sampling, settings: BackendSettings) -> None:
         url = (settings.base_url or "").rstrip("/")
         if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"--backend openai needs --base-url, as http://localhost:8000/v1; it is {url or 'not given'}")
+            raise ConfigError(
+                f"--backend openai needs --base-url, as http://localhost:8000/v1; it is {url or 'not given'}"
+            )
         self.url, self.sampling, self.ends = url, sampling, sorted(model.chat.end_ids)
-        self.meter, self.tokenizer, self.arguments = model.meter, model.chat.tokenizer, settings.endpoint
+        self.meter, self.tokenizer, self.arguments = (
+            model.meter,
+            model.chat.tokenizer,
+            settings.endpoint,
+        )
         key = os.environ.get("OPENAI_API_KEY")
         retry = urllib3.Retry(
-            total=self.arguments.retries, allowed_methods=None, status_forcelist=BUSY, backoff_factor=0.5, raise_on_status=False
+            total=self.arguments.retries,
+            allowed_methods=None,
+            status_forcelist=BUSY,
+            backoff_factor=0.5,
+            raise_on_status=False,
         )
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.pool = urllib3.PoolManager(maxsize=sampling.batch_size, headers=headers, retries=retry, timeout=self.arguments.timeout)
+        self.pool = urllib3.PoolManager(
+            maxsize=sampling.batch_size,
+            headers=headers,
+            retries=retry,
+            timeout=self.arguments.timeout,
+        )
         self.name = self.arguments.model or self._served()
 
     def _served(self) -> str:
         """The one model the endpoint serves."""
         names = [str(one.get("id")) for one in self._call("GET", "/models").get("data") or []]
         if len(names) != 1:
-            raise ConfigError(f"{self.url} serves {', '.join(names) or 'no model'}; choose one with --endpoint-arg model=NAME")
+            raise ConfigError(
+                f"{self.url} serves {', '.join(names) or 'no model'}; choose one with --endpoint-arg model=NAME"
+            )
         return names[0]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
             answers = []
-            for request, (answer, cached) in zip(requests, threads.map(self._complete, requests), strict=True):
+            for request, (answer, cached) in zip(
+                requests, threads.map(self._complete, requests), strict=True
+            ):
                 self.meter.count(len(request.prompt_ids), len(answer.token_ids), cached)
                 answers.append(answer)
             return answers
@@ -64,12 +83,16 @@ class OpenAIBackend(VerdictBackend):
         wanted = verdict_tokens(branches)
         with ThreadPoolExecutor(self.sampling.batch_size) as threads:
             found = {}
-            for prompt, (logprobs, cached) in zip(wanted, threads.map(self._logprobs, wanted, wanted.values()), strict=True):
+            for prompt, (logprobs, cached) in zip(
+                wanted, threads.map(self._logprobs, wanted, wanted.values()), strict=True
+            ):
                 self.meter.count(len(prompt), cached=cached)
                 found[prompt] = logprobs
         return torch.tensor([found[b.ids].get(b.target_tokens[0], float("nan")) for b in branches])
 
-    def _logprobs(self, prompt: Sequence[int], tokens: list[int]) -> tuple[dict[int, float], int | None]:
+    def _logprobs(
+        self, prompt: Sequence[int], tokens: list[int]
+    ) -> tuple[dict[int, float], int | None]:
         """Log-probabilities by token id of the next token: of those asked for, or of the likeliest; and as `_cached`."""
         body = {
             "model": self.name, "prompt": prompt, "max_tokens": 1, "temperature": 0.0, "logprobs": self.arguments.top_logprobs,
@@ -78,16 +101,25 @@ class OpenAIBackend(VerdictBackend):
         answer = self._call("POST", "/completions", json=body)
         try:
             (choice,) = answer["choices"]
-            top = {self._token(name): float(logprob) for name, logprob in choice["logprobs"]["top_logprobs"][0].items()}
+            top = {
+                self._token(name): float(logprob)
+                for name, logprob in choice["logprobs"]["top_logprobs"][0].items()
+            }
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise EngineError(
                 f"{self.url} gives no log-probabilities (logprobs of /completions), which verdicts are read from"
             ) from error
-        return {token: logprob for token, logprob in top.items() if token is not None}, _cached(answer)
+        return {token: logprob for token, logprob in top.items() if token is not None}, _cached(
+            answer
+        )
 
     def _token(self, name: str) -> int | None:
         """The token that an endpoint calls by its id, or by a text that no other token has."""
-        return int(name.removeprefix("token_id:")) if name.startswith("token_id:") else self._by_text.get(name)
+        return (
+            int(name.removeprefix("token_id:"))
+            if name.startswith("token_id:")
+            else self._by_text.get(name)
+        )
 
     @cached_property
     def _by_text(self) -> dict[str, int]:
@@ -113,7 +145,9 @@ class OpenAIBackend(VerdictBackend):
             raise EngineError(
                 f"{self.url} gives the token {max(ids)}, which the tokenizer of --model has not; does it serve another model?"
             )
-        return Completion(ids, "stop" if ids and ids[-1] in self.ends else "length"), _cached(answer)
+        return Completion(ids, "stop" if ids and ids[-1] in self.ends else "length"), _cached(
+            answer
+        )
 
     def _call(self, method: str, path: str, **body: Any) -> dict[str, Any]:
         try:
@@ -121,13 +155,21 @@ class OpenAIBackend(VerdictBackend):
             value = answer.json() if answer.status == 200 else None
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None) or error
-            raise EngineError(f"{self.url} cannot be reached: {type(reason).__name__}; is it running?") from error
+            raise EngineError(
+                f"{self.url} cannot be reached: {type(reason).__name__}; is it running?"
+            ) from error
         except ValueError as error:
-            raise EngineError(f"{self.url} answers something that is not JSON; is it an OpenAI-compatible endpoint?") from error
+            raise EngineError(
+                f"{self.url} answers something that is not JSON; is it an OpenAI-compatible endpoint?"
+            ) from error
         if answer.status in (401, 403):
-            raise EngineError(f"{self.url} refuses the key (status {answer.status}); it is read from OPENAI_API_KEY")
+            raise EngineError(
+                f"{self.url} refuses the key (status {answer.status}); it is read from OPENAI_API_KEY"
+            )
         if not isinstance(value, dict):
-            hint = "; does --base-url end as it should, in /v1 mostly?" if answer.status == 404 else ""
+            hint = (
+                "; does --base-url end as it should, in /v1 mostly?" if answer.status == 404 else ""
+            )
             raise EngineError(
                 f"{self.url}{path} answers with status {answer.status}: {answer.data[:200].decode(errors='replace')!r}{hint}"
             )

@@ -14,17 +14,23 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from scir_cli.backends import Backend, Completion, Request, Sampling
+from scir_cli.engine.policy import Policy
 from scir_cli.errors import EngineError
-from scir_cli.policy import Policy
 
-NUCLEUS = 1024  # tokens looked at first for the nucleus; a full sort only where they do not hold top_p
+NUCLEUS = (
+    1024  # tokens looked at first for the nucleus; a full sort only where they do not hold top_p
+)
 
 
 class SeededNucleus(LogitsProcessor):
     """Leaves one token standing: nucleus sampling by inverse CDF with a given uniform for each row and step."""
 
     def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
-        self.sampling, self.uniforms, self.prompt_length = sampling, uniforms, prompt_length  # uniforms (rows, max_new_tokens)
+        self.sampling, self.uniforms, self.prompt_length = (
+            sampling,
+            uniforms,
+            prompt_length,
+        )  # uniforms (rows, max_new_tokens)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         u = self.uniforms[:, input_ids.shape[1] - self.prompt_length]  # (rows,)
@@ -35,8 +41,12 @@ class SeededNucleus(LogitsProcessor):
         before = top.cumsum(-1) - top  # mass above each token
         kept = torch.where(before < self.sampling.top_p, top, torch.zeros_like(top))
         cumulative = kept.cumsum(-1)
-        pick = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(max=top.shape[1] - 1)
-        pick = torch.minimum(pick, (kept > 0).sum(-1, keepdim=True) - 1)  # rounding cannot leave the nucleus
+        pick = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(
+            max=top.shape[1] - 1
+        )
+        pick = torch.minimum(
+            pick, (kept > 0).sum(-1, keepdim=True) - 1
+        )  # rounding cannot leave the nucleus
         return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, pick), 0.0)
 
 
@@ -53,7 +63,10 @@ class TransformersBackend(Backend):
                 batch = order[low : low + self.sampling.batch_size]
                 done |= dict(zip(batch, self._batch([requests[i] for i in batch]), strict=True))
                 read, sampled = (
-                    sum(map(len, ids)) for ids in zip(*((requests[i].prompt_ids, done[i].token_ids) for i in batch), strict=True)
+                    sum(map(len, ids))
+                    for ids in zip(
+                        *((requests[i].prompt_ids, done[i].token_ids) for i in batch), strict=True
+                    )
                 )
                 self.policy.meter.count(read, sampled)
         return [done[i] for i in range(len(requests))]
@@ -62,18 +75,31 @@ class TransformersBackend(Backend):
         s, policy = self.sampling, self.policy
         width = max(len(r.prompt_ids) for r in requests)
         pad = min(policy.chat.end_ids)
-        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
+        ids = torch.tensor(
+            [[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
+        )
         processors = LogitsProcessorList()
         if s.temperature > 0:
-            streams = [torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(r.seed)) for r in requests]
+            streams = [
+                torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(r.seed))
+                for r in requests
+            ]
             processors.append(SeededNucleus(s, torch.stack(streams).to(policy.device), width))
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=s.max_new_tokens, eos_token_id=sorted(policy.chat.end_ids), pad_token_id=pad
+            do_sample=False,
+            max_new_tokens=s.max_new_tokens,
+            eos_token_id=sorted(policy.chat.end_ids),
+            pad_token_id=pad,
         )
         try:
             out = policy.model.generate(
-                ids.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config, logits_processor=processors
+                ids.to(policy.device),
+                attention_mask=mask.to(policy.device),
+                generation_config=config,
+                logits_processor=processors,
             )
         except torch.OutOfMemoryError as error:
             raise EngineError(

@@ -11,7 +11,9 @@ from typing import Any
 from scir_cli.processes import exit_with_parent
 
 
-def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log: str, parent: int) -> None:
+def serve(
+    pipe: Connection, arguments: dict[str, Any], adapter: str | None, log: str, parent: int
+) -> None:
     """Sends (True, answer) or (False, why) for the load and then for each request, (None, tokens read, sampled, cached) on the way.
 
     Ends with its parent, however that dies.
@@ -46,12 +48,17 @@ def serve(pipe: Connection, arguments: dict[str, Any], adapter: str | None, log:
 
 def _reason(error: BaseException) -> str:
     """The first line of what went wrong; pydantic's first line says only how many things did."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [
+        type(error).__name__
+    ]
     return " ".join(lines[:3]) if "validation error" in lines[0] else lines[0]
 
 
 def _run(
-    llm: Any, requests: list[tuple[tuple[int, ...], dict[str, Any]]], lora: Any, count: Callable[[int, int, int], None]
+    llm: Any,
+    requests: list[tuple[tuple[int, ...], dict[str, Any]]],
+    lora: Any,
+    count: Callable[[int, int, int], None],
 ) -> list[Any]:
     """What `LLM.generate` does, with a word on every request that is done: tokens read, sampled, and read from the prefix cache."""
     from vllm import SamplingParams
@@ -63,7 +70,10 @@ def _run(
     while llm.llm_engine.has_unfinished_requests():
         if finished := [output for output in llm.llm_engine.step() if output.finished]:
             done += finished
-            counts = ((len(o.prompt_token_ids), _sampled(o.outputs[0]), o.num_cached_tokens or 0) for o in finished)
+            counts = (
+                (len(o.prompt_token_ids), _sampled(o.outputs[0]), o.num_cached_tokens or 0)
+                for o in finished
+            )
             count(*map(sum, zip(*counts, strict=True)))
     return [output.outputs[0] for output in sorted(done, key=lambda output: int(output.request_id))]
 
@@ -74,7 +84,10 @@ def _sampled(output: Any) -> int:
 
 
 def _completions(outputs: list[Any]) -> list[tuple[list[int], str]]:
-    return [(list(out.token_ids), "stop" if out.finish_reason == "stop" else "length") for out in outputs]
+    return [
+        (list(out.token_ids), "stop" if out.finish_reason == "stop" else "length")
+        for out in outputs
+    ]
 
 
 def _logprobs(outputs: list[Any]) -> list[dict[int, float]]:

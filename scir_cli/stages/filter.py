@@ -13,19 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scir_cli import consistency, labels, schemas, store
-from scir_cli.config import FilterSettings
+from scir_cli.analysis import label_rules, statistics, verdicts
+from scir_cli.data import dataset, files, hashing, schemas
+from scir_cli.data.dataset import Dataset, Part
+from scir_cli.data.files import Json
+from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
-from scir_cli.places import place
-from scir_cli.stages.progress import progress
-from scir_cli.store import Dataset, Json, Part
+from scir_cli.report.progress import progress
+from scir_cli.settings import FilterSettings
 
 #: Why a pair is dropped, known by its place; "": it is not. For the first of them it has no label, and --keep-unlabelled keeps it without one.
 REASONS = ("", "no_verdict", "tie", "disagree", "below_confidence", "below_margin", "not_sampled", "too_short", "too_long",
            "duplicate", "over_prompt_cap")  # fmt: skip
 LAST_UNLABELLED = REASONS.index("not_sampled")
 TRL_ROWS = 10_000  # written at a time
-GLANCE = 15  # bytes of a text by which most are told apart
+PREFIX_BYTES = 15  # bytes of a text by which most are told apart
 
 
 @dataclass
@@ -51,7 +53,11 @@ class Rule:
                 raise ConfigError(
                     f"--rule {settings.rule}: the dataset has no verdicts of '{model}'.{suggest(model, [*known, 'agree', 'majority'])}"
                 )
-        return cls(models, "majority" if name == "majority" else "agree", _rate(number) if name == "random" else 1.0)
+        return cls(
+            models,
+            "majority" if name == "majority" else "agree",
+            _rate(number) if name == "random" else 1.0,
+        )
 
 
 def _rate(number: str) -> float:
@@ -60,97 +66,136 @@ def _rate(number: str) -> float:
     except ValueError:
         rate = -1.0
     if not 0 < rate <= 1:
-        raise ConfigError(f"--rule random:{number} needs a rate above 0 and at most 1, as random:0.5")
+        raise ConfigError(
+            f"--rule random:{number} needs a rate above 0 and at most 1, as random:0.5"
+        )
     return rate
 
 
 def run(settings: FilterSettings) -> Json:
     """Writes a preferences dataset and returns its manifest."""
-    path = place(settings.input)
-    pairs = store.open_dataset(path, "judged").head(settings.limit).select(schemas.schema("judged").names)
+    path = to_path(settings.input)
+    pairs = (
+        dataset.open_dataset(path, "judged")
+        .head(settings.limit)
+        .select(schemas.schema("judged").names)
+    )
     if not pairs.num_rows:
         raise DataError(f"{path} holds no pairs")
-    rule = Rule.of(settings, consistency.model_names(pairs.tables()))
+    rule = Rule.of(settings, verdicts.model_names(pairs.tables()))
     digests = {
-        "input": store.digest_path(path),
-        "previous": settings.cream_previous and store.digest_path(place(settings.cream_previous)),
+        "input": hashing.digest_path(path),
+        "previous": settings.cream_previous
+        and hashing.digest_path(to_path(settings.cream_previous)),
     }
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
     out = settings.output_dir
     with progress("filter", pairs.num_rows) as advance:
-        manifest = store.write_dataset(
+        manifest = dataset.write_dataset(
             out,
             "preferences",
             plan,
-            store.part_bounds(pairs.num_rows, settings.rows_per_part),
-            Labelling(settings, pairs, rule),
+            dataset.part_bounds(pairs.num_rows, settings.rows_per_part),
+            PairLabeller(settings, pairs, rule),
             overwrite=settings.overwrite,
             advance=advance,
             summarise=_summary,
             inputs={"input": settings.input, "previous": settings.cream_previous},
         )
     if settings.trl_jsonl and not (out / "trl.jsonl").exists():
-        write_trl(store.open_dataset(out, "preferences"), out / "trl.jsonl")
+        write_trl(dataset.open_dataset(out, "preferences"), out / "trl.jsonl")
     return manifest
 
 
-class Labelling:
+class PairLabeller:
     """Makes parts of preferences. What a rule has to see of all rows is read first, part by part, and kept as numbers: no texts."""
 
     def __init__(self, settings: FilterSettings, pairs: Dataset, rule: Rule) -> None:
         self.settings, self.pairs, self.rule = settings, pairs, rule
         self.per_token: np.ndarray | None = None  # (models that label, 1) nats
         if settings.length_neutral:
-            *votes, lengths = self._of_all(lambda table: np.vstack([self.votes(table), consistency.length_difference(table)]))
-            self.per_token = np.array([[labels.length_neutral(a, lengths)[1]] for a in votes])
-        self.label_probability = self._label_probability(place(settings.cream_previous)) if settings.cream_previous else None
-        self.dropped = np.zeros(pairs.num_rows, np.int8)  # for what other rows hold, by place in REASONS
+            *votes, lengths = self._of_all(
+                lambda table: np.vstack([self.votes(table), verdicts.length_difference(table)])
+            )
+            self.per_token = np.array([[label_rules.length_neutral(a, lengths)[1]] for a in votes])
+        self.label_probability = (
+            self._label_probability(to_path(settings.cream_previous))
+            if settings.cream_previous
+            else None
+        )
+        self.dropped = np.zeros(
+            pairs.num_rows, np.int8
+        )  # for what other rows hold, by place in REASONS
         if settings.dedup:
             self.dropped[self._repeated()] = REASONS.index("duplicate")
         if settings.max_pairs_per_prompt is not None:
-            self.dropped[self._beyond(settings.max_pairs_per_prompt)] = REASONS.index("over_prompt_cap")
+            self.dropped[self._beyond(settings.max_pairs_per_prompt)] = REASONS.index(
+                "over_prompt_cap"
+            )
 
     def __call__(self, low: int, high: int) -> Part:
         table = self.pairs.slice(low, high - low)
         reasons, sign, margin = self.decide(table, low)
         kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
-        drops = {REASONS[one["values"]]: one["counts"] for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()}
-        probability = np.full(len(kept), np.nan) if self.label_probability is None else self.label_probability[low:high]
-        return Part(_preferences(table, kept, np.where(reasons, 0.0, sign), margin, probability), high - low, Counter(drops))
+        drops = {
+            REASONS[one["values"]]: one["counts"]
+            for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()
+        }
+        probability = (
+            np.full(len(kept), np.nan)
+            if self.label_probability is None
+            else self.label_probability[low:high]
+        )
+        return Part(
+            _preferences(table, kept, np.where(reasons, 0.0, sign), margin, probability),
+            high - low,
+            Counter(drops),
+        )
 
     def _of_all(self, numbers: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
-        return np.concatenate([numbers(table) for table in self.pairs.tables()], axis=-1)  # (…, pairs)
+        return np.concatenate(
+            [numbers(table) for table in self.pairs.tables()], axis=-1
+        )  # (…, pairs)
 
     def _repeated(self) -> np.ndarray:
         """The rows of which an earlier one has the same two texts, either way round, under the same prompt."""
-        glance = self._of_all(lambda table: _glance(_texts(table)))
+        glance = self._of_all(lambda table: _cheap_pair_hash(_texts(table)))
         order = np.argsort(glance)
         glance.sort()
         same = np.append(glance[1:] == glance[:-1], False)
         alike = np.zeros(len(glance), bool)  # few: of these alone whole texts are hashed
         alike[order[same | np.roll(same, 1)]] = True
         of_part = iter(np.split(alike, self.pairs.ends))
-        known_by = self._of_all(lambda table: _known_by(_texts(table).filter(pa.array(next(of_part)))))
-        return np.flatnonzero(alike)[store.repeated(known_by)]
+        known_by = self._of_all(
+            lambda table: _pair_hash(_texts(table).filter(pa.array(next(of_part))))
+        )
+        return np.flatnonzero(alike)[hashing.later_duplicates(known_by)]
 
     def votes(self, table: pa.Table) -> np.ndarray:
-        votes = consistency.log_odds(table, self.rule.models)  # (models that label, pairs)
-        return votes if self.per_token is None else votes - self.per_token * consistency.length_difference(table)
+        votes = verdicts.log_odds(table, self.rule.models)  # (models that label, pairs)
+        return (
+            votes
+            if self.per_token is None
+            else votes - self.per_token * verdicts.length_difference(table)
+        )
 
     def decide(self, table: pa.Table, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Why each of the rows from `low` is dropped, by place in REASONS, the sign of its label, and its margin in nats, (pairs,) each."""
         settings, votes = self.settings, self.votes(table)
         sign = np.sign(np.sign(votes).sum(0)) if self.rule.how == "majority" else np.sign(votes[0])
         margin = np.abs(votes).min(0)
-        sides = [pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy() for side in ("first", "second")]
+        sides = [
+            pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy()
+            for side in ("first", "second")
+        ]
         dropped = self.dropped[low : low + len(margin)]
         tests = [  # the first that is true wins
             (dropped > 0, dropped),
             (np.isnan(votes).any(0), "no_verdict"),
             (sign == 0, "tie"),
-            ((consistency.agreement(votes).agree != 1.0) & (self.rule.how == "agree"), "disagree"),
+            ((statistics.agreement(votes).agree != 1.0) & (self.rule.how == "agree"), "disagree"),
             (1 / (1 + np.exp(-margin)) < settings.min_confidence, "below_confidence"),
             (margin < settings.min_margin, "below_margin"),
             (~self._drawn(table), "not_sampled"),
@@ -158,30 +203,53 @@ class Labelling:
             (np.maximum(*sides) > (settings.max_response_tokens or np.inf), "too_long"),
         ]
         hits, why = zip(*tests, strict=True)
-        return np.select(hits, [REASONS.index(w) if isinstance(w, str) else w for w in why]).astype(np.int8), sign, margin
+        return (
+            np.select(hits, [REASONS.index(w) if isinstance(w, str) else w for w in why]).astype(
+                np.int8
+            ),
+            sign,
+            margin,
+        )
 
     def _drawn(self, table: pa.Table) -> np.ndarray:
         if self.rule.rate == 1:
             return np.ones(table.num_rows, bool)
-        drawn = store.digest_lists(itertools.repeat(str(self.settings.seed)), map(store.to_json, table["pair_id"].to_pylist()))
+        drawn = hashing.digest_lists(
+            itertools.repeat(str(self.settings.seed)),
+            map(hashing.canonical_json, table["pair_id"].to_pylist()),
+        )
         return np.array([int(digest[:15], 16) for digest in drawn]) / 16**15 < self.rule.rate
 
     def _label_probability(self, previous: Path) -> np.ndarray:
         """How probably each label is correct, (pairs,): from how alike --cream-previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
-        before, settings = store.open_dataset(previous, "judged"), self.settings
-        names, name = consistency.model_names(before.tables()), settings.cream_reward_model or self.rule.models[0]
+        before, settings = dataset.open_dataset(previous, "judged"), self.settings
+        names, name = (
+            verdicts.model_names(before.tables()),
+            settings.cream_reward_model or self.rule.models[0],
+        )
         if name not in names:
-            raise ConfigError(f"--cream-previous {previous} has no verdicts of '{name}'.{suggest(name, names)}")
-        there = np.concatenate([consistency.log_odds(table, [name])[0] for table in before.tables()])
-        here, known = (np.concatenate([store.hash_texts(t["pair_id"]) for t in pairs.tables()]) for pairs in (self.pairs, before))
-        place = pc.index_in(pa.array(here), value_set=pa.array(known[::-1])).fill_null(len(there)).to_numpy()
+            raise ConfigError(
+                f"--cream-previous {previous} has no verdicts of '{name}'.{suggest(name, names)}"
+            )
+        there = np.concatenate([verdicts.log_odds(table, [name])[0] for table in before.tables()])
+        here, known = (
+            np.concatenate([hashing.hash_texts(t["pair_id"]) for t in pairs.tables()])
+            for pairs in (self.pairs, before)
+        )
+        place = (
+            pc.index_in(pa.array(here), value_set=pa.array(known[::-1]))
+            .fill_null(len(there))
+            .to_numpy()
+        )
         past = np.append(there[::-1], np.nan)[place]
         if np.isnan(past).all():
             raise DataError(
                 f"--cream-previous {previous} judged none of these pairs; judge the same candidates with the previous model"
             )
         now = self._of_all(lambda table: self.votes(table)[0])
-        return labels.rank_consistency(now, past, self._of_all(_prompts), settings.cream_average == "all")
+        return label_rules.rank_consistency(
+            now, past, self._of_all(_prompts), settings.cream_average == "all"
+        )
 
     def _beyond(self, most: int) -> np.ndarray:
         """The rows of each prompt beyond the `most` with the largest margins, of those that nothing else drops."""
@@ -197,73 +265,116 @@ class Labelling:
 
 
 def _prompts(table: pa.Table) -> np.ndarray:
-    return store.hash_texts(table["prompt_id"])
+    return hashing.hash_texts(table["prompt_id"])
 
 
 def _texts(table: pa.Table) -> pa.Table:
     return pa.table(
-        {"prompt_id": table["prompt_id"]} | {side: pc.struct_field(table[side], "text") for side in ("first", "second")}
+        {"prompt_id": table["prompt_id"]}
+        | {side: pc.struct_field(table[side], "text") for side in ("first", "second")}
     )
 
 
-def _glance(texts: pa.Table) -> np.ndarray:
+def _cheap_pair_hash(texts: pa.Table) -> np.ndarray:
     """As `_known_by`, of the beginnings and lengths of the texts, in one number.  -> (pairs,)"""
     whole = [texts[side].cast(pa.binary()) for side in ("first", "second")]
-    begins = [store.hash_texts(pc.binary_slice(side, 0, GLANCE)) for side in whole]
+    begins = [hashing.hash_texts(pc.binary_slice(side, 0, PREFIX_BYTES)) for side in whole]
     lengths = [pc.binary_length(side).to_numpy().astype(np.uint64) for side in whole]
-    return store.mix(_prompts(texts)) + store.mix(begins[0] + lengths[0]) + store.mix(begins[1] + lengths[1])
+    return (
+        hashing.splitmix64(_prompts(texts))
+        + hashing.splitmix64(begins[0] + lengths[0])
+        + hashing.splitmix64(begins[1] + lengths[1])
+    )
 
 
-def _known_by(texts: pa.Table) -> np.ndarray:
+def _pair_hash(texts: pa.Table) -> np.ndarray:
     """Two numbers that are the same for pairs of the same two texts, either way round, under the same prompt.  -> (2, pairs)"""
-    first, second = (store.mix(store.hash_texts(texts[side])) for side in ("first", "second"))
+    first, second = (
+        hashing.splitmix64(hashing.hash_texts(texts[side])) for side in ("first", "second")
+    )
     return np.stack([_prompts(texts), first + second])
 
 
-def _preferences(part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, probability: np.ndarray) -> pa.Table:
+def _preferences(
+    part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, probability: np.ndarray
+) -> pa.Table:
     """The kept rows with label, margin, label_probability, prompt, chosen and rejected columns."""
-    part, sign, margin, probability = part.filter(pa.array(kept)), sign[kept], margin[kept], probability[kept]
+    part, sign, margin, probability = (
+        part.filter(pa.array(kept)),
+        sign[kept],
+        margin[kept],
+        probability[kept],
+    )
     known = pa.array(sign != 0)
     first_better = pa.array(sign > 0)
     texts = [pc.struct_field(part[side], "text").combine_chunks() for side in ("first", "second")]
     words = pc.if_else(first_better, pa.scalar("first"), pa.scalar("second"))
     part = part.append_column("label", pc.if_else(known, words, pa.scalar(None, pa.string())))
     part = part.append_column("margin", pa.array(margin, mask=np.isnan(margin) | (sign == 0)))
-    part = part.append_column("label_probability", pa.array(probability, mask=np.isnan(probability) | (sign == 0)))
+    part = part.append_column(
+        "label_probability", pa.array(probability, mask=np.isnan(probability) | (sign == 0))
+    )
     part = part.append_column("prompt", part["messages"])
     part = part.append_column("chosen", _assistant(pc.if_else(first_better, *texts), sign != 0))
-    return part.append_column("rejected", _assistant(pc.if_else(first_better, *reversed(texts)), sign != 0))
+    return part.append_column(
+        "rejected", _assistant(pc.if_else(first_better, *reversed(texts)), sign != 0)
+    )
 
 
 def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     """One assistant message a row, null where the pair has no label."""
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
-    turns = pa.StructArray.from_arrays([pa.repeat("assistant", len(texts)), texts], names=["role", "content"])
+    turns = pa.StructArray.from_arrays(
+        [pa.repeat("assistant", len(texts)), texts], names=["role", "content"]
+    )
     return pa.ListArray.from_arrays(
-        pa.array(np.arange(len(texts) + 1), pa.int32()), turns, type=schemas.MESSAGES, mask=pa.array(~known)
+        pa.array(np.arange(len(texts) + 1), pa.int32()),
+        turns,
+        type=schemas.MESSAGES,
+        mask=pa.array(~known),
     )
 
 
 def _summary(made: Dataset) -> Json:
     counts = np.zeros(4, int)
     for table in made.tables():
-        label, gold = (consistency.gold_signs(table[name]) for name in ("label", "gold_label"))
+        label, gold = (verdicts.gold_signs(table[name]) for name in ("label", "gold_label"))
         both = label * gold
-        counts += [(~np.isnan(label)).sum(), np.isnan(label).sum(), (~np.isnan(both)).sum(), (both > 0).sum()]
+        counts += [
+            (~np.isnan(label)).sum(),
+            np.isnan(label).sum(),
+            (~np.isnan(both)).sum(),
+            (both > 0).sum(),
+        ]
     labelled, unlabelled, with_gold, right = counts.tolist()
     accuracy = right / with_gold if with_gold else None
-    return {"labelled": labelled, "unlabelled": unlabelled, "label_accuracy": accuracy, "with_gold": with_gold}
+    return {
+        "labelled": labelled,
+        "unlabelled": unlabelled,
+        "label_accuracy": accuracy,
+        "with_gold": with_gold,
+    }
 
 
 def write_trl(pairs: Dataset, path: Path) -> None:
     """A JSON-lines file of the labelled pairs with prompt, chosen and rejected as messages, as TRL's DPOTrainer takes them."""
-    with store.writing(path) as temporary, temporary.open("wb") as file:
+    with files.atomic_write(path) as temporary, temporary.open("wb") as file:
         for table in pairs.tables():
-            known = table.select(["prompt", "chosen", "rejected"]).filter(pc.is_valid(table["chosen"]))
+            known = table.select(["prompt", "chosen", "rejected"]).filter(
+                pc.is_valid(table["chosen"])
+            )
             for batch in known.to_batches(max_chunksize=TRL_ROWS):
                 prompt, chosen, rejected = (_json(column) for column in batch.columns)
-                parts = ('{"prompt": [', prompt, '], "chosen": [', chosen, '], "rejected": [', rejected, "]}\n")
+                parts = (
+                    '{"prompt": [',
+                    prompt,
+                    '], "chosen": [',
+                    chosen,
+                    '], "rejected": [',
+                    rejected,
+                    "]}\n",
+                )
                 _, _, data = pc.binary_join_element_wise(*parts, "").buffers()
                 file.write(data)
 

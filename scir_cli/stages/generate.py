@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scir_cli.config import GenerateSettings
+from scir_cli.data.files import Json
+from scir_cli.settings import GenerateSettings
 from scir_cli.stages.sampling import write_candidates
-from scir_cli.store import Json
 
 
 def run(settings: GenerateSettings) -> Json:

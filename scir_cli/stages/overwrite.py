@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from scir_cli import config, model_sources, registry
-from scir_cli.config import StageSettings
+from scir_cli import config, registry
+from scir_cli.data.storage import to_path
+from scir_cli.engine import model_files
 from scir_cli.errors import ConfigError
-from scir_cli.places import place
 from scir_cli.recipe import Step
+from scir_cli.settings import StageSettings
 
 
 def check(settings: StageSettings, where: str) -> None:
@@ -32,9 +33,9 @@ def check_steps(steps: list[Step], where: str) -> None:
 def _problem(settings: StageSettings) -> str | None:
     out = settings.output_dir.resolve()
     for name, spec in _inputs(settings):
-        base = model_sources.named_base(place(spec))
+        base = model_files.base_model_name(to_path(spec))
         for what, read in ((name, spec), (f"the base model of {name} {spec},", base)):
-            path = place(read or "").resolve()
+            path = to_path(read or "").resolve()
             if read and path.exists() and (path == out or out in path.parents):
                 return f"output_dir {settings.output_dir} is or holds {what} {read}; choose another folder"
     return None

@@ -13,13 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from scir_cli import consistency, reward_models, schemas, sources, store
-from scir_cli.config import JudgeSettings
+from scir_cli.analysis import verdicts
+from scir_cli.data import dataset, files, folders, hashing, readers, schemas
+from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
-from scir_cli.odds import Odds
-from scir_cli.pairs import SIDES
-from scir_cli.places import place
-from scir_cli.reward_columns import filter_rows, rewards_column
+from scir_cli.rewards import reward_models
+from scir_cli.rewards.columns import filter_rows, rewards_column
+from scir_cli.rewards.log_odds import RewardOutput
+from scir_cli.rewards.pairs import SIDES
+from scir_cli.settings import JudgeSettings
 
 Index = np.ndarray  # (pairs,) rows of a table
 
@@ -40,7 +42,7 @@ class PairInput:
     before_scoring, after_scoring: which pairs are scored, and which of the scored pairs are kept.
     """
 
-    table: store.Rows
+    table: dataset.Rows
     bounds: list[tuple[int, int]]
     dropped: Counter[str]
     digest: str
@@ -52,21 +54,23 @@ class PairInput:
 def load_pair_input(settings: JudgeSettings) -> PairInput:
     """The pairs of `judge --input`: made from candidates, or given."""
     rule, n_sampled = parse_pair_rule(settings.pairs)
-    path = place(settings.input)
-    if store.is_dataset(path) and store.read_json(path / "plan.json").get("stage") == "generate":
-        candidates = store.open_dataset(path, "candidates").head(settings.limit)
-        bounds = store.group_bounds(candidates, "prompt_id", settings.rows_per_part)
+    path = to_path(settings.input)
+    if folders.is_dataset(path) and files.read_json(path / "plan.json").get("stage") == "generate":
+        candidates = dataset.open_dataset(path, "candidates").head(settings.limit)
+        bounds = dataset.group_bounds(candidates, "prompt_id", settings.rows_per_part)
         make_pairs = crossed_pairs if rule == "cross" else candidate_pairs
-        pairs = PairInput(candidates, bounds, Counter(), sources.digest(settings.input))
+        pairs = PairInput(candidates, bounds, Counter(), readers.digest(settings.input))
         pairs.make_pairs = partial(make_pairs, external=settings.score_column)
     else:
-        table, dropped = sources.open_pairs(settings.input, settings.limit, settings.score_column)
-        bounds = store.part_bounds(table.num_rows, settings.rows_per_part)
-        pairs = PairInput(table, bounds, dropped, sources.digest(settings.input))
+        table, dropped = readers.open_pairs(settings.input, settings.limit, settings.score_column)
+        bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
+        pairs = PairInput(table, bounds, dropped, readers.digest(settings.input))
     if rule == "random":
         pairs.before_scoring = partial(sample_pairs, n=n_sampled, seed=settings.seed)
     if rule == "best-worst":
-        pairs.after_scoring = partial(best_and_worst, reward_model=next(iter(reward_models.load_all(settings.reward_models))))
+        pairs.after_scoring = partial(
+            best_and_worst, reward_model=next(iter(reward_models.load_all(settings.reward_models)))
+        )
     return pairs
 
 
@@ -77,7 +81,9 @@ def parse_pair_rule(text: str) -> tuple[str, int]:
         return name, 0
     if name == "random" and number.isdigit() and int(number):
         return name, int(number)
-    raise ConfigError(f"--pairs is {text!r}; it takes all, best-worst, cross, or random:K with K pairs a prompt")
+    raise ConfigError(
+        f"--pairs is {text!r}; it takes all, best-worst, cross, or random:K with K pairs a prompt"
+    )
 
 
 def candidate_pairs(table: pa.Table, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
@@ -90,7 +96,9 @@ def candidate_pairs(table: pa.Table, external: str | None = None) -> tuple[pa.Ta
     first, second = np.concatenate([np.empty((2, 0), int), *combinations], axis=1)
     repeats = duplicate[first] | duplicate[second]
     blank = empty[first] | empty[second]
-    drops = Counter(duplicate_candidate=int(repeats.sum()), empty_response=int((blank & ~repeats).sum()))
+    drops = Counter(
+        duplicate_candidate=int(repeats.sum()), empty_response=int((blank & ~repeats).sum())
+    )
     usable = ~(repeats | blank)
     first, second = first[usable], second[usable]
     return _paired(table, first, second, first, external), +drops
@@ -112,7 +120,9 @@ def crossed_pairs(table: pa.Table, external: str | None = None) -> tuple[pa.Tabl
     if not len(table):
         return schemas.schema("judged").empty_table(), +drops
     names = table["candidate_id"].to_pylist()
-    rank = np.argsort(sorted(range(len(names)), key=names.__getitem__))  # (candidates,) of each id among the ids
+    rank = np.argsort(
+        sorted(range(len(names)), key=names.__getitem__)
+    )  # (candidates,) of each id among the ids
     prompts = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     lengths = pc.list_value_length(table["token_ids"]).to_numpy().astype(int)
     other = np.array([_nearest(row, prompts, lengths, rank) for row in range(len(names))])
@@ -120,7 +130,9 @@ def crossed_pairs(table: pa.Table, external: str | None = None) -> tuple[pa.Tabl
     other = other[own]
     drops["no_other_prompt"] = len(names) - len(own)
     swap = np.array([int(name, 16) % 2 for name in _pair_ids(names, own, other)], bool)
-    return _paired(table, np.where(swap, other, own), np.where(swap, own, other), own, external), +drops
+    return _paired(
+        table, np.where(swap, other, own), np.where(swap, own, other), own, external
+    ), +drops
 
 
 def _nearest(row: int, prompts: np.ndarray, lengths: np.ndarray, rank: np.ndarray) -> int:
@@ -139,16 +151,23 @@ def _unusable(candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return duplicate.to_numpy(), empty.to_numpy()
 
 
-def _paired(candidates: pa.Table, first: Index, second: Index, prompt: Index, external: str | None) -> pa.Table:
+def _paired(
+    candidates: pa.Table, first: Index, second: Index, prompt: Index, external: str | None
+) -> pa.Table:
     """The pairs of these candidates, under the prompts of these."""
     names = {"text": "response", "author": "weights_key"}
     response = pa.StructArray.from_arrays(
-        [candidates[names.get(field.name, field.name)].combine_chunks() for field in schemas.RESPONSE],
+        [
+            candidates[names.get(field.name, field.name)].combine_chunks()
+            for field in schemas.RESPONSE
+        ],
         fields=list(schemas.RESPONSE),
     )
     under = candidates.select(schemas.schema("prompts").names).take(pa.array(prompt))
     columns = {name: under[name].combine_chunks() for name in under.column_names} | {
-        "pair_id": pa.array(_pair_ids(candidates["candidate_id"].to_pylist(), first, second), pa.string()),
+        "pair_id": pa.array(
+            _pair_ids(candidates["candidate_id"].to_pylist(), first, second), pa.string()
+        ),
         "first": response.take(pa.array(first)),
         "second": response.take(pa.array(second)),
         "gold_label": pa.nulls(len(first), pa.string()),
@@ -160,11 +179,13 @@ def _paired(candidates: pa.Table, first: Index, second: Index, prompt: Index, ex
 
 
 def _pair_ids(names: list[str], first: Index, second: Index) -> list[str]:
-    quoted = np.array([store.to_json(name) for name in names], object)
-    return [digest[:16] for digest in store.digest_lists(quoted[first], quoted[second])]
+    quoted = np.array([hashing.canonical_json(name) for name in names], object)
+    return [digest[:16] for digest in hashing.digest_lists(quoted[first], quoted[second])]
 
 
-def _external_rewards(candidates: pa.Table, first: Index, second: Index, external: str | None) -> pa.Array:
+def _external_rewards(
+    candidates: pa.Table, first: Index, second: Index, external: str | None
+) -> pa.Array:
     """The difference of the scores in a column of the candidates, as the verdicts of the reward model "external".
 
     Raises DataError for a column that is missing or holds no numbers.
@@ -172,12 +193,18 @@ def _external_rewards(candidates: pa.Table, first: Index, second: Index, externa
     if external is None:
         return pa.array([[]] * len(first), schemas.REWARDS)
     if external not in candidates.column_names:
-        raise DataError(f"the candidates have no column '{external}'.{suggest(external, candidates.column_names)}")
+        raise DataError(
+            f"the candidates have no column '{external}'.{suggest(external, candidates.column_names)}"
+        )
     scores = candidates[external]
     if not (pa.types.is_floating(scores.type) or pa.types.is_integer(scores.type)):
-        raise DataError(f"the candidates' column '{external}' should hold numbers; it holds {scores.type}")
+        raise DataError(
+            f"the candidates' column '{external}' should hold numbers; it holds {scores.type}"
+        )
     scores = pc.cast(scores, pa.float64()).to_numpy()  # null is NaN
-    return rewards_column({"external": Odds(torch.from_numpy(scores[first] - scores[second]))}, [], 0.0)
+    return rewards_column(
+        {"external": RewardOutput(torch.from_numpy(scores[first] - scores[second]))}, [], 0.0
+    )
 
 
 def prompt_ranges(table: pa.Table) -> list[tuple[int, int]]:
@@ -189,7 +216,9 @@ def prompt_ranges(table: pa.Table) -> list[tuple[int, int]]:
 
 def sample_pairs(pairs: pa.Table, n: int, seed: int) -> tuple[pa.Table, Counter[str]]:
     """`n` pairs of each prompt, drawn by a hash of (seed, pair): --pairs random:K."""
-    drawn = store.digest_lists(itertools.repeat(str(seed)), map(store.to_json, pairs["pair_id"].to_pylist()))
+    drawn = hashing.digest_lists(
+        itertools.repeat(str(seed)), map(hashing.canonical_json, pairs["pair_id"].to_pylist())
+    )
     keep = np.zeros(len(pairs), bool)
     for low, high in prompt_ranges(pairs):
         keep[sorted(range(low, high), key=drawn.__getitem__)[:n]] = True
@@ -198,8 +227,13 @@ def sample_pairs(pairs: pa.Table, n: int, seed: int) -> tuple[pa.Table, Counter[
 
 def best_and_worst(pairs: pa.Table, reward_model: str) -> tuple[pa.Table, Counter[str]]:
     """The pair of each prompt's best and worst candidate by the reward model's mean log-odds against the others."""
-    values = np.nan_to_num(consistency.log_odds(pairs, [reward_model])[0]).tolist()
-    candidates = list(zip(*(pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in SIDES), strict=True))
+    values = np.nan_to_num(verdicts.log_odds(pairs, [reward_model])[0]).tolist()
+    candidates = list(
+        zip(
+            *(pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in SIDES),
+            strict=True,
+        )
+    )
     keep = np.zeros(len(pairs), bool)
     for low, high in prompt_ranges(pairs):
         totals: dict[str, float] = defaultdict(float)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from scir_cli import pages, registry, report, store
+from scir_cli import registry
+from scir_cli.data import files
+from scir_cli.data.files import Json
+from scir_cli.data.storage import to_path
 from scir_cli.errors import StageFailed
-from scir_cli.places import place
 from scir_cli.processes import exit_with_parent
 from scir_cli.recipe import Step
-from scir_cli.store import Json
+from scir_cli.report import html, tables
 
 
 def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> Json:
@@ -29,19 +31,25 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
     figures = {}
     for step in steps:
         if registry.STAGES[step.stage].shows_agreement:
-            manifest = store.read_json(place(step.settings["output_dir"]) / "manifest.json")
+            manifest = files.read_json(to_path(step.settings["output_dir"]) / "manifest.json")
             figures[str(step.settings["output_dir"])] = manifest["summary"]
     if page:
-        folders = [(step.stage, place(step.settings["output_dir"])) for step in steps]
-        pages.write(page, pages.story(folders))
+        folders = [(step.stage, to_path(step.settings["output_dir"])) for step in steps]
+        html.write(page, html.run_page(folders))
     return {"steps": len(steps), "checked": figures}
 
 
 def show(result: Json) -> None:
     if result["checked"]:
         names = list(result["checked"])
-        prefix = len(str(Path(names[0]).parent)) + 1 if len({Path(n).parent for n in names}) == 1 else 0
-        Console(markup=False).print(report.story([(name[prefix:], figures) for name, figures in result["checked"].items()]))
+        prefix = (
+            len(str(Path(names[0]).parent)) + 1 if len({Path(n).parent for n in names}) == 1 else 0
+        )
+        Console(markup=False).print(
+            tables.iterations_table(
+                [(name[prefix:], figures) for name, figures in result["checked"].items()]
+            )
+        )
 
 
 def _child(step: Step, quiet: bool) -> None:
@@ -59,4 +67,6 @@ def _child(step: Step, quiet: bool) -> None:
         raise
     if code:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        raise StageFailed(f"{step.stage} {how}; what it finished is kept, the same command goes on from there: {step.line()}")
+        raise StageFailed(
+            f"{step.stage} {how}; what it finished is kept, the same command goes on from there: {step.line()}"
+        )

@@ -10,13 +10,15 @@ from contextlib import ExitStack, closing
 from functools import cached_property
 from typing import Any
 
-from scir_cli import backends, sources, store, workers
+from scir_cli import backends, workers
 from scir_cli.backends import Request, Sampling
-from scir_cli.config import EvalMtBenchSettings, EvalResponsesSettings, GenerateSettings
+from scir_cli.data import dataset, hashing, readers
+from scir_cli.data.dataset import Part
+from scir_cli.data.files import Json
+from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.errors import DataError
-from scir_cli.lazy_policy import LazyPolicy
-from scir_cli.stages.progress import progress
-from scir_cli.store import Json, Part
+from scir_cli.report.progress import progress
+from scir_cli.settings import EvalMtBenchSettings, EvalResponsesSettings, GenerateSettings
 
 #: Setting -> its name in the hash that is a candidate's id: renaming a setting changes no id, and so no pair drawn by ids.
 NAME_IN_IDS = {"vllm_arg": "engine_arg"}
@@ -30,11 +32,18 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
     model: the model of these settings, if it is open already. Raises DataError if there is no prompt.
     """
     settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
-    prompts, dropped = sources.open_prompts(settings.input, settings.limit)
+    prompts, dropped = readers.open_prompts(settings.input, settings.limit)
     if not prompts.num_rows:
-        raise DataError(f"{settings.input} holds no usable prompt ({dict(dropped) or 'it has no rows'})")
+        raise DataError(
+            f"{settings.input} holds no usable prompt ({dict(dropped) or 'it has no rows'})"
+        )
     model = model or LazyPolicy(settings, settings.model)
-    plan = {"stage": "generate", "settings": settings.plan(), "input": sources.digest(settings.input), "model": model.key}
+    plan = {
+        "stage": "generate",
+        "settings": settings.plan(),
+        "input": readers.digest(settings.input),
+        "model": model.key,
+    }
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * settings.n}
     # What the model computed before is not this dataset's work.
@@ -43,16 +52,20 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
         progress("generate", prompts.num_rows * settings.n, model.meter) as advance,
         closing(Sampler(settings, prompts, model)) as make,
     ):
-        return store.write_dataset(
+        return dataset.write_dataset(
             settings.output_dir,
             "candidates",
             plan,
-            store.part_bounds(prompts.num_rows, settings.rows_per_part),
+            dataset.part_bounds(prompts.num_rows, settings.rows_per_part),
             make,
             overwrite=settings.overwrite,
-            dropped_before=Counter({reason: count * settings.n for reason, count in dropped.items()}),
+            dropped_before=Counter(
+                {reason: count * settings.n for reason, count in dropped.items()}
+            ),
             advance=lambda rows: advance(rows * settings.n),
-            share=workers.share("scir_cli.stages.sampling:make_part_maker", settings, model.meter),
+            share=workers.distribute_parts(
+                "scir_cli.stages.sampling:make_part_maker", settings, model.meter
+            ),
             work=model.meter.figures,
             inputs={"input": settings.input, "model": settings.model},
         )
@@ -60,7 +73,7 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
 
 def make_part_maker(settings: SamplerSettings) -> Sampler:
     """The callable with which a worker makes parts."""
-    prompts, _ = sources.open_prompts(settings.input, settings.limit)
+    prompts, _ = readers.open_prompts(settings.input, settings.limit)
     return Sampler(settings, prompts, LazyPolicy(settings, settings.model))
 
 
@@ -98,13 +111,20 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
     drops: Counter[str] = Counter()
     for row in rows:
         if settings.system_prompt:
-            row["messages"] = [{"role": "system", "content": settings.system_prompt}, *row["messages"]]
+            row["messages"] = [
+                {"role": "system", "content": settings.system_prompt},
+                *row["messages"],
+            ]
         ids = model.chat.prompt_ids(row["messages"])
         if len(ids) + settings.max_new_tokens > max_total_tokens:
             drops["prompt_too_long"] += settings.n
         else:
             fitting.append((row, ids))
-    seeds = [(row, ids, store.sample_seed(settings.seed, row["prompt_id"], k)) for row, ids in fitting for k in range(settings.n)]
+    seeds = [
+        (row, ids, hashing.sample_seed(settings.seed, row["prompt_id"], k))
+        for row, ids in fitting
+        for k in range(settings.n)
+    ]
     backend = sampler.backend
     with sampler.meter.working():
         completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
@@ -112,9 +132,11 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
     sampled_with = _id_settings(settings)
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     for (row, _, seed), completion in zip(seeds, completions, strict=True):
-        candidate_id = store.digest_json([row["prompt_id"], model.key, seed, sampled_with])[:16]
+        candidate_id = hashing.digest_json([row["prompt_id"], model.key, seed, sampled_with])[:16]
         duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
-        text = model.chat.tokenizer.decode([t for t in completion.token_ids if t not in model.chat.end_ids])
+        text = model.chat.tokenizer.decode(
+            [t for t in completion.token_ids if t not in model.chat.end_ids]
+        )
         out.append(
             {
                 "candidate_id": candidate_id,

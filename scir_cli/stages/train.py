@@ -23,25 +23,28 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from scir_cli import adapters, config, fitting, objectives, pages, parallel, planning, sources, store, trackers
-from scir_cli import policy as policies
-from scir_cli.config import TrainSettings
+from scir_cli import config
+from scir_cli.data import dataset, files, folders, readers
+from scir_cli.data.files import Json
+from scir_cli.data.storage import is_remote, to_path
+from scir_cli.engine import distributed, loading
+from scir_cli.engine.distributed import DistributedContext
+from scir_cli.engine.lazy_policy import LazyPolicy
+from scir_cli.engine.policy import Policy
 from scir_cli.errors import ConfigError, warn
-from scir_cli.examples import encode_examples, load_labelled_rows, load_training_rows
-from scir_cli.lazy_policy import LazyPolicy
-from scir_cli.model_folder import write_model_folder
-from scir_cli.objectives import Example, Metrics, Objective
-from scir_cli.parallel import Ranks
-from scir_cli.places import is_remote, place
-from scir_cli.policy import Policy
 from scir_cli.recipe import Step
-from scir_cli.references import open_reward_reference, with_reference
-from scir_cli.reward_models import Pair
-from scir_cli.stages.live import View, watching
-from scir_cli.stages.progress import progress
-from scir_cli.store import Json
-from scir_cli.trainer import Trainer
-from scir_cli.validation import ValidationMetrics
+from scir_cli.report import html
+from scir_cli.report.progress import progress
+from scir_cli.report.training_view import View, watching
+from scir_cli.rewards.pairs import Pair
+from scir_cli.rewards.references import add_missing_logps, open_reward_reference
+from scir_cli.settings import TrainSettings
+from scir_cli.training import adapters, dry_run, fitting, objectives, trackers
+from scir_cli.training.examples import encode_examples, load_labelled_rows, load_training_rows
+from scir_cli.training.model_folder import write_model_folder
+from scir_cli.training.objectives import Example, Metrics, Objective
+from scir_cli.training.trainer import Trainer
+from scir_cli.training.validation import ValidationMetrics
 
 #: From here on, the entropy term is warned about.
 LARGE_ENTROPY_WEIGHT = 0.5
@@ -54,11 +57,11 @@ def run(settings: TrainSettings) -> Json:
     """Trains and writes a model folder, and returns its manifest; counts are in pairs."""
     if settings.num_processes > 1 and "WORLD_SIZE" not in os.environ and not settings.dry_run:
         return _launch(settings)
-    ranks = Ranks(policies.resolve_device(settings.device).startswith("cuda"))
+    ranks = DistributedContext(loading.resolve_device(settings.device).startswith("cuda"))
     try:
         manifest = run_rank(settings, ranks)
         if ranks.main and not settings.dry_run:
-            pages.write_for("train", settings)
+            html.write_for("train", settings)
         return manifest
     finally:
         ranks.close()
@@ -69,11 +72,11 @@ def _launch(settings: TrainSettings) -> Json:
     given = settings.model_dump(exclude_unset=True)
     given.pop("num_processes")
     step = Step("train", config.flatten(given, config.fields(TrainSettings)))
-    parallel.launch(step.arguments, settings.num_processes)
-    return store.read_json(settings.output_dir / "manifest.json")
+    distributed.launch(step.arguments, settings.num_processes)
+    return files.read_json(settings.output_dir / "manifest.json")
 
 
-def run_rank(settings: TrainSettings, ranks: Ranks) -> Json:
+def run_rank(settings: TrainSettings, ranks: DistributedContext) -> Json:
     """The whole stage in one of its processes; returns the manifest."""
     job = TrainJob.open(settings, ranks)
     if settings.dry_run:
@@ -107,7 +110,7 @@ class TrainJob:
     """
 
     settings: TrainSettings
-    ranks: Ranks
+    ranks: DistributedContext
     rows: pa.Table
     dropped: Counter[str]
     policy: LazyPolicy
@@ -117,14 +120,14 @@ class TrainJob:
     plan: Json
 
     @classmethod
-    def open(cls, settings: TrainSettings, ranks: Ranks) -> TrainJob:
+    def open(cls, settings: TrainSettings, ranks: DistributedContext) -> TrainJob:
         """Reads the rows, opens the models without their weights, and makes the plan. Raises ConfigError, DataError, ModelError."""
         trackers.check(settings.report_to)
         check_deepspeed(settings, ranks)
         rows, dropped = load_training_rows(settings.input, settings.limit)
-        digests: Json = {"input": sources.digest(settings.input)}
+        digests: Json = {"input": readers.digest(settings.input)}
         for name, spec in (("validation", settings.validation), ("anchors", settings.anchors)):
-            digests[name] = spec and sources.digest(spec)
+            digests[name] = spec and readers.digest(spec)
         is_scir = settings.objective == "scir"
         if is_scir and settings.entropy_weight > LARGE_ENTROPY_WEIGHT:
             warn(
@@ -135,10 +138,18 @@ class TrainJob:
             sharding = {"ranks": ranks, "cpu_offload": settings.cpu_offload}
         adapt = partial(adapters.add_adapters, settings=settings) if settings.lora.rank else None
         policy = LazyPolicy(settings, settings.model, adapt=adapt, **sharding)
-        reference = open_reward_reference(settings, policy, ["implicit"], **sharding) if is_scir else None
+        reference = (
+            open_reward_reference(settings, policy, ["implicit"], **sharding) if is_scir else None
+        )
         reward_key = reference.key if reference else None
         fitted = fitting.load_fitted_values(policy.path, settings, reward_key) if is_scir else {}
-        plan = {"stage": "train", "settings": settings.plan(), **digests, "model": policy.key, "reward_reference": reward_key}
+        plan = {
+            "stage": "train",
+            "settings": settings.plan(),
+            **digests,
+            "model": policy.key,
+            "reward_reference": reward_key,
+        }
         if fitted:
             plan["kept"] = fitted
         objective = build_objective(settings, policy, reward_key)
@@ -158,14 +169,20 @@ class TrainJob:
             "plan": self.plan,
             "rows_in": len(self.rows) + self.dropped.total(),
             "drops": dict(self.dropped + drops),
-            "estimate": planning.estimate(self.policy.load(), examples, self.settings, self.objective),
+            "estimate": dry_run.estimate(
+                self.policy.load(), examples, self.settings, self.objective
+            ),
         }
 
     @contextmanager
     def claim(self) -> Iterator[Json | None]:
         """Takes the output folder for this plan; the manifest if the plan is finished already, else None."""
         out = Path(self.settings.output_dir)
-        with store.claim(out, self.plan, self.settings.overwrite) if self.ranks.main else nullcontext() as finished:
+        with (
+            folders.claim_folder(out, self.plan, self.settings.overwrite)
+            if self.ranks.main
+            else nullcontext() as finished
+        ):
             yield self.ranks.first(finished)
 
     def encode(self) -> TrainData:
@@ -178,12 +195,16 @@ class TrainJob:
     def _encode_input(self) -> tuple[list[Example], Counter[str]]:
         # SCIR takes its own pairs without their labels: it makes its own.
         labelled = self.settings.objective != "scir"
-        return encode_examples(self.rows, self.objective, self.policy, self.settings.input, labelled=labelled)
+        return encode_examples(
+            self.rows, self.objective, self.policy, self.settings.input, labelled=labelled
+        )
 
     def _encode_labelled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
         if spec is None:
             return [], Counter()
-        return encode_examples(load_labelled_rows(spec), self.objective, self.policy, spec, labelled=True)
+        return encode_examples(
+            load_labelled_rows(spec), self.objective, self.policy, spec, labelled=True
+        )
 
     def add_reference_logps(self, data: TrainData) -> None:
         """Log-probabilities under the frozen models, on every pair; the reward reference then leaves the memory."""
@@ -201,16 +222,34 @@ class TrainJob:
         settings = self.settings.model_copy(update=self.fitted)
         if isinstance(self.objective, objectives.Scir) and settings.implicit_scale == "fitted":
             pairs = [example.pair for example in data.examples]
-            scale = fitting.fit_implicit_scale(self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings)
+            scale = fitting.fit_implicit_scale(
+                self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings
+            )
             settings = settings.model_copy(update={"implicit_scale": scale})
         policy = self.policy.load()
         if self.policy.sharded and not policy.takes_trees:
-            raise ConfigError(f"--sharding fsdp needs a model that takes token trees; {settings.model} does not: use ddp")
-        validate = ValidationMetrics(settings, policy, data.validation, self.reward_key) if data.validation else None
+            raise ConfigError(
+                f"--sharding fsdp needs a model that takes token trees; {settings.model} does not: use ddp"
+            )
+        validate = (
+            ValidationMetrics(settings, policy, data.validation, self.reward_key)
+            if data.validation
+            else None
+        )
         objective = build_objective(settings, self.policy, self.reward_key)
-        trainer = Trainer(policy, objective, data.examples, settings, Path(settings.output_dir), validate, self.ranks)
+        trainer = Trainer(
+            policy,
+            objective,
+            data.examples,
+            settings,
+            Path(settings.output_dir),
+            validate,
+            self.ranks,
+        )
         if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
-            objective.penalty_weight = self.ranks.first(fitting.fit_penalty_weight(trainer, settings.penalty_ratio))
+            objective.penalty_weight = self.ranks.first(
+                fitting.fit_penalty_weight(trainer, settings.penalty_ratio)
+            )
         return trainer
 
     def train(self, trainer: Trainer) -> Metrics:
@@ -224,13 +263,23 @@ class TrainJob:
         policy = self._unsharded(trainer.policy) if self.policy.sharded else trainer.policy
         manifest = None
         if policy:
-            manifest = write_model_folder(trainer.settings, policy, self.policy.weights_digest, trainer, self.plan, metrics, drops)
+            manifest = write_model_folder(
+                trainer.settings,
+                policy,
+                self.policy.weights_digest,
+                trainer,
+                self.plan,
+                metrics,
+                drops,
+            )
         return self.ranks.first(manifest)
 
     def _unsharded(self, policy: Policy) -> Policy | None:
         """The trained weights in one process, on the main rank. Collective: every rank has to call it."""
         weights = policy.model.state_dict(keep_vars=True)
-        state = {name: parallel.whole(value, self.ranks.main) for name, value in weights.items()}
+        state = {
+            name: distributed.full_tensor(value, self.ranks.main) for name, value in weights.items()
+        }
         if not self.ranks.main:
             return None
         whole = self.policy.load_unsharded()
@@ -238,32 +287,44 @@ class TrainJob:
         return whole
 
 
-def check_deepspeed(settings: TrainSettings, ranks: Ranks) -> None:
+def check_deepspeed(settings: TrainSettings, ranks: DistributedContext) -> None:
     """Raises ConfigError for settings that DeepSpeed does not support, if accelerate's plugin asks for it."""
     if ranks.zero and (settings.sharding == "fsdp" or settings.compile):
-        raise ConfigError("accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out")
+        raise ConfigError(
+            "accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out"
+        )
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
-        raise ConfigError("--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2")
+        raise ConfigError(
+            "--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2"
+        )
     if ranks.zero and settings.objective == "scir" and settings.penalty_weight is None:
         raise ConfigError(
             "--penalty-ratio is not available under DeepSpeed, which does not expose gradients: give --penalty-weight"
         )
 
 
-def build_objective(settings: TrainSettings, policy: LazyPolicy, reward_key: str | None) -> Objective:
+def build_objective(
+    settings: TrainSettings, policy: LazyPolicy, reward_key: str | None
+) -> Objective:
     """The objective of the settings.  reward_key: weights key of the reward reference, if there is one"""
     return objectives.TABLE[settings.objective](settings, policy.chat, policy.key, reward_key)
 
 
-def add_reference_logps(pairs: list[Pair], model: LazyPolicy, settings: TrainSettings, ranks: Ranks) -> None:
+def add_reference_logps(
+    pairs: list[Pair], model: LazyPolicy, settings: TrainSettings, ranks: DistributedContext
+) -> None:
     """Adds the log-probabilities under `model` to the pairs that lack them, each rank its share of the work.
 
     They are kept in a file beside the data (or in the output folder) for the next run, under the model's weights key.
     """
-    source = place(settings.input)
-    folder = source if store.is_dataset(source) and not is_remote(source) else Path(settings.output_dir)
+    source = to_path(settings.input)
+    folder = (
+        source
+        if folders.is_dataset(source) and not is_remote(source)
+        else Path(settings.output_dir)
+    )
     cache = folder / f"reference_logps-{model.key}.arrow"
-    _fill_from_cache(pairs, model.key, store.read_columns(cache) if cache.exists() else {})
+    _fill_from_cache(pairs, model.key, dataset.read_columns(cache) if cache.exists() else {})
     missing = [pair for pair in pairs if model.key not in pair.reference_logps]
     if not ranks.first(len(missing)):
         return
@@ -271,15 +332,21 @@ def add_reference_logps(pairs: list[Pair], model: LazyPolicy, settings: TrainSet
     with progress("reference log-probabilities", len(local)) as advance:
         # Every rank makes as many calls: with sharded weights each call needs all of them.
         for low in range(0, max(ranks.gather(len(local))), REFERENCE_ROWS):
-            with_reference(local[low : low + REFERENCE_ROWS], model, settings.max_tokens_per_pack)
+            add_missing_logps(
+                local[low : low + REFERENCE_ROWS], model, settings.max_tokens_per_pack
+            )
             advance(len(local[low : low + REFERENCE_ROWS]))
     for part in ranks.gather({pair.pair_id: pair.reference_logps[model.key] for pair in local}):
         _fill_from_cache(missing, model.key, part)
     if ranks.main and os.access(folder, os.W_OK):
-        store.write_columns(cache, {pair.pair_id: pair.reference_logps[model.key] for pair in pairs})
+        dataset.write_columns(
+            cache, {pair.pair_id: pair.reference_logps[model.key] for pair in pairs}
+        )
 
 
-def _fill_from_cache(pairs: Sequence[Pair], key: str, cached: dict[str, tuple[float, float]]) -> None:
+def _fill_from_cache(
+    pairs: Sequence[Pair], key: str, cached: dict[str, tuple[float, float]]
+) -> None:
     for pair in pairs:
         if pair.pair_id in cached:
             pair.reference_logps[key] = cached[pair.pair_id]

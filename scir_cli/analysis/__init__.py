@@ -1,0 +1,1 @@
+"""Log-odds -> figures; numpy and pyarrow only."""

@@ -1,0 +1,1 @@
+"""What lies on disk: schemas, dataset folders, hashes, and the files that users bring."""

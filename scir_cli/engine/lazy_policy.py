@@ -1,0 +1,91 @@
+"""A model whose weights are read on demand: a plan needs its key, a prompt its tokenizer, and neither needs weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from transformers import AutoConfig
+
+from scir_cli.engine import loading, model_files, policy
+from scir_cli.engine.chat import Chat
+from scir_cli.engine.distributed import DistributedContext
+from scir_cli.engine.policy import Policy
+from scir_cli.engine.throughput import Meter
+from scir_cli.settings import ModelSettings
+
+
+class LazyPolicy:
+    """A model spec: its path, tokenizer and weights key at once, its weights after `load`.
+
+    Weights are hashed once and the tokenizer is loaded once: `load` hands both to the policy.
+    adapt: puts adapters on the model. ranks, cpu_offload: how the weights are sharded, as in `policy.load`.
+    meter: counts what the model computes; several models may share one.
+    Raises ModelError for a model that is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        spec: str,
+        *,
+        adapt: Callable[[Any], Any] | None = None,
+        ranks: DistributedContext | None = None,
+        cpu_offload: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
+        self.settings = settings
+        self.adapt = adapt
+        self.ranks = ranks
+        self.cpu_offload = cpu_offload
+        self.meter = meter or Meter()
+        self.path = model_files.resolve(spec)
+        tokenizer = loading.load_tokenizer(self.path, settings)
+        self.chat = Chat(tokenizer, loading.end_ids(self.path, tokenizer))
+        self.weights_digest = model_files.digest(self.path)
+        self.key = loading.weights_key(self.weights_digest, settings, self.chat)
+        self._policy: Policy | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are sharded over ranks, which then all have to score at the same time."""
+        return self.ranks is not None
+
+    @cached_property
+    def context_length(self) -> int:
+        """Positions of the model, from its config."""
+        base = model_files.base_model_path(self.path)
+        return policy.context_length(
+            AutoConfig.from_pretrained(base, trust_remote_code=self.settings.trust_remote_code)
+        )
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._policy is not None
+
+    def load(self) -> Policy:
+        """The model with its weights, which are read by the first call."""
+        if self._policy is None:
+            self._policy = loading.load(
+                self.settings,
+                str(self.path),
+                chat=self.chat,
+                key=self.key,
+                meter=self.meter,
+                adapt=self.adapt,
+                ranks=self.ranks,
+                cpu_offload=self.cpu_offload,
+            )
+        return self._policy
+
+    def unload(self) -> None:
+        """Frees the weights, unless somebody else holds the policy; `load` reads them again."""
+        self._policy = None
+
+    def load_unsharded(self) -> Policy:
+        """A second copy of the model on the CPU of this process alone, with its adapters."""
+        return loading.load(
+            self.settings, str(self.path), "cpu", chat=self.chat, key=self.key, adapt=self.adapt
+        )

@@ -1,0 +1,1 @@
+"""A pair -> the token paths to score -> log-odds of each internal reward model."""

@@ -1,0 +1,71 @@
+"""Prompts of the generative reward models, and how their fields are filled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from scir_cli.engine.chat import Message
+from scir_cli.errors import ConfigError
+
+PAIRWISE = """Which answer to the question is better?
+
+Question: {question}
+
+Answer A: {a}
+
+Answer B: {b}
+
+Reply with A or B."""
+
+PAIRWISE_RATIONALE = """Compare two answers to a question.
+
+Question: {question}
+
+Answer A: {a}
+
+Answer B: {b}
+
+First explain in a few sentences which answer is better and why. Then write "Verdict:" and A or B."""
+
+#: The additive five-point rubric of Self-Rewarding Language Models (arXiv 2401.10020), in our words.
+RUBRIC = """Score how well a response answers a question. Start at 0 and add a point for each of these that holds:
+it is relevant to the question; it answers a good part of it; it answers the question usefully and completely; it is well written and clearly
+meant for the asker; it could hardly be better.
+
+Question: {question}
+
+Response: {response}
+
+Reply with the score, a single digit from 0 to 5."""
+
+
+def question_text(messages: Sequence[Message]) -> str:
+    """A conversation as a judge reads it: the bare text of a single user turn, else each turn with its role; the system turn is left out."""
+    turns = [m for m in messages if m["role"] != "system"]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in turns)
+
+
+def fill(template: str, **values: str) -> list[Message]:
+    """A judge prompt as a one-turn conversation. Values go in as they are: braces in them mean nothing."""
+    text = re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), template)
+    return [{"role": "user", "content": text}]
+
+
+def load_template(path: Path | None, default: str, fields: Sequence[str]) -> str:
+    """The judge prompt in a text file, or the default; raises ConfigError where a field is missing."""
+    if path is None:
+        return default
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the judge prompt {path} cannot be read: {error}") from error
+    missing = [name for name in fields if "{" + name + "}" not in text]
+    if missing:
+        raise ConfigError(
+            f"the judge prompt {path} has no {{{missing[0]}}}; it needs {', '.join('{' + f + '}' for f in fields)}"
+        )
+    return text

@@ -1,0 +1,52 @@
+"""Frozen models beside the policy: the reward reference, and log-probabilities of responses under any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from scir_cli.engine.lazy_policy import LazyPolicy
+from scir_cli.engine.trees import continuation
+from scir_cli.errors import ConfigError
+from scir_cli.rewards.pairs import Pair
+from scir_cli.settings import RewardSettings
+
+
+def open_reward_reference(
+    settings: RewardSettings, model: LazyPolicy, needing: Sequence[str], **options: Any
+) -> LazyPolicy:
+    """The model behind --reward-reference.  needing: the reward models that read it; options: more arguments of LazyPolicy
+
+    Raises ConfigError if it is missing, holds the policy's own weights, or has another tokenizer or template.
+    """
+    if settings.reward_reference is None:
+        raise ConfigError(
+            f"the {' and '.join(needing)} reward needs --reward-reference MODEL (the SFT model the policy came from), "
+            f"or leave '{needing[0]}' out of --reward-models"
+        )
+    reference = LazyPolicy(settings, settings.reward_reference, meter=model.meter, **options)
+    if reference.key == model.key:
+        raise ConfigError(
+            f"--reward-reference {settings.reward_reference} holds the same weights as --model {settings.model}: every "
+            "implicit log-odds would be 0. Name the model the policy was tuned from (M_0, or M_t-1)"
+        )
+    if reference.chat.template_digest() != model.chat.template_digest():
+        raise ConfigError(
+            "--reward-reference and --model have different tokenizers or chat templates, "
+            "so their log-probabilities are not of the same tokens"
+        )
+    return reference
+
+
+def add_missing_logps(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int) -> list[Pair]:
+    """The pairs with summed response log-probabilities under `reference`, nats, added to those that lack them.
+
+    max_tokens: of one forward pass. With sharded weights all ranks have to call this at the same time.
+    """
+    missing = [pair for pair in pairs if reference.key not in pair.reference_logps]
+    groups = [[continuation(pair.prompt_ids, ids) for ids in pair.response_ids] for pair in missing]
+    scored = reference.load().score(groups, max_tokens) if missing or reference.sharded else []
+    with reference.meter.working():
+        for pair, logps in zip(missing, scored, strict=True):
+            pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
+    return list(pairs)

@@ -1,0 +1,1 @@
+"""Log-odds -> losses -> gradients -> a model folder."""

@@ -1,0 +1,108 @@
+"""The scale s and the penalty weight lambda, fitted to the data at the start of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from scir_cli import config
+from scir_cli.analysis import verdicts
+from scir_cli.data import files
+from scir_cli.engine.lazy_policy import LazyPolicy
+from scir_cli.errors import warn
+from scir_cli.rewards import reward_models
+from scir_cli.rewards.pairs import Context, Pair
+from scir_cli.rewards.reward_models import RewardModel
+from scir_cli.settings import IMPLICIT_SCALE, TrainSettings
+from scir_cli.training import losses
+from scir_cli.training.trainer import Trainer
+
+#: Steps over whose gradients lambda is fitted.
+N_FITTING_STEPS = 4
+
+#: Pairs that the judge scores for the scale, if the data hold no verdicts of it.
+N_JUDGED_PAIRS = 256
+
+#: Settings that are fitted, and the value that requests it.
+FITTED: dict[str, Any] = {"implicit_scale": "fitted", "penalty_weight": None}
+
+
+def load_fitted_values(
+    model: Path, settings: TrainSettings, reward_key: str | None
+) -> dict[str, float]:
+    """The scale and lambda fitted when `model` was trained with the same settings and reward reference; else {}.
+
+    A scale that is fitted again in each iteration falls as log-ratios grow, and with it the penalty's hold on the policy
+    (docs/study.md).
+    """
+    # The plan has a digest of each prompt file and of each reward model of the user's own.
+    now = settings.plan()
+    wanted = [name for name, value in FITTED.items() if now[name] == value]
+    plan, manifest = model / "plan.json", model / "manifest.json"
+    if not wanted or not (plan.exists() and manifest.exists()):
+        return {}
+    earlier = files.read_json(plan)
+    before = earlier["settings"]
+    same = all(
+        before.get(name) == now[name] for name in config.names_with(TrainSettings, "affects_fit")
+    )
+    if not same or earlier.get("reward_reference") != reward_key:
+        return {}
+    fitted = files.read_json(manifest).get("fitted", {})
+    return {
+        name: fitted[name] for name in wanted if name in fitted and before.get(name) == FITTED[name]
+    }
+
+
+def fit_implicit_scale(
+    rows: pa.Table,
+    pairs: Sequence[Pair],
+    models: dict[str, RewardModel],
+    policy: LazyPolicy,
+    reward_key: str | None,
+    settings: TrainSettings,
+) -> float:
+    """--implicit-scale fitted: s with which the implicit log-odds have the median size of the judge's.
+
+    rows: of the dataset, with the judge's verdicts; if it holds none, the policy scores the first pairs as the judge.
+    pairs: with log-probabilities under the policy and the reward reference, whose keys are policy.key and reward_key.
+    """
+    if "judge" in verdicts.model_names([rows]):
+        judge = torch.from_numpy(verdicts.log_odds(rows, ["judge"])[0].astype(np.float32))
+    else:
+        judge = _judge_log_odds(
+            pairs[:N_JUDGED_PAIRS], models["judge"], policy, settings.max_tokens_per_pack
+        )
+    logps = torch.tensor([pair.reference_logps[policy.key] for pair in pairs]).T  # (2, pairs)
+    unfitted = settings.model_copy(update={"implicit_scale": IMPLICIT_SCALE})
+    (model,) = reward_models.make(["implicit"], policy.chat, unfitted).values()
+    implicit = model.odds(logps, Context.of(pairs, reward_key)).log_odds
+    return IMPLICIT_SCALE * losses.matching_scale(judge, implicit)
+
+
+def _judge_log_odds(
+    pairs: Sequence[Pair], judge: RewardModel, policy: LazyPolicy, max_tokens: int
+) -> torch.Tensor:
+    """The judge's log-odds under the policy, nats.  -> (pairs,)"""
+    branches = [judge.branches(pair) for pair in pairs]
+    logps = torch.stack(list(policy.load().score(branches, max_tokens)))  # (pairs, branches)
+    return judge.odds(logps.T, Context.of(pairs, None)).log_odds
+
+
+def fit_penalty_weight(trainer: Trainer, ratio: float) -> float:
+    """--penalty-ratio: lambda with which the penalty's gradient norm is `ratio` times the preference loss's.
+
+    Both norms are taken at the first weights, over the pairs of the first steps.
+    """
+    norms = trainer.term_norms(("preference", "penalty"), N_FITTING_STEPS)
+    if not all(norms.values()):
+        warn(
+            f"--penalty-ratio: the gradient norms of the first {N_FITTING_STEPS} steps are {norms}; lambda is {ratio:g}"
+        )
+        return ratio
+    return ratio * norms["preference"] / norms["penalty"]
