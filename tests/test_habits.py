@@ -95,11 +95,6 @@ getattr(store, "_f")
     }
 
 
-def test_each_private_step_of_train_that_is_excused_is_still_used():
-    used = {name for path in TESTS for name in private_names(tree(path))}
-    assert used >= TRAIN
-
-
 # Install hints
 
 

@@ -283,7 +283,9 @@ def test_a_subclass_of_a_built_in_model_has_a_name_of_its_own_and_may_choose_it(
 
 def test_an_entropy_weight_is_checked_against_the_orders_of_a_users_model(world: Path, here: Path):
     """judge and strict_judge have two orders each, and implicit one verdict: K = 5, 2K/(K-1) = 2.5; the settings alone count 4."""
-    text = "from scir_cli.rewards.reward_models import Judge\n\nclass StrictJudge(Judge):\n    pass\n"
+    text = (
+        "from scir_cli.rewards.reward_models import Judge\n\nclass StrictJudge(Judge):\n    pass\n"
+    )
     (here / "strict.py").write_text(text, encoding="utf-8")
     words = [
         "train",

@@ -35,7 +35,6 @@ from scir_cli.data.files import Json, as_store_error, atomic_write, read_json, w
 from scir_cli.errors import DataError
 
 ACCOUNT_KEY = b"scir.account"
-FIRST_VERSION = "1"  # of the columns of plans that do not name one
 
 
 @dataclass
@@ -55,24 +54,6 @@ class PartTask:
     drafts: Path | None
     low: int
     high: int
-
-
-def version_of(document: Json) -> str:
-    """The schema version that a plan or a manifest names; the first one if it names none."""
-    return str(document.get("schema_version", FIRST_VERSION))
-
-
-def outdated_message(path: Path, plan: Json, version: str) -> str:
-    return (
-        f"{path} was written by 'scir {plan.get('stage')}' with schema version {version}, "
-        f"and this scir has version {schemas.VERSION}; run that command again with --overwrite"
-    )
-
-
-def check_version(path: Path, version: str) -> None:
-    """Raises DataError if `version`, that of a dataset folder or a part of it, is not ours."""
-    if version != schemas.VERSION:
-        raise DataError(outdated_message(path, read_json(path / "plan.json"), version))
 
 
 def write_dataset(
@@ -379,10 +360,10 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
     kind = manifest.get("kind", "unknown")
     if kinds and kind not in kinds:
         raise DataError(_wrong_kind(path, manifest, needed))
-    check_version(path, version_of(manifest))
+    folders.check_version(path, folders.version_of(manifest))
     for part in manifest["parts"]:
         table = read_part(path / part["file"])
-        check_version(path, schemas.version_of(table))
+        folders.check_version(path, schemas.version_of(table))
         if table.num_rows != part["rows"]:
             raise DataError(
                 f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete it and run the stage that made it again"

@@ -14,9 +14,29 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from scir_cli.data import dataset, storage
+from scir_cli.data import schemas, storage
 from scir_cli.data.files import Json, disk_error, read_json, write_json
-from scir_cli.errors import PlanMismatch, StoreError
+from scir_cli.errors import DataError, PlanMismatch, StoreError
+
+FIRST_VERSION = "1"  # of the columns of plans that do not name one
+
+
+def version_of(document: Json) -> str:
+    """The schema version that a plan or a manifest names; the first one if it names none."""
+    return str(document.get("schema_version", FIRST_VERSION))
+
+
+def outdated_message(path: Path, plan: Json, version: str) -> str:
+    return (
+        f"{path} was written by 'scir {plan.get('stage')}' with schema version {version}, "
+        f"and this scir has version {schemas.VERSION}; run that command again with --overwrite"
+    )
+
+
+def check_version(path: Path, version: str) -> None:
+    """Raises DataError if `version`, that of a dataset folder or a part of it, is not ours."""
+    if version != schemas.VERSION:
+        raise DataError(outdated_message(path, read_json(path / "plan.json"), version))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -91,8 +111,8 @@ def _start(out: Path, plan: Json) -> Json | None:
         raise PlanMismatch(
             f"{out} was made by 'scir {old.get('stage')}', and this is 'scir {plan.get('stage')}'; choose another --output-dir"
         )
-    if dataset.version_of(old) != dataset.version_of(plan):
-        raise PlanMismatch(dataset.outdated_message(out, old, dataset.version_of(old)))
+    if version_of(old) != version_of(plan):
+        raise PlanMismatch(outdated_message(out, old, version_of(old)))
     changes = _differences(old, json.loads(json.dumps(plan)))
     if changes:
         raise PlanMismatch(

@@ -28,7 +28,7 @@ from rich.table import Table
 from scir_cli import __version__, registry
 from scir_cli.analysis import consistency, statistics
 from scir_cli.analysis.verdicts import Array, Verdicts, from_table
-from scir_cli.data import dataset, hashing
+from scir_cli.data import dataset, folders, hashing
 from scir_cli.data.files import Json, as_store_error, atomic_write, read_json
 from scir_cli.data.folders import is_dataset
 from scir_cli.data.storage import to_path
@@ -457,7 +457,7 @@ def _plan_and_manifest(out: Path) -> tuple[Json, Json]:
     """Plan and manifest of a finished folder; raises DataError for another schema version."""
     plan, manifest = read_json(out / "plan.json"), read_json(out / "manifest.json")
     if manifest["kind"] != "model":
-        dataset.check_version(out, dataset.version_of(manifest))
+        folders.check_version(out, folders.version_of(manifest))
     return plan, manifest
 
 
