@@ -159,7 +159,7 @@ def measured(
 ) -> Json:
     """CPU seconds of this process and the backend's, and what the meter has counted."""
     make(*warm)
-    meter.take()
+    meter.pop()
     before = cpu_seconds(backend), time.perf_counter()
     made = make(*rows).rows
     cpu, wall = cpu_seconds(backend) - before[0], time.perf_counter() - before[1]

@@ -120,7 +120,7 @@ def by_batches(model: Any, groups: Groups, size: int, everywhere: bool) -> list[
     branches = [branch for group in groups for branch in group]
     distinct, paths = list(dict.fromkeys(branches)), distinct_paths(groups)
     found: dict[Any, float] = {}
-    with model.own_attention():
+    with model.plain_attention_mode():
         for low in range(0, len(paths), size):
             batch = paths[low : low + size]
             there = set(batch)

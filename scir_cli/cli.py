@@ -266,7 +266,7 @@ def run_recipe(
         overwrite.check_steps(steps, str(recipe_file))
         if dry_run:
             print("#!/bin/sh\nset -e")
-            print("\n".join(step.line() for step in steps))
+            print("\n".join(step.shell_command() for step in steps))
             return
         if page and (problem := report_problem(page)):
             raise ConfigError(f"--report {page}: {problem}")

@@ -49,7 +49,7 @@ class Step:
                 words += [flag, "null" if value is None else str(value)]
         return words
 
-    def line(self) -> str:
+    def shell_command(self) -> str:
         return shlex.join(["scir", *self.arguments])
 
 

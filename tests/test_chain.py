@@ -115,7 +115,7 @@ def test_the_trainers_first_log_odds_are_those_the_judge_stage_wrote(world: Path
         LazyPolicy(settings, str(world / "policy")),
         LazyPolicy(settings, str(world / "base")),
     )
-    objective = objectives.Scir(settings, model.chat, model.key, reference.key)
+    objective = objectives.Scir(settings, model.chat, model.weights_key, reference.weights_key)
     table = dataset.read_dataset(world / "judged")
     rows = table.to_pylist()
     examples = [Example(pair) for pair in encode_pairs(table, model.chat)[1]]
@@ -124,9 +124,11 @@ def test_the_trainers_first_log_odds_are_those_the_judge_stage_wrote(world: Path
         .branch_logps([b for e in examples for b in objective.branches(e)])
         .view(len(rows), -1)
     )
-    context = pairs.Context.of([e.pair for e in examples], reference.key)
+    context = pairs.Context.of([e.pair for e in examples], reference.weights_key)
     for name in ("judge", "implicit"):
-        trained = objective.models[name].odds(logps[:, objective.groups[name]].T, context).log_odds
+        trained = (
+            objective.models[name].odds(logps[:, objective.branch_slices[name]].T, context).log_odds
+        )
         judged = [
             next(r["log_odds"] for r in row["rewards"] if r["reward_model"] == name) for row in rows
         ]

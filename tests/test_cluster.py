@@ -179,7 +179,7 @@ def test_without_ray_one_line_names_the_extra(
 ):
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"^--workers-on ray needs the package ray: pip install 'scir\[ray\]'$"
+        ConfigError, match=r"^--workers-on ray needs the package ray: pip install 'scir-cli\[ray\]'$"
     ):
         generate(tiny_llama, prompts, tmp_path / "out", "fake", workers_on="ray")
 

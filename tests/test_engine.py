@@ -384,7 +384,7 @@ def test_within_its_own_attention_the_model_answers_whole_sequences_and_scores_t
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         before = loaded.branch_logps(asked.branches)
-        with pytest.raises(ValueError, match="stop"), loaded.own_attention():
+        with pytest.raises(ValueError, match="stop"), loaded.plain_attention_mode():
             assert torch.allclose(
                 loaded.model(input_ids=ids).logits,
                 plain(input_ids=ids).logits,
@@ -477,8 +477,8 @@ def test_the_weights_key_does_not_depend_on_the_folders_name(
     tiny_llama: Path, tiny_policy: Policy, tmp_path: Path
 ):
     shutil.copytree(tiny_llama, tmp_path / "another name")
-    assert load_fp32(tmp_path / "another name").key == tiny_policy.key
-    assert len(tiny_policy.key) == 16
+    assert load_fp32(tmp_path / "another name").weights_key == tiny_policy.weights_key
+    assert len(tiny_policy.weights_key) == 16
 
 
 def test_the_weights_key_changes_with_weights_precision_and_template(
@@ -487,10 +487,10 @@ def test_the_weights_key_changes_with_weights_precision_and_template(
     template = tmp_path / "template.jinja"
     template.write_text(CHATML.replace("assistant", "helper"))
     keys = {
-        "as it is": tiny_policy.key,
-        "other weights": load_fp32(make_model(tmp_path / "other", "llama", seed=1)).key,
-        "bf16": load_fp32(tiny_llama, dtype="bf16").key,
-        "other template": load_fp32(tiny_llama, chat_template=str(template)).key,
-        "other tokenizer": load_fp32(make_model(tmp_path / "bos", "llama", bos=True)).key,
+        "as it is": tiny_policy.weights_key,
+        "other weights": load_fp32(make_model(tmp_path / "other", "llama", seed=1)).weights_key,
+        "bf16": load_fp32(tiny_llama, dtype="bf16").weights_key,
+        "other template": load_fp32(tiny_llama, chat_template=str(template)).weights_key,
+        "other tokenizer": load_fp32(make_model(tmp_path / "bos", "llama", bos=True)).weights_key,
     }
     assert len(set(keys.values())) == len(keys), keys

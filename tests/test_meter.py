@@ -25,7 +25,7 @@ def test_rates_are_of_the_time_at_work_of_all_processes_and_hits_of_what_was_loo
         0.5,
     )  # 800 and 80 tokens in 8 s of two processes at once; 200 of 400
     assert meter.line() == "in 200/s out 20/s cached 50%"
-    assert meter.take() == Meter(800, 80, 400, 200, 8.0)
+    assert meter.pop() == Meter(800, 80, 400, 200, 8.0)
     assert (meter.rates, meter.line(), meter.figures()["tokens_read"]) == (
         (None, None, None),
         "",
@@ -38,7 +38,7 @@ def test_time_counts_while_a_model_works_and_at_no_other_time(monkeypatch: pytes
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     meter = Meter()
     meter.count(read=5)
-    with meter.working():
+    with meter.timed():
         meter.count(read=5)
         assert meter.seconds == 1.0
     assert meter.seconds == 3.0

@@ -148,9 +148,9 @@ def test_a_lazy_policy_reads_its_weights_on_demand_and_again_after_unload(root: 
     assert not lazy.loaded and not reads.weights
     loaded = lazy.load()
     assert lazy.load() is loaded and lazy.loaded
-    assert (loaded.chat, loaded.key, loaded.path, loaded.meter) == (
+    assert (loaded.chat, loaded.weights_key, loaded.path, loaded.meter) == (
         lazy.chat,
-        lazy.key,
+        lazy.weights_key,
         lazy.path,
         lazy.meter,
     )

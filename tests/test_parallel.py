@@ -233,7 +233,7 @@ def test_loads_are_shared_out_evenly_and_to_everybody_the_same():
     ranks = DistributedContext(cuda=False)
     ranks.size, shares = 3, []
     for ranks.rank in range(3):
-        shares.append(ranks.mine([9, 1, 5, 4, 4, 3]))  # 26 in all: 9; 5, 3, 1; 4, 4
+        shares.append(ranks.assign([9, 1, 5, 4, 4, 3]))  # 26 in all: 9; 5, 3, 1; 4, 4
     assert sorted(i for share in shares for i in share) == list(range(6))
     assert shares == [[0], [1, 2, 5], [3, 4]]
 
@@ -251,7 +251,9 @@ def trainer(root: Path, out: Path, **values: Any) -> Trainer:
         rows, objective, start, settings.input, labelled=settings.objective != "scir"
     )
     for example in examples:
-        example.pair.reference_logps.update({start.key: (-20.0, -21.0), "M_0": (-20.5, -20.0)})
+        example.pair.reference_logps.update(
+            {start.weights_key: (-20.0, -21.0), "M_0": (-20.5, -20.0)}
+        )
     out.mkdir(exist_ok=True)
     return Trainer(load_fp32(root / "policy"), objective, examples, settings, out)
 
@@ -339,7 +341,7 @@ def test_reference_log_probabilities_are_kept_beside_the_data_and_used_again(
     start = LazyPolicy(first, first.model)
     monkeypatch.setattr(references, "add_missing_logps", lambda *_: pytest.fail("computed again"))
     train.add_reference_logps(pairs, start, first, DistributedContext(cuda=False))
-    assert {p.pair_id: p.reference_logps[start.key] for p in pairs} == known
+    assert {p.pair_id: p.reference_logps[start.weights_key] for p in pairs} == known
 
 
 DEEPSPEED = (

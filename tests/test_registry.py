@@ -90,4 +90,4 @@ def test_one_record_is_a_step_of_a_recipe(tmp_path: Path, monkeypatch: pytest.Mo
         recipe.load(path)
     monkeypatch.setitem(STAGES, "eval fake", FAKE)
     (step,) = recipe.load(path)
-    assert step.line() == "scir eval fake --input x --output-dir o"
+    assert step.shell_command() == "scir eval fake --input x --output-dir o"

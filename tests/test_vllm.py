@@ -133,7 +133,7 @@ def test_samples_of_both_backends_follow_the_models_distribution(
     model, backend = both
     backend.sampling = Sampling(1.5, top_p, 1, 500)
     prompt = questions(model, 1)[0].prompt_ids
-    with torch.no_grad(), model.load().own_attention():
+    with torch.no_grad(), model.load().plain_attention_mode():
         full = (model.load().model(torch.tensor([prompt])).logits[0, -1].float() / 1.5).softmax(-1)
     ranked, order = full.sort(descending=True)
     nucleus = torch.zeros_like(full).scatter(

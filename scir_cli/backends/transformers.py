@@ -58,7 +58,7 @@ class TransformersBackend(Backend):
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
         done: dict[int, Completion] = {}
-        with torch.no_grad(), self.policy.own_attention():
+        with torch.no_grad(), self.policy.plain_attention_mode():
             for low in range(0, len(order), self.sampling.batch_size):
                 batch = order[low : low + self.sampling.batch_size]
                 done |= dict(zip(batch, self._batch([requests[i] for i in batch]), strict=True))

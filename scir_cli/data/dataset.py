@@ -290,7 +290,7 @@ class Dataset:
     def select(self, columns: list[str]) -> Dataset:
         return replace(self, columns=columns)
 
-    def seen_as(self, kind: str) -> Dataset:
+    def with_kind(self, kind: str) -> Dataset:
         """A dataset of another kind, whose columns this one has as well."""
         return replace(self, kind=kind, columns=schemas.schema(kind).names)
 

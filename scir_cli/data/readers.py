@@ -82,7 +82,7 @@ def open_pairs(
             raise DataError(
                 f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected"
             )
-        return dataset.open_dataset(source.where, "judged", "preferences").seen_as("judged").head(
+        return dataset.open_dataset(source.where, "judged", "preferences").with_kind("judged").head(
             limit
         ), Counter()
     scores = _score_columns(external)
@@ -157,7 +157,7 @@ def _collect(
     found = spool.Spool(schemas.schema(kind), tables())
     again = hashing.later_duplicates(np.asarray(ids)[None])
     drops[f"duplicate_{noun}"] += len(again)
-    return found.without(again), +drops
+    return found.drop_rows(again), +drops
 
 
 def _convert_row(

@@ -33,7 +33,7 @@ class Spool:
         self.starts = np.cumsum(lengths)
         self.gone = self.kept_before = np.empty(0, np.int64)
 
-    def without(self, rows: NDArray[np.int64]) -> Spool:
+    def drop_rows(self, rows: NDArray[np.int64]) -> Spool:
         """All rows but these."""
         self.gone = np.sort(rows)
         self.kept_before = self.gone - np.arange(len(rows))

@@ -54,10 +54,10 @@ class DistributedContext:
         self.device = "cuda" if cuda else "cpu"
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What every rank has, in the order of ranks."""
         if self.size == 1:
             return [value]
@@ -65,11 +65,11 @@ class DistributedContext:
         dist.all_gather_object(values, value)
         return values
 
-    def first(self, value: Any) -> Any:
+    def broadcast_from_main(self, value: Any) -> Any:
         """What rank 0 has."""
-        return self.gather(value)[0]
+        return self.all_gather(value)[0]
 
-    def mine(self, loads: Sequence[int]) -> list[int]:
+    def assign(self, loads: Sequence[int]) -> list[int]:
         """Which of these loads are this rank's: the heaviest first, each to the rank with the least so far. The same on every rank."""
         total, share = [0] * self.size, []
         for index in sorted(range(len(loads)), key=lambda i: -loads[i]):
@@ -97,12 +97,14 @@ class DistributedContext:
             CPUOffloadPolicy(pin_memory=self.device == "cuda") if cpu_offload else OffloadPolicy()
         )
         forms = [(name, p.shape, p.dtype) for name, p in scorer.named_parameters()]
-        if forms != self.first(forms):
+        if forms != self.broadcast_from_main(forms):
             raise ModelError(
                 "this model's weights do not have the shapes and types that its config says: train it with --sharding ddp"
             )
         for buffer, value in zip(
-            scorer.buffers(), self.first([b.cpu() for b in scorer.buffers()]), strict=True
+            scorer.buffers(),
+            self.broadcast_from_main([b.cpu() for b in scorer.buffers()]),
+            strict=True,
         ):
             buffer.copy_(value)
         if self.zero:

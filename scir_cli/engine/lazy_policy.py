@@ -44,7 +44,7 @@ class LazyPolicy:
         tokenizer = loading.load_tokenizer(self.path, settings)
         self.chat = Chat(tokenizer, loading.end_ids(self.path, tokenizer))
         self.weights_digest = model_files.digest(self.path)
-        self.key = loading.weights_key(self.weights_digest, settings, self.chat)
+        self.weights_key = loading.weights_key(self.weights_digest, settings, self.chat)
         self._policy: Policy | None = None
 
     @property
@@ -72,7 +72,7 @@ class LazyPolicy:
                 self.settings,
                 str(self.path),
                 chat=self.chat,
-                key=self.key,
+                key=self.weights_key,
                 meter=self.meter,
                 adapt=self.adapt,
                 ranks=self.ranks,
@@ -87,5 +87,10 @@ class LazyPolicy:
     def load_unsharded(self) -> Policy:
         """A second copy of the model on the CPU of this process alone, with its adapters."""
         return loading.load(
-            self.settings, str(self.path), "cpu", chat=self.chat, key=self.key, adapt=self.adapt
+            self.settings,
+            str(self.path),
+            "cpu",
+            chat=self.chat,
+            key=self.weights_key,
+            adapt=self.adapt,
         )

@@ -50,7 +50,7 @@ def load(
     if key is None:
         key = weights_key(model_files.digest(path), settings, chat)
     target = "cpu" if ranks else device or resolve_device(settings.device)
-    model = load_model(path, settings, target, empty=ranks is not None and not ranks.main)
+    model = load_model(path, settings, target, empty=ranks is not None and not ranks.is_main)
     plain_attention = model.config._attn_implementation
     adapted = adapt(model) if adapt else model
     policy = Policy(adapted, chat, key, path, plain_attention, ranks=ranks, meter=meter or Meter())
@@ -152,7 +152,7 @@ def _tree_attention(policy: Policy) -> str | None:
         1e-3 if policy.model.dtype == torch.float32 else 0.03
     )  # of a log-probability: bf16 keeps 8 bits of a logit of 10
     for name in candidates(policy.device, policy.model.dtype):
-        layout = policy.lay_out(branches)
+        layout = policy.build_layout(branches)
         try:
             policy.model.set_attn_implementation(name)
             tree = policy._forest_logps(layout)

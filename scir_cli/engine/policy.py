@@ -78,7 +78,7 @@ class Policy:
 
     model: Any
     chat: Chat
-    key: str
+    weights_key: str
     path: Path
     plain_attention: str = "sdpa"  # what the model came with
     tree_attention: str | None = SDPA  # None: it cannot take trees
@@ -100,12 +100,12 @@ class Policy:
         """Summed log-probability of each branch's targets, nats, in one forward pass.  -> (branches,) fp32, with gradient where enabled"""
         if not branches:
             return torch.zeros(0, device=self.device)
-        layout = layout or self.lay_out(branches)
+        layout = layout or self.build_layout(branches)
         logps = self._forest_logps(layout) if self.takes_trees else self._one_by_one(branches)
         index = torch.from_numpy(layout.forest.target_branch).to(logps.device)
         return torch.zeros(len(branches), device=logps.device).index_add(0, index, logps)
 
-    def lay_out(self, branches: Sequence[Branch]) -> Layout:
+    def build_layout(self, branches: Sequence[Branch]) -> Layout:
         """The branches as their forest, on the device: all that a forward pass needs and a thread can do ahead of it."""
         forest = trees.build(branches)
         plan = TreeLayout.of(forest, self.device)
@@ -141,7 +141,7 @@ class Policy:
         packs = trees.pack(groups, max_tokens)
         for low, high in packs:
             branches = [b for group in groups[low:high] for b in group]
-            layout = self.lay_out(branches)
+            layout = self.build_layout(branches)
             try:
                 logps = self.branch_logps(branches, layout).cpu()
             except torch.OutOfMemoryError as error:
@@ -152,7 +152,7 @@ class Policy:
                 len(layout.forest.tokens) if self.takes_trees else sum(len(b.ids) for b in branches)
             )
             yield from logps.split([len(group) for group in groups[low:high]])
-        for _ in range(len(packs), max(self.ranks.gather(len(packs))) if self.ranks else 0):
+        for _ in range(len(packs), max(self.ranks.all_gather(len(packs))) if self.ranks else 0):
             self.branch_logps([DUMMY_BRANCH])
         self.reshard()
 
@@ -162,7 +162,7 @@ class Policy:
             self.scorer.reshard()
 
     @contextmanager
-    def own_attention(self) -> Iterator[None]:
+    def plain_attention_mode(self) -> Iterator[None]:
         """Within it the model attends as it came, to whole sequences: for generation."""
         self.model.set_attn_implementation(self.plain_attention)
         try:

@@ -22,7 +22,7 @@ class Meter:
     since: float | None = field(default=None, compare=False)
 
     @contextmanager
-    def working(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
         """Within it time counts."""
         self.since = time.monotonic()
         try:
@@ -50,7 +50,7 @@ class Meter:
         self.cached += other.cached
         self.seconds += other.seconds
 
-    def take(self) -> Meter:
+    def pop(self) -> Meter:
         """What was computed since it was last taken."""
         taken = Meter(self.read, self.sampled, self.looked_up, self.cached, self.seconds)
         self.read = self.sampled = self.looked_up = self.cached = 0

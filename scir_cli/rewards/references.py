@@ -25,7 +25,7 @@ def open_reward_reference(
             f"or leave '{needing[0]}' out of --reward-models"
         )
     reference = LazyPolicy(settings, settings.reward_reference, meter=model.meter, **options)
-    if reference.key == model.key:
+    if reference.weights_key == model.weights_key:
         raise ConfigError(
             f"--reward-reference {settings.reward_reference} holds the same weights as --model {settings.model}: every "
             "implicit log-odds would be 0. Name the model the policy was tuned from (M_0, or M_t-1)"
@@ -43,10 +43,10 @@ def add_missing_logps(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: 
 
     max_tokens: of one forward pass. With sharded weights all ranks have to call this at the same time.
     """
-    missing = [pair for pair in pairs if reference.key not in pair.reference_logps]
+    missing = [pair for pair in pairs if reference.weights_key not in pair.reference_logps]
     groups = [[continuation(pair.prompt_ids, ids) for ids in pair.response_ids] for pair in missing]
     scored = reference.load().score(groups, max_tokens) if missing or reference.sharded else []
-    with reference.meter.working():
+    with reference.meter.timed():
         for pair, logps in zip(missing, scored, strict=True):
-            pair.reference_logps[reference.key] = (float(logps[0]), float(logps[1]))
+            pair.reference_logps[reference.weights_key] = (float(logps[0]), float(logps[1]))
     return list(pairs)

@@ -65,9 +65,13 @@ def run(settings: EvalMtBenchSettings) -> Json:
         "stage": "eval mt-bench",
         "settings": settings.plan(),
         "input": readers.digest(settings.input),
-        "judge": judge.key,
+        "judge": judge.weights_key,
     }
-    plan |= {"model": model.key} if model else {"answers": readers.digest(settings.answers or "")}
+    plan |= (
+        {"model": model.weights_key}
+        if model
+        else {"answers": readers.digest(settings.answers or "")}
+    )
     n = sum(len(q["turns"]) for q in questions)
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}

@@ -26,7 +26,7 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for index, step in enumerate(steps, start=1):
         console.print(f"[bold]\\[{index}/{len(steps)}][/bold] ", end="")
-        console.print(step.line(), markup=False)
+        console.print(step.shell_command(), markup=False)
         _child(step, quiet)
     figures = {}
     for step in steps:
@@ -68,5 +68,5 @@ def _child(step: Step, quiet: bool) -> None:
     if code:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
         raise StageFailed(
-            f"{step.stage} {how}; what it finished is kept, the same command goes on from there: {step.line()}"
+            f"{step.stage} {how}; what it finished is kept, the same command goes on from there: {step.shell_command()}"
         )

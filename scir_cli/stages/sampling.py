@@ -42,12 +42,12 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
         "stage": "generate",
         "settings": settings.plan(),
         "input": readers.digest(settings.input),
-        "model": model.key,
+        "model": model.weights_key,
     }
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * settings.n}
     # What the model computed before is not this dataset's work.
-    model.meter.take()
+    model.meter.pop()
     with (
         progress("generate", prompts.num_rows * settings.n, model.meter) as advance,
         closing(Sampler(settings, prompts, model)) as make,
@@ -126,13 +126,15 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
         for k in range(settings.n)
     ]
     backend = sampler.backend
-    with sampler.meter.working():
+    with sampler.meter.timed():
         completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
     out: list[dict[str, Any]] = []
     sampled_with = _id_settings(settings)
     seen: dict[tuple[str, tuple[int, ...]], str] = {}
     for (row, _, seed), completion in zip(seeds, completions, strict=True):
-        candidate_id = hashing.digest_json([row["prompt_id"], model.key, seed, sampled_with])[:16]
+        candidate_id = hashing.digest_json(
+            [row["prompt_id"], model.weights_key, seed, sampled_with]
+        )[:16]
         duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
         text = model.chat.tokenizer.decode(
             [t for t in completion.token_ids if t not in model.chat.end_ids]
@@ -148,7 +150,7 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "duplicate_of": None if duplicate_of == candidate_id else duplicate_of,
-                "weights_key": model.key,
+                "weights_key": model.weights_key,
                 "seed": seed,
             }
         )

@@ -153,8 +153,8 @@ class Scorer:
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
         needing = [name for name, model in self.models.items() if model.needs_reference]
         self.reference = open_reward_reference(settings, self.model, needing) if needing else None
-        self.reference_key = self.reference.key if self.reference else None
-        self.keys = {"model": self.model.key, "reward_reference": self.reference_key}
+        self.reference_key = self.reference.weights_key if self.reference else None
+        self.keys = {"model": self.model.weights_key, "reward_reference": self.reference_key}
         self.opened = ExitStack()
 
     @cached_property
@@ -224,7 +224,7 @@ class Scorer:
                 hashing.sample_seed(self.settings.seed, pairs[i].pair_id, 0) for i, _ in requests
             ]
             backend = self.backend
-            with self.meter.working():
+            with self.meter.timed():
                 prompts = [
                     Request(prompt, seed) for (_, prompt), seed in zip(requests, seeds, strict=True)
                 ]
@@ -252,7 +252,7 @@ class Scorer:
         policy_logps = reward_models.answer_logps(self.models, logps)
         if policy_logps is not None:
             for pair, (first, second) in zip(pairs, policy_logps.tolist(), strict=True):
-                pair.reference_logps[self.model.key] = (first, second)
+                pair.reference_logps[self.model.weights_key] = (first, second)
         rationales = [pair.rationale_token_ids.get(name) for pair in pairs for name in answers]
         table = with_column(
             table, "rewards", rewards_column(answers, rationales, self.settings.min_verdict_mass)
@@ -291,12 +291,12 @@ class Scorer:
 
     def _by_engine(self, groups: list[list[Branch]]) -> torch.Tensor:
         policy = self.model.load()
-        with self.meter.working():
+        with self.meter.timed():
             return torch.stack(list(policy.score(groups, self.settings.max_tokens_per_pack)))
 
     def _by_backend(self, groups: list[list[Branch]]) -> torch.Tensor:
         backend = self.backend
-        with self.meter.working():
+        with self.meter.timed():
             return backend.score([branch for group in groups for branch in group]).reshape(
                 len(groups), -1
             )

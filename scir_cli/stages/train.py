@@ -60,7 +60,7 @@ def run(settings: TrainSettings) -> Json:
     ranks = DistributedContext(loading.resolve_device(settings.device).startswith("cuda"))
     try:
         manifest = run_rank(settings, ranks)
-        if ranks.main and not settings.dry_run:
+        if ranks.is_main and not settings.dry_run:
             html.write_for("train", settings)
         return manifest
     finally:
@@ -141,13 +141,13 @@ class TrainJob:
         reference = (
             open_reward_reference(settings, policy, ["implicit"], **sharding) if is_scir else None
         )
-        reward_key = reference.key if reference else None
+        reward_key = reference.weights_key if reference else None
         fitted = fitting.load_fitted_values(policy.path, settings, reward_key) if is_scir else {}
         plan = {
             "stage": "train",
             "settings": settings.plan(),
             **digests,
-            "model": policy.key,
+            "model": policy.weights_key,
             "reward_reference": reward_key,
         }
         if fitted:
@@ -159,7 +159,7 @@ class TrainJob:
 
     @property
     def reward_key(self) -> str | None:
-        return self.reference.key if self.reference else None
+        return self.reference.weights_key if self.reference else None
 
     def estimate(self) -> Json:
         """--dry-run: what the run will take, without writing anything."""
@@ -180,10 +180,10 @@ class TrainJob:
         out = Path(self.settings.output_dir)
         with (
             folders.claim_folder(out, self.plan, self.settings.overwrite)
-            if self.ranks.main
+            if self.ranks.is_main
             else nullcontext() as finished
         ):
-            yield self.ranks.first(finished)
+            yield self.ranks.broadcast_from_main(finished)
 
     def encode(self) -> TrainData:
         """The rows with token ids. Raises DataError if none can be trained on."""
@@ -247,7 +247,7 @@ class TrainJob:
             self.ranks,
         )
         if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
-            objective.penalty_weight = self.ranks.first(
+            objective.penalty_weight = self.ranks.broadcast_from_main(
                 fitting.fit_penalty_weight(trainer, settings.penalty_ratio)
             )
         return trainer
@@ -255,7 +255,7 @@ class TrainJob:
     def train(self, trainer: Trainer) -> Metrics:
         """Trains to the end, from the newest checkpoint if there is one, and returns the last figures."""
         view = View(f"train {self.settings.objective}", trainer.n_steps)
-        with watching(view) if self.ranks.main else nullcontext(lambda *_: None) as see:
+        with watching(view) if self.ranks.is_main else nullcontext(lambda *_: None) as see:
             return trainer.train(see)
 
     def write(self, trainer: Trainer, drops: Counter[str], metrics: Metrics) -> Json:
@@ -272,15 +272,16 @@ class TrainJob:
                 metrics,
                 drops,
             )
-        return self.ranks.first(manifest)
+        return self.ranks.broadcast_from_main(manifest)
 
     def _unsharded(self, policy: Policy) -> Policy | None:
         """The trained weights in one process, on the main rank. Collective: every rank has to call it."""
         weights = policy.model.state_dict(keep_vars=True)
         state = {
-            name: distributed.full_tensor(value, self.ranks.main) for name, value in weights.items()
+            name: distributed.full_tensor(value, self.ranks.is_main)
+            for name, value in weights.items()
         }
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return None
         whole = self.policy.load_unsharded()
         whole.model.load_state_dict(state)
@@ -307,7 +308,9 @@ def build_objective(
     settings: TrainSettings, policy: LazyPolicy, reward_key: str | None
 ) -> Objective:
     """The objective of the settings.  reward_key: weights key of the reward reference, if there is one"""
-    return objectives.TABLE[settings.objective](settings, policy.chat, policy.key, reward_key)
+    return objectives.TABLE[settings.objective](
+        settings, policy.chat, policy.weights_key, reward_key
+    )
 
 
 def add_reference_logps(
@@ -323,24 +326,28 @@ def add_reference_logps(
         if folders.is_dataset(source) and not is_remote(source)
         else Path(settings.output_dir)
     )
-    cache = folder / f"reference_logps-{model.key}.arrow"
-    _fill_from_cache(pairs, model.key, dataset.read_columns(cache) if cache.exists() else {})
-    missing = [pair for pair in pairs if model.key not in pair.reference_logps]
-    if not ranks.first(len(missing)):
+    cache = folder / f"reference_logps-{model.weights_key}.arrow"
+    _fill_from_cache(
+        pairs, model.weights_key, dataset.read_columns(cache) if cache.exists() else {}
+    )
+    missing = [pair for pair in pairs if model.weights_key not in pair.reference_logps]
+    if not ranks.broadcast_from_main(len(missing)):
         return
     local = missing[ranks.rank :: ranks.size]
     with progress("reference log-probabilities", len(local)) as advance:
         # Every rank makes as many calls: with sharded weights each call needs all of them.
-        for low in range(0, max(ranks.gather(len(local))), REFERENCE_ROWS):
+        for low in range(0, max(ranks.all_gather(len(local))), REFERENCE_ROWS):
             add_missing_logps(
                 local[low : low + REFERENCE_ROWS], model, settings.max_tokens_per_pack
             )
             advance(len(local[low : low + REFERENCE_ROWS]))
-    for part in ranks.gather({pair.pair_id: pair.reference_logps[model.key] for pair in local}):
-        _fill_from_cache(missing, model.key, part)
-    if ranks.main and os.access(folder, os.W_OK):
+    for part in ranks.all_gather(
+        {pair.pair_id: pair.reference_logps[model.weights_key] for pair in local}
+    ):
+        _fill_from_cache(missing, model.weights_key, part)
+    if ranks.is_main and os.access(folder, os.W_OK):
         dataset.write_columns(
-            cache, {pair.pair_id: pair.reference_logps[model.key] for pair in pairs}
+            cache, {pair.pair_id: pair.reference_logps[model.weights_key] for pair in pairs}
         )
 
 

@@ -70,7 +70,7 @@ def fit_implicit_scale(
     """--implicit-scale fitted: s with which the implicit log-odds have the median size of the judge's.
 
     rows: of the dataset, with the judge's verdicts; if it holds none, the policy scores the first pairs as the judge.
-    pairs: with log-probabilities under the policy and the reward reference, whose keys are policy.key and reward_key.
+    pairs: with log-probabilities under the policy and the reward reference, whose keys are policy.weights_key and reward_key.
     """
     if "judge" in verdicts.model_names([rows]):
         judge = torch.from_numpy(verdicts.log_odds(rows, ["judge"])[0].astype(np.float32))
@@ -78,7 +78,9 @@ def fit_implicit_scale(
         judge = _judge_log_odds(
             pairs[:N_JUDGED_PAIRS], models["judge"], policy, settings.max_tokens_per_pack
         )
-    logps = torch.tensor([pair.reference_logps[policy.key] for pair in pairs]).T  # (2, pairs)
+    logps = torch.tensor(
+        [pair.reference_logps[policy.weights_key] for pair in pairs]
+    ).T  # (2, pairs)
     unfitted = settings.model_copy(update={"implicit_scale": IMPLICIT_SCALE})
     (model,) = reward_models.make(["implicit"], policy.chat, unfitted).values()
     implicit = model.odds(logps, Context.of(pairs, reward_key)).log_odds

@@ -45,7 +45,7 @@ class Example:
 
 class Objective(Protocol):
     separable: bool
-    groups: dict[str, slice]  # reward model -> its branches of a pair
+    branch_slices: dict[str, slice]  # reward model -> its branches of a pair
 
     def branches(self, example: Example) -> list[Branch]:
         """Token paths to score, always the same number."""
@@ -53,7 +53,7 @@ class Objective(Protocol):
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         """The step's loss and detached figures.  logps: (pairs, branches), nats"""
 
-    def terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
         """What the loss weighs against each other, before its weights; none where it is one term."""
 
 
@@ -69,9 +69,9 @@ class _Base:
             reward_reference,
         )
         self.models = reward_models.make(settings.reward_models, chat, settings)
-        self.groups = reward_models.branch_slices(self.models)
+        self.branch_slices = reward_models.branch_slices(self.models)
 
-    def terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
         return {}
 
     def labels(self, examples: Sequence[Example], like: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Sft(_Base):
             1 if self.settings.sft_response_weight else 0
         )  # branches of the chosen response
         parts = {"answer": slice(0, self.answers), "judge": slice(self.answers, self.answers + 4)}
-        self.groups = {
+        self.branch_slices = {
             name: part
             for name, part in parts.items()
             if (self.answers if name == "answer" else self.judge)
@@ -122,15 +122,15 @@ class Sft(_Base):
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
         loss, metrics = logps.new_zeros(()), Metrics()
-        if "answer" in self.groups:
+        if "answer" in self.branch_slices:
             lengths = [len(e.pair.response_ids[0 if e.label > 0 else 1]) for e in examples]
             nll = -logps[:, 0] / torch.tensor(
                 lengths, device=logps.device
             )  # mean over tokens, (pairs,)
             loss = loss + self.settings.sft_response_weight * nll.mean()
             metrics["sft/answer_nll"] = float(nll.detach().mean())
-        if "judge" in self.groups:
-            label, verdicts = self.labels(examples, logps), logps[:, self.groups["judge"]]
+        if "judge" in self.branch_slices:
+            label, verdicts = self.labels(examples, logps), logps[:, self.branch_slices["judge"]]
             nll = verdict_nll(verdicts, label)
             loss = loss + nll
             judged = log_odds.average_orders(verdicts.detach().T.unflatten(0, (2, 2))).log_odds
@@ -154,7 +154,7 @@ class Dpo(_Base):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.groups = {"implicit": slice(0, 2)}
+        self.branch_slices = {"implicit": slice(0, 2)}
 
     def branches(self, example: Example) -> list[Branch]:
         return [continuation(example.pair.prompt_ids, ids) for ids in example.pair.response_ids]
@@ -210,12 +210,12 @@ class Scir(_Base):
             loss = terms.loss
             self.guard(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
         if bool(anchored.any()):
-            nll = verdict_nll(logps[anchored][:, self.groups["judge"]], label[anchored])
+            nll = verdict_nll(logps[anchored][:, self.branch_slices["judge"]], label[anchored])
             loss = loss + self.settings.anchor_weight * nll
             metrics["anchors/verdict_nll"] = float(nll.detach())
         return loss, metrics
 
-    def terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The preference loss and the penalty, before lambda, of a step's unlabelled pairs."""
         own = [place for place, example in enumerate(examples) if not example.label]
         if not own:
@@ -244,7 +244,7 @@ class Scir(_Base):
         silent = (masses.detach() < s.min_verdict_mass).any(0)
         masking = averaged if s.mask == "all" else judge.log_odds[None]
         voters = masking.detach().masked_fill(silent, float("nan"))
-        own = logps[:, self.groups["implicit"]]
+        own = logps[:, self.branch_slices["implicit"]]
         ratios = self.log_ratios(own, examples)
         terms = losses.scir(
             models, voters, self.preference(own, ratios, examples), penalty_weight=self.penalty_weight,
@@ -276,7 +276,7 @@ class Scir(_Base):
         label = t.label * t.mask  # 0 where the mask is off
         kept = (
             dpo_metrics(
-                logps[t.mask][:, self.groups["implicit"]],
+                logps[t.mask][:, self.branch_slices["implicit"]],
                 ratios[:, t.mask],
                 label[t.mask],
                 self.settings.beta,

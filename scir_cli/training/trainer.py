@@ -184,13 +184,13 @@ class Trainer:
         for place, example in enumerate(batch):
             prompts.setdefault(example.pair.prompt_ids, []).append(place)
         together = list(prompts.values())  # pairs of one prompt share it in one pack
-        units = self.ranks.mine(
+        units = self.ranks.assign(
             [trees.size([b for place in places for b in groups[place]]) for places in together]
         )
         mine, max_tokens = [place for unit in units for place in together[unit]], self.max_tokens
         packs = self._pack(groups, mine, max_tokens)
         layouts = {
-            pack[0]: self.policy.lay_out([b for place in pack for b in groups[place]])
+            pack[0]: self.policy.build_layout([b for place in pack for b in groups[place]])
             for pack in packs
         }
         return Step(batch, groups, mine, max_tokens, packs, layouts)
@@ -233,7 +233,7 @@ class Trainer:
             return total
 
         total, packs = self._within_memory(step, work)
-        return _sum(self.ranks.gather(total | self._counts(step, packs)))
+        return _sum(self.ranks.all_gather(total | self._counts(step, packs)))
 
     def _all_at_once(self, step: Step) -> Metrics:
         """The loss needs all of the step: with one pack a rank its graph is kept, with several each is scored again with gradient."""
@@ -245,7 +245,7 @@ class Trainer:
             return torch.autograd.grad(loss, logps)[0]
 
         packs = self._hand_down(step, slope)
-        return figures | _sum(self.ranks.gather(self._counts(step, packs)))
+        return figures | _sum(self.ranks.all_gather(self._counts(step, packs)))
 
     def _hand_down(self, step: Step, slope_of: Callable[[Tensor], Tensor]) -> Packs:
         """Hands `slope_of` the log-probabilities of the whole step, and what it returns, of the same shape, down to the weights.  (pairs, branches)"""
@@ -265,7 +265,7 @@ class Trainer:
         parts, scored = self._within_memory(step, score)
         own = torch.cat(parts).detach()[: len(step.mine)].cpu()
         logps = torch.zeros(len(step.batch), own.shape[1])  # (pairs, branches)
-        for places, values in self.ranks.gather((step.mine, own)):
+        for places, values in self.ranks.all_gather((step.mine, own)):
             logps[places] = values
         slope = slope_of(logps.to(self.policy.device).requires_grad_())
         _, packs = self._within_memory(step, hand_down)
@@ -309,7 +309,7 @@ class Trainer:
             if self.max_tokens == step.max_tokens
             else self._pack(step.groups, step.mine, self.max_tokens)
         )
-        n = max(self.ranks.gather(len(packs))) if self.ranks.sharded else len(packs)
+        n = max(self.ranks.all_gather(len(packs))) if self.ranks.sharded else len(packs)
         return packs + [[]] * (n - len(packs))
 
     @staticmethod
@@ -346,8 +346,8 @@ class Trainer:
     def _look(self, step: Step | None) -> Metrics:
         metrics = self.validate() if self.validate else {}
         # DeepSpeed does not expose gradients
-        if step and not self.ranks.zero and len(self.objective.groups) > 1:
-            for name, columns in self.objective.groups.items():
+        if step and not self.ranks.zero and len(self.objective.branch_slices) > 1:
+            for name, columns in self.objective.branch_slices.items():
                 metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(
                     step, partial(self._through, step, columns)
                 )
@@ -364,7 +364,7 @@ class Trainer:
         """Norm of the gradient of each of these terms of the objective at the present weights, a mean over the first `n_steps` steps."""
 
         def slope(step: Step, name: str, logps: Tensor) -> Tensor:
-            return torch.autograd.grad(self.objective.terms(logps, step.batch)[name], logps)[0]
+            return torch.autograd.grad(self.objective.loss_terms(logps, step.batch)[name], logps)[0]
 
         steps = [self._prepare(number) for number in range(min(n_steps, self.n_steps))]
         return {
@@ -383,7 +383,7 @@ class Trainer:
         return norm
 
     def _start_trackers(self) -> None:
-        if self.settings.report_to and self.ranks.main:
+        if self.settings.report_to and self.ranks.is_main:
             self.trackers = Trackers(
                 self.settings.report_to,
                 self.out,
@@ -392,7 +392,7 @@ class Trainer:
             )
 
     def _log(self, metrics: Metrics, kind: str) -> None:
-        if not metrics or not self.ranks.main:
+        if not metrics or not self.ranks.is_main:
             return
         assert all(map(find_metric, metrics)), (
             f"not in metrics.py: {[key for key in metrics if not find_metric(key)]}"
@@ -415,10 +415,10 @@ class Trainer:
         """Writes the state after this step; only the newest checkpoint stays."""
         state = {
             "step": self.step,
-            **self.optimizer.whole(self.ranks.main),
+            **self.optimizer.whole(self.ranks.is_main),
             "rng": torch.get_rng_state(),
         }
-        if not self.ranks.main:
+        if not self.ranks.is_main:
             return
         folder = self.out / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -432,10 +432,10 @@ class Trainer:
     def _resume(self) -> None:
         """Goes back to the newest checkpoint; figures logged after it are dropped, because their steps are done again."""
         paths = sorted((self.out / "checkpoints").glob("step-*.pt"))
-        if path := self.ranks.first(paths[-1] if paths else None):
+        if path := self.ranks.broadcast_from_main(paths[-1] if paths else None):
             self._restore(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         log = self.out / "metrics.jsonl"
-        if log.exists() and self.ranks.main:
+        if log.exists() and self.ranks.is_main:
             lines = [
                 line
                 for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -451,7 +451,7 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
     def finish(self) -> None:
-        if self.ranks.main:
+        if self.ranks.is_main:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
 

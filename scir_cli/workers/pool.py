@@ -151,7 +151,7 @@ class PartWriter:
         """
         try:
             dataset.write_part(part, self.job.kind, self.make(part.low, part.high))
-            return self.make.meter.take()  # type: ignore[no-any-return]
+            return self.make.meter.pop()  # type: ignore[no-any-return]
         except ScirError as error:
             return error
         except Exception as error:  # out of memory, for example: another process may succeed
