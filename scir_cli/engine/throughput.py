@@ -1,4 +1,7 @@
-"""What models have computed while a stage runs: tokens read, sampled, and found in a prefix cache, and how fast. Earlier runs of it are not in it."""
+"""Throughput of the models of a stage: tokens read, sampled, and served from a prefix cache.
+
+A meter counts the current run only; an earlier, interrupted run of the same stage is not included.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,23 @@ from typing import Any
 
 @dataclass
 class Meter:
-    read: int = (
-        0  # tokens of prompts and of what is scored; shared ones once where they are computed once
-    )
+    """Counts tokens and seconds of one process, or the sums over several."""
+
+    #: Tokens of prompts and of scored text; a shared token counts once if it is computed once.
+    read: int = 0
     sampled: int = 0
-    looked_up: int = 0  # of those read, in a prefix cache that tells of its hits
-    cached: int = 0  # of those looked up, found
-    seconds: float = 0.0  # at work, of all processes together; loading a model is not in it
+    #: Those of `read` that were looked up in a prefix cache which reports its hits.
+    looked_up: int = 0
+    #: Those of `looked_up` that were in the cache.
+    cached: int = 0
+    #: Seconds of computing, summed over all processes, without the loading of models.
+    seconds: float = 0.0
     processes: int = 1
     since: float | None = field(default=None, compare=False)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Within it time counts."""
+        """Counts the seconds spent inside the context."""
         self.since = time.monotonic()
         try:
             yield
@@ -32,7 +39,10 @@ class Meter:
             self.since = None
 
     def count(self, read: int = 0, sampled: int = 0, cached: int | None = None) -> None:
-        """cached: of `read`, found in a prefix cache; None where nobody says."""
+        """Adds tokens, and the seconds since the last count.
+
+        cached: tokens of `read` served from a prefix cache; None if the backend does not report it.
+        """
         self.read += read
         self.sampled += sampled
         if cached is not None:
@@ -40,10 +50,11 @@ class Meter:
             self.cached += cached
         if self.since is not None:
             now = time.monotonic()
-            self.seconds, self.since = self.seconds + now - self.since, now
+            self.seconds = self.seconds + now - self.since
+            self.since = now
 
     def add(self, other: Meter) -> None:
-        """What another process has computed."""
+        """Adds the counts of another process."""
         self.read += other.read
         self.sampled += other.sampled
         self.looked_up += other.looked_up
@@ -51,29 +62,47 @@ class Meter:
         self.seconds += other.seconds
 
     def pop(self) -> Meter:
-        """What was computed since it was last taken."""
-        taken = Meter(self.read, self.sampled, self.looked_up, self.cached, self.seconds)
-        self.read = self.sampled = self.looked_up = self.cached = 0
+        """The counts since the last call, as a meter of their own; resets this one to zero."""
+        popped = Meter(self.read, self.sampled, self.looked_up, self.cached, self.seconds)
+        self.read = 0
+        self.sampled = 0
+        self.looked_up = 0
+        self.cached = 0
         self.seconds = 0.0
-        return taken
+        return popped
 
     @property
     def rates(self) -> tuple[float | None, float | None, float | None]:
-        """Tokens read and sampled a second, and the share found in the prefix cache; None where there is nothing to say."""
+        """Tokens read per second, tokens sampled per second, and the prefix cache hit rate.
+
+        Each is None if there is nothing to divide.
+        """
         wall = self.seconds / self.processes
-        read, sampled = (n / wall if n and wall else None for n in (self.read, self.sampled))
-        return read, sampled, self.cached / self.looked_up if self.looked_up else None
+        read = self.read / wall if self.read and wall else None
+        sampled = self.sampled / wall if self.sampled and wall else None
+        hits = self.cached / self.looked_up if self.looked_up else None
+        return read, sampled, hits
 
     def figures(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The figures that a manifest holds: tokens, seconds, tokens per second, hit rate."""
         read, sampled, hits = (value and round(value, 4) for value in self.rates)
         return {
-            "tokens_read": self.read, "tokens_sampled": self.sampled, "seconds": round(self.seconds / self.processes, 3),
-            "tokens_read_per_second": read, "tokens_sampled_per_second": sampled, "prefix_cache_hit_rate": hits,
-        }  # fmt: skip
+            "tokens_read": self.read,
+            "tokens_sampled": self.sampled,
+            "seconds": round(self.seconds / self.processes, 3),
+            "tokens_read_per_second": read,
+            "tokens_sampled_per_second": sampled,
+            "prefix_cache_hit_rate": hits,
+        }
 
     def line(self) -> str:
-        """For a terminal, in a few words."""
+        """The rates in a few words, for a terminal."""
         read, sampled, hits = self.rates
-        words = (("in {:,.0f}/s", read), ("out {:,.0f}/s", sampled), ("cached {:.0%}", hits))
-        return " ".join(word.format(value) for word, value in words if value is not None)
+        words = []
+        if read is not None:
+            words.append(f"in {read:,.0f}/s")
+        if sampled is not None:
+            words.append(f"out {sampled:,.0f}/s")
+        if hits is not None:
+            words.append(f"cached {hits:.0%}")
+        return " ".join(words)
