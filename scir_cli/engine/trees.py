@@ -1,13 +1,17 @@
-"""Token trees: any set of token paths laid out once, depth first, so that what paths share is computed once.
+"""Token trees: token paths laid out depth first, so that shared tokens are computed once.
 
-A `Branch` is a path and the tokens to be scored on it. A `Forest` is the trie of many paths in one flat sequence: each token keeps its
-position along its own path and `subtree_end`, the flat index at which everything that continues it ends. Query q may see key k iff
+A `Branch` is a path and the tokens to be scored on it. A `Forest` is the trie of many paths in one
+flat sequence. Each token keeps its position along its own path and `subtree_end`, the flat index at
+which everything that continues it ends. Query q may see key k iff
 
-    k <= q < subtree_end[k]          (and position[q] - position[k] < window, where a layer slides)
+    k <= q < subtree_end[k]          (and position[q] - position[k] < window, in a layer with one)
 
-That one inequality is causality, branching, and packing of unrelated trees at once. The trie is found from the tokens themselves: two answers
-share their prompt, two judge orders their instruction, all pairs of N answers their answers, and everybody a system turn, because they start alike.
-Nothing here knows what a prompt is. Out on purpose: attention kernels (policy.py).
+This inequality covers causality, branching, and the packing of unrelated trees.
+
+The trie is computed from the tokens alone: two answers share their prompt, two judge orders their
+instruction, all pairs of N answers their answers, and all prompts a system turn, because they start
+with the same tokens. Nothing here depends on the meaning of a prompt.
+Left out: attention, which is in tree_attention.py.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ Ints = np.ndarray  # int64
 class Branch:
     """A path of token ids from the root, and the tokens scored on it.
 
-    Target t is `target_tokens[t]`, predicted by the hidden state of the token at index `target_positions[t]` of the path.
+    Target t is `target_tokens[t]`. It is predicted by the hidden state of the token at index
+    `target_positions[t]` of the path.
     """
 
     ids: tuple[int, ...]
@@ -35,21 +40,30 @@ class Branch:
 
 
 def continuation(prompt: Sequence[int], response: Sequence[int]) -> Branch:
-    """The branch that scores every token of `response` after `prompt`; its last token needs no forward of its own."""
+    """The branch that scores every token of `response` after `prompt`.
+
+    The last token of the response is a target only: it is not part of the path.
+    """
     ids = (*prompt, *response[:-1])
-    return Branch(
-        ids, tuple(range(len(prompt) - 1, len(prompt) - 1 + len(response))), tuple(response)
-    )
+    first = len(prompt) - 1
+    positions = range(first, first + len(response))
+    return Branch(ids, tuple(positions), tuple(response))
 
 
 def verdict(prompt: Sequence[int], token: int) -> Branch:
-    """The branch that scores one token right after `prompt`; a second token there costs no forward of its own."""
+    """The branch that scores one token right after `prompt`.
+
+    Several verdicts on one prompt share its path and cost no further forward pass.
+    """
     return Branch(tuple(prompt), (len(prompt) - 1,), (token,))
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens without a fork, and its ancestors (indices of segments, root first): the keys its queries may see besides its own."""
+    """A run of tokens start..end without a fork.
+
+    ancestors: indices of segments, root first; with the segment itself, the keys of its queries.
+    """
 
     start: int
     end: int
@@ -58,6 +72,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class Forest:
+    """The trie of some branches in one flat sequence, and their targets.
+
+    Targets are in the order of the branches. len(forest): number of tokens.
+    """
+
     tokens: Ints  # (tokens,)
     positions: Ints  # (tokens,) along each token's own path
     subtree_end: Ints  # (tokens,)
@@ -71,74 +90,101 @@ class Forest:
         return len(self.tokens)
 
 
-def _shared(a: Ints, b: Ints) -> int:
+def build(branches: Sequence[Branch]) -> Forest:
+    """The forest of the branches, with their targets in the order of the branches.
+
+    It has at most as many tokens as all paths together, and fewer if paths share a prefix.
+    """
+    # Sorted by their tokens, paths are in the depth-first order of their trie.
+    order = sorted(range(len(branches)), key=lambda b: branches[b].ids)
+    trie = _DepthFirstTrie([_as_array(branches[b].ids) for b in order])
+
+    target_hidden: list[Ints] = [np.empty(0, dtype=np.int64)] * len(branches)
+    for branch, flat_index in zip(order, trie.flat_index, strict=True):
+        positions = list(branches[branch].target_positions)
+        target_hidden[branch] = flat_index[positions]
+
+    segment_sizes = [s.end - s.start for s in trie.segments]
+    n_targets = [len(b.target_tokens) for b in branches]
+    return Forest(
+        tokens=_concatenate(trie.tokens),
+        positions=_concatenate(trie.positions),
+        subtree_end=np.repeat(_as_array(trie.subtree_end), segment_sizes),
+        segments=tuple(trie.segments),
+        target_hidden=_concatenate(target_hidden),
+        target_token=_concatenate([_as_array(b.target_tokens) for b in branches]),
+        target_branch=np.repeat(np.arange(len(branches)), n_targets),
+        n_branches=len(branches),
+    )
+
+
+class _DepthFirstTrie:
+    """The trie of sorted paths, laid out segment by segment.
+
+    tokens, positions, segments, subtree_end: one entry per segment.
+    flat_index: per path, the flat index of each of its tokens.
+    """
+
+    def __init__(self, paths: Sequence[Ints]) -> None:
+        self.paths = paths
+        # Tokens that path i shares with path i - 1; nothing before the first and after the last.
+        neighbors = itertools.pairwise(paths)
+        self.shared = [0, *(_shared_prefix(a, b) for a, b in neighbors), 0]
+
+        self.n_tokens = 0
+        self.tokens: list[Ints] = []
+        self.positions: list[Ints] = []
+        self.segments: list[Segment] = []
+        self.subtree_end: list[int] = []
+        self.flat_index: list[Ints] = [np.empty(0, dtype=np.int64)] * len(paths)
+        self._lay_out(0, len(paths), 0, ())
+
+    def _lay_out(self, low: int, high: int, depth: int, ancestors: tuple[int, ...]) -> None:
+        """Lays out paths low..high, which are equal before `depth`."""
+        # Paths that end at this depth are laid out already.
+        while low < high and len(self.paths[low]) == depth:
+            low += 1
+
+        while low < high:
+            # Paths low..top go on with the same token, and fork or end at `stop`.
+            top = low + 1
+            while top < high and self.shared[top] > depth:
+                top += 1
+            stop = min([len(self.paths[low]), *self.shared[low + 1 : top]])
+
+            segment = self._add_segment(low, top, depth, stop, ancestors)
+            self._lay_out(low, top, stop, (*ancestors, segment))
+            self.subtree_end[segment] = self.n_tokens
+            low = top
+
+    def _add_segment(
+        self, low: int, top: int, depth: int, stop: int, ancestors: tuple[int, ...]
+    ) -> int:
+        """Adds tokens depth..stop of the paths low..top as a segment, and returns its index."""
+        start = self.n_tokens
+        end = start + stop - depth
+        self.n_tokens = end
+        self.tokens.append(self.paths[low][depth:stop])
+        self.positions.append(np.arange(depth, stop))
+
+        run = np.arange(start, end)
+        for path in range(low, top):
+            self.flat_index[path] = np.concatenate([self.flat_index[path], run])
+
+        self.segments.append(Segment(start, end, ancestors))
+        self.subtree_end.append(end)
+        return len(self.segments) - 1
+
+
+def _shared_prefix(a: Ints, b: Ints) -> int:
     """Length of the longest common prefix."""
     n = min(len(a), len(b))
     different = np.flatnonzero(a[:n] != b[:n])
     return int(different[0]) if len(different) else n
 
 
-def build(branches: Sequence[Branch]) -> Forest:
-    """The forest of the branches: the trie of their paths, with their targets in the order given.  # (tokens,) <= sum of path lengths"""
-    order = sorted(
-        range(len(branches)), key=lambda b: branches[b].ids
-    )  # depth-first order of the trie
-    paths = [np.asarray(branches[b].ids, dtype=np.int64) for b in order]
-    shared = [
-        0,
-        *(_shared(a, b) for a, b in itertools.pairwise(paths)),
-        0,
-    ]  # with the neighbour before; sentinel at both ends
-    tokens: list[Ints] = []
-    positions: list[Ints] = []
-    segments: list[Segment] = []
-    flat: list[Ints] = [np.empty(0, dtype=np.int64)] * len(
-        branches
-    )  # of each branch: flat index of each token of its path
-    size = 0
-    subtree_stop: list[int] = []  # of each segment
-
-    def lay(low: int, high: int, depth: int, ancestors: tuple[int, ...]) -> None:
-        """Lays out paths low..high, which are equal before `depth`."""
-        nonlocal size
-        while (
-            low < high and len(paths[low]) == depth
-        ):  # a path that ends here: nothing more to lay out
-            low += 1
-        while low < high:
-            top = low + 1
-            while top < high and shared[top] > depth:
-                top += 1
-            stop = min([len(paths[low]), *shared[low + 1 : top]])
-            start, size = size, size + stop - depth
-            tokens.append(paths[low][depth:stop])
-            positions.append(np.arange(depth, stop))
-            segments.append(Segment(start, size, ancestors))
-            run = np.arange(start, size)
-            for path in range(low, top):
-                flat[order[path]] = np.concatenate([flat[order[path]], run])
-            own = len(subtree_stop)
-            subtree_stop.append(size)
-            lay(low, top, stop, (*ancestors, own))
-            subtree_stop[own] = size
-            low = top
-
-    lay(0, len(paths), 0, ())
-    subtree_end = np.repeat(
-        np.asarray(subtree_stop, dtype=np.int64), [s.end - s.start for s in segments]
-    )
-    return Forest(
-        tokens=_concatenate(tokens),
-        positions=_concatenate(positions),
-        subtree_end=subtree_end,
-        segments=tuple(segments),
-        target_hidden=_concatenate(
-            [flat[i][list(b.target_positions)] for i, b in enumerate(branches)]
-        ),
-        target_token=_concatenate([np.asarray(b.target_tokens, dtype=np.int64) for b in branches]),
-        target_branch=np.repeat(np.arange(len(branches)), [len(b.target_tokens) for b in branches]),
-        n_branches=len(branches),
-    )
+def _as_array(values: Sequence[int]) -> Ints:
+    return np.asarray(values, dtype=np.int64)
 
 
 def _concatenate(arrays: Sequence[Ints]) -> Ints:
@@ -146,49 +192,63 @@ def _concatenate(arrays: Sequence[Ints]) -> Ints:
 
 
 def visible(forest: Forest, window: int | None = None) -> np.ndarray:
-    """Which key each query may see, from the inequality.  # (tokens, tokens) bool, [q, k]"""
+    """Which keys each query may see, from the inequality above.
+
+    Returns (tokens, tokens) bool, indexed [query, key].
+    """
     index = np.arange(len(forest))
-    mask = (index[None, :] <= index[:, None]) & (index[:, None] < forest.subtree_end[None, :])
+    query = index[:, None]
+    key = index[None, :]
+    mask = (key <= query) & (query < forest.subtree_end[None, :])
     if window is not None:
-        mask &= forest.positions[:, None] - forest.positions[None, :] < window
+        distance = forest.positions[:, None] - forest.positions[None, :]
+        mask &= distance < window
     return mask
 
 
-class _Counter:
-    """Counts the tokens of a growing trie without laying it out: a path adds what it does not share with a neighbour in the order of paths."""
+class _TokenCounter:
+    """Counts the tokens of a growing trie without laying it out.
+
+    A path adds the tokens that it does not share with either neighbor in the sorted order of paths.
+    """
 
     def __init__(self) -> None:
         self.paths: list[tuple[int, ...]] = []
         self.n_tokens = 0
 
     def add(self, branches: Sequence[Branch]) -> int:
-        """The size of the forest with these branches as well, in tokens."""
+        """Adds branches, and returns the size of the forest with them, in tokens."""
         for branch in branches:
-            place = bisect.bisect_left(self.paths, branch.ids)
-            path = np.asarray(branch.ids, dtype=np.int64)
-            near = self.paths[max(0, place - 1) : place + 1]
-            self.n_tokens += len(path) - max(
-                (_shared(path, np.asarray(p, dtype=np.int64)) for p in near), default=0
-            )
-            self.paths.insert(place, branch.ids)
+            index = bisect.bisect_left(self.paths, branch.ids)
+            neighbors = self.paths[max(0, index - 1) : index + 1]
+            path = _as_array(branch.ids)
+            shared = [_shared_prefix(path, _as_array(neighbor)) for neighbor in neighbors]
+            self.n_tokens += len(path) - max(shared, default=0)
+            self.paths.insert(index, branch.ids)
         return self.n_tokens
 
 
 def size(branches: Sequence[Branch]) -> int:
-    """Tokens of the forest of the branches."""
-    return _Counter().add(branches)
+    """The size of the forest of the branches, in tokens."""
+    return _TokenCounter().add(branches)
 
 
 def pack(groups: Sequence[Sequence[Branch]], max_tokens: int) -> list[tuple[int, int]]:
-    """Ranges of consecutive groups whose forests hold at most `max_tokens` tokens each; a larger group stands alone.
+    """Ranges (low, high) of consecutive groups whose forests hold at most `max_tokens` tokens.
 
-    A group (the branches of one pair, say) is never cut. What groups of a pack share counts once: neighbours should be of one prompt.
+    A group (the branches of one pair, for example) is never split: one above the limit is a range
+    by itself. Tokens that the groups of a range share count once, so groups of one prompt should be
+    neighbors.
     """
+    if not groups:
+        return []
     ranges: list[tuple[int, int]] = []
-    low, counter = 0, _Counter()
+    low = 0
+    counter = _TokenCounter()
     for index, group in enumerate(groups):
         if counter.add(group) > max_tokens and index > low:
             ranges.append((low, index))
-            low, counter = index, _Counter()
+            low = index
+            counter = _TokenCounter()
             counter.add(group)
-    return [*ranges, (low, len(groups))] if groups else []
+    return [*ranges, (low, len(groups))]
