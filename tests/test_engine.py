@@ -130,22 +130,14 @@ def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warn
 def attention_that_ignores_the_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A model that swallows the plan and attends over the flat sequence, as one would that has an attention of its own."""
 
-    def flat(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **_: Any,
-    ):
+    def flat(query: Tensor, key: Tensor, value: Tensor, layout: Any, options: Any) -> Tensor:
         key, value = (
             x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value)
         )
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling
+            query, key, value, is_causal=True, scale=options.scaling
         )
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2)
 
     with monkeypatch.context() as patched:
         patched.setattr(tree_attention, "tree_attention", flat)

@@ -1,11 +1,15 @@
-"""Attention on token trees, through transformers' attention interface: no model is patched and no model name is looked at.
+"""Attention on token trees, through transformers' attention interface.
 
-A segment's queries see the keys of its ancestors and their own, causally, aligned at the end: variable-length attention with gathered keys.
-Three implementations of that one sentence, tried in this order when a model is loaded (policy.py), by capability:
+No model is patched, and nothing depends on a model's name.
+A segment's queries see the keys of its ancestors and their own, causally, aligned at the end.
+This is variable-length attention with gathered keys, and there are three implementations of it.
+When a model is loaded (loading.py), the first one that works is selected, in this order:
 
-    scir_tree_varlen   one flash-attention call for all segments (torch.nn.attention.varlen; CUDA, half precision, no soft-capping)
-    scir_tree_flex     one FlexAttention kernel whose block mask is the inequality of trees.py itself (CUDA: soft-capping, odd head sizes)
-    scir_tree          one SDPA call a segment; soft-capping by hand, which SDPA cannot do
+    scir_tree_varlen   one flash-attention call for all segments (torch.nn.attention.varlen;
+                       CUDA, half precision, no soft-capping)
+    scir_tree_flex     one FlexAttention kernel whose block mask is the inequality of trees.py
+                       (CUDA; with soft-capping and any head size)
+    scir_tree          one SDPA call per segment; plain torch for soft-capping
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -26,11 +31,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from scir_cli.engine.trees import Forest
 
-SDPA, VARLEN, FLEX = "scir_tree", "scir_tree_varlen", "scir_tree_flex"
+SDPA = "scir_tree"
+VARLEN = "scir_tree_varlen"
+FLEX = "scir_tree_flex"
 
 
 class VarlenIndex(NamedTuple):
-    """Segments as variable-length sequences: which keys each sees, one after the other."""
+    """Segments as variable-length sequences, and the keys that each of them sees."""
 
     keys: Tensor  # (keys,) flat indices, segment by segment, each in the order of its path
     query_starts: Tensor  # (segments + 1,) int32
@@ -41,7 +48,7 @@ class VarlenIndex(NamedTuple):
 
 @dataclass
 class TreeLayout:
-    """A forest as attention sees it. Masks and indices are made once a forest, and serve every layer."""
+    """A forest as attention needs it. Masks and indices are computed once and serve every layer."""
 
     sizes: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]
@@ -49,183 +56,229 @@ class TreeLayout:
     subtree_end: Tensor  # (tokens,)
     masks: dict[int | None, list[Tensor | None]] = field(default_factory=dict)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
-    windows: set[int | None] = field(default_factory=set)  # those attention was told of
+    #: The windows with which the model's layers have called attention.
+    windows: set[int | None] = field(default_factory=set)
 
     @classmethod
     def of(cls, forest: Forest, device: torch.device) -> TreeLayout:
-        sizes = [s.end - s.start for s in forest.segments]
-        positions, end = (to_device(x, device) for x in (forest.positions, forest.subtree_end))
-        return cls(sizes, [s.ancestors for s in forest.segments], positions, end)
+        """The layout of a forest, with its tensors on the device."""
+        return cls(
+            sizes=[s.end - s.start for s in forest.segments],
+            ancestors=[s.ancestors for s in forest.segments],
+            positions=to_device(forest.positions, device),
+            subtree_end=to_device(forest.subtree_end, device),
+        )
 
     def mask(self, window: int | None) -> list[Tensor | None]:
-        """Per segment, which of its keys (ancestors, then itself) each query may see; None: plain causal.  # (queries, keys) bool"""
-        if window not in self.masks:
-            runs = self.positions.split(self.sizes)
-            masks: list[Tensor | None] = []
-            for up, own in zip(self.ancestors, runs, strict=True):
-                if not up and (window is None or len(own) <= window):
-                    masks.append(None)
-                    continue
-                # along one path, k <= q < subtree_end[k] is position[k] <= position[q]
-                age = own[:, None] - torch.cat([*(runs[a] for a in up), own])[None, :]
-                masks.append((age >= 0) if window is None else (age >= 0) & (age < window))
-            self.masks[window] = masks
-        return self.masks[window]
+        """Per segment, which of its keys (ancestors, then itself) each query may see.
+
+        Each mask is (queries, keys) bool; None stands for the plain causal mask.
+        """
+        if window in self.masks:
+            return self.masks[window]
+
+        runs = self.positions.split(self.sizes)
+        masks: list[Tensor | None] = []
+        for above, query_positions in zip(self.ancestors, runs, strict=True):
+            if not above and (window is None or len(query_positions) <= window):
+                masks.append(None)
+                continue
+            # Along one path, k <= q < subtree_end[k] is position[k] <= position[q].
+            key_positions = torch.cat([*(runs[a] for a in above), query_positions])
+            distance = query_positions[:, None] - key_positions[None, :]
+            mask = distance >= 0
+            if window is not None:
+                mask = mask & (distance < window)
+            masks.append(mask)
+        self.masks[window] = masks
+        return masks
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """Query q sees key k iff k <= q < subtree_end[k], and no further back than the window: for FlexAttention."""
-        if window not in self.block_masks:
-            end, position = self.subtree_end, self.positions
+        """The inequality of trees.py, with the window, as FlexAttention's mask over the forest."""
+        if window in self.block_masks:
+            return self.block_masks[window]
 
-            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                inside = (k <= q) & (q < end[k])
-                return inside if window is None else inside & (position[q] - position[k] < window)
+        subtree_end = self.subtree_end
+        position = self.positions
 
-            n = len(position)
-            self.block_masks[window] = create_block_mask(
-                sees, None, None, n, n, device=position.device
-            )
-        return self.block_masks[window]
+        def is_visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            on_path = (k <= q) & (q < subtree_end[k])
+            if window is None:
+                return on_path
+            return on_path & (position[q] - position[k] < window)
+
+        n = len(position)
+        block_mask = create_block_mask(is_visible, None, None, n, n, device=position.device)
+        self.block_masks[window] = block_mask
+        return block_mask
 
     @cached_property
     def gather(self) -> VarlenIndex:
+        """The flat indices of each segment's keys: those of its ancestors, then its own."""
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         runs = [np.arange(low, high) for low, high in itertools.pairwise(starts)]
-        keys = [
-            np.concatenate([*(runs[a] for a in up), own])
-            for up, own in zip(self.ancestors, runs, strict=True)
-        ]
+        keys = []
+        for above, run in zip(self.ancestors, runs, strict=True):
+            keys.append(np.concatenate([*(runs[a] for a in above), run]))
+
         lengths = [len(k) for k in keys]
         key_starts = np.concatenate([[0], np.cumsum(lengths)])
-        flat = (np.concatenate(keys), starts.astype(np.int32), key_starts.astype(np.int32))
-        index, query, key = (to_device(x, self.positions.device) for x in flat)
-        return VarlenIndex(index, query, key, max(self.sizes), max(lengths))
+        device = self.positions.device
+        return VarlenIndex(
+            keys=to_device(np.concatenate(keys), device),
+            query_starts=to_device(starts.astype(np.int32), device),
+            key_starts=to_device(key_starts.astype(np.int32), device),
+            longest_query=max(self.sizes),
+            longest_key=max(lengths),
+        )
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The same numbers on the device, without waiting for it."""
+    """The same numbers as a tensor on the device, copied without waiting for the device."""
     tensor = torch.from_numpy(values)
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class AttentionOptions(NamedTuple):
+    """How a layer computes attention; None stands for the default of the attention interface."""
+
+    scaling: float | None  # of the scores; by default 1 / sqrt(head size)
+    window: int | None  # positions that a query sees, itself included; by default all
+    softcap: float | None  # the scores become softcap * tanh(scores / softcap); by default not
+
+
+#: query (1, heads, tokens, head size), key and value (1, key heads, tokens, head size), layout and
+#: options -> (1, tokens, heads, head size)
+TreeAttention = Callable[[Tensor, Tensor, Tensor, TreeLayout, AttentionOptions], Tensor]
 
 
 def tree_attention(
-    module: nn.Module,
-    query: Tensor,  # (1, heads, tokens, head size)
-    key: Tensor,  # (1, key heads, tokens, head size)
+    query: Tensor,
+    key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    plan: TreeLayout | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention of a forest, as transformers' attention interface wants it.  -> (1, tokens, heads, head size)"""
-    assert plan is not None, "the model does not hand keywords on to attention"
-    plan.windows.add(sliding_window)
-    queries, keys, values = (x.split(plan.sizes, dim=2) for x in (query, key, value))
+    layout: TreeLayout,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attention on a forest, one SDPA call per segment. Shapes as in TreeAttention."""
+    queries = query.split(layout.sizes, dim=2)
+    keys = key.split(layout.sizes, dim=2)
+    values = value.split(layout.sizes, dim=2)
+    masks = layout.mask(options.window)
     out = []
-    for own, (up, mask) in enumerate(zip(plan.ancestors, plan.mask(sliding_window), strict=True)):
-        k = torch.cat([*(keys[a] for a in up), keys[own]], dim=2) if up else keys[own]
-        v = torch.cat([*(values[a] for a in up), values[own]], dim=2) if up else values[own]
-        out.append(_attend(queries[own], k, v, mask, scaling, softcap))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    for segment, (above, mask) in enumerate(zip(layout.ancestors, masks, strict=True)):
+        k = keys[segment]
+        v = values[segment]
+        if above:
+            k = torch.cat([*(keys[a] for a in above), k], dim=2)
+            v = torch.cat([*(values[a] for a in above), v], dim=2)
+        out.append(_attend(queries[segment], k, v, mask, options))
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
 ) -> Tensor:
-    if softcap is None:
-        gqa = q.shape[1] != k.shape[1]
+    """Attention of one segment's queries to its keys.
+
+    q: (1, heads, queries, head size); k, v: (1, key heads, keys, head size);
+    mask: (queries, keys) bool, None for causal -> (1, heads, queries, head size)
+    """
+    if options.softcap is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=options.scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * (scaling or q.shape[-1] ** -0.5)
-    scores = softcap * torch.tanh(scores / softcap)  # Gemma 2's soft-capping, which SDPA cannot do
-    mask = (
-        torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        if mask is None
-        else mask
-    )
-    return scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
+    # Gemma 2's soft-capping, which SDPA does not support.
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1)
+    v = v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) * (options.scaling or q.shape[-1] ** -0.5)
+    scores = options.softcap * torch.tanh(scores / options.softcap)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1)
+    return weights.to(v.dtype) @ v
 
 
 def varlen_tree_attention(
-    module: nn.Module,
-    query: Tensor,  # (1, heads, tokens, head size)
+    query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    plan: TreeLayout | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The same in one flash-attention call: (tokens, heads, head size) queries against gathered keys, causal from the end of each path."""
+    layout: TreeLayout,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attention on a forest in one flash-attention call. Shapes as in TreeAttention.
+
+    Each segment is a sequence whose keys are gathered, causal from the end of its path.
+    Raises ValueError for soft-capping.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    assert plan is not None, "the model does not hand keywords on to attention"
-    if softcap is not None:
-        raise ValueError("flash attention cannot cap its scores")
-    plan.windows.add(sliding_window)
-    g = plan.gather
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    k, v = k.index_select(0, g.keys), v.index_select(0, g.keys)
-    options: dict[str, Any] = {
-        "scale": scaling,
-        "window_size": (-1 if sliding_window is None else sliding_window - 1, 0),
-    }
+    if options.softcap is not None:
+        raise ValueError("flash attention does not support soft-capping")
+    index = layout.gather
+    q = query[0].transpose(0, 1)  # (tokens, heads, head size)
+    k = key[0].transpose(0, 1).index_select(0, index.keys)  # (keys, key heads, head size)
+    v = value[0].transpose(0, 1).index_select(0, index.keys)
+
+    # Flash attention counts the keys before a query, without the query itself; -1 is no limit.
+    keys_before = -1 if options.window is None else options.window - 1
+    keywords: dict[str, Any] = {"scale": options.scaling, "window_size": (keys_before, 0)}
     if k.shape[1] != q.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-            options["enable_gqa"] = True
+            keywords["enable_gqa"] = True
         else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            groups = q.shape[1] // k.shape[1]
+            k = k.repeat_interleave(groups, dim=1)
+            v = v.repeat_interleave(groups, dim=1)
     out: Any = varlen_attn(
-        q, k, v, g.query_starts, g.key_starts, g.longest_query, g.longest_key, **options
+        q,
+        k,
+        v,
+        index.query_starts,
+        index.key_starts,
+        index.longest_query,
+        index.longest_key,
+        **keywords,
     )
-    return out[None], None
+    return out[None]
 
 
 def flex_tree_attention(
-    module: nn.Module,
-    query: Tensor,  # (1, heads, tokens, head size)
+    query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    plan: TreeLayout | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The same as one FlexAttention kernel over the flat sequence; whole blocks that no query may see are skipped."""
-    assert plan is not None, "the model does not hand keywords on to attention"
-    plan.windows.add(sliding_window)
+    layout: TreeLayout,
+    options: AttentionOptions,
+) -> Tensor:
+    """Attention on a forest as one FlexAttention kernel. Shapes as in TreeAttention.
 
-    limit = softcap or 0.0
+    Blocks of keys that no query of a block may see are skipped.
+    """
+    softcap = options.softcap or 0.0
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return limit * torch.tanh(score / limit)
+        return softcap * torch.tanh(score / softcap)
 
-    attend = (
-        _compiled_flex() if query.is_cuda else flex_attention
-    )  # on a CPU only its forward pass is there, and only for tests
+    # On a CPU, for tests, FlexAttention has only a forward pass, and needs no compilation.
+    attend = _compiled_flex() if query.is_cuda else flex_attention
     out: Any = attend(
-        query, key, value, score_mod=cap if softcap else None, block_mask=plan.block_mask(sliding_window), scale=scaling,
+        query,
+        key,
+        value,
+        score_mod=cap if options.softcap else None,
+        block_mask=layout.block_mask(options.window),
+        scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    return out.transpose(1, 2), None
+    )
+    return out.transpose(1, 2)
 
 
 @cache
@@ -234,17 +287,48 @@ def _compiled_flex() -> Any:
 
 
 def register() -> None:
-    """Makes all known to transformers; the mask is theirs to make, so transformers makes none. torch.compile leaves them as they are."""
-    for name, function in (
-        (SDPA, tree_attention),
-        (VARLEN, varlen_tree_attention),
-        (FLEX, flex_tree_attention),
-    ):
-        AttentionInterface.register(name, torch.compiler.disable(function, recursive=False))
+    """Registers the three implementations with transformers, without attention masks.
+
+    Each builds its own mask from the layout, so transformers builds none.
+    """
+    implementations: dict[str, TreeAttention] = {
+        SDPA: tree_attention,
+        VARLEN: varlen_tree_attention,
+        FLEX: flex_tree_attention,
+    }
+    for name, attend in implementations.items():
+        AttentionInterface.register(name, _for_transformers(attend))
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
 
+def _for_transformers(attend: TreeAttention) -> Callable[..., tuple[Tensor, None]]:
+    """The implementation with the signature that transformers' attention interface requires.
+
+    torch.compile leaves both functions as they are.
+    """
+    attend = torch.compiler.disable(attend, recursive=False)
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        plan: TreeLayout | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        assert plan is not None, "the model does not pass keywords on to attention"
+        plan.windows.add(sliding_window)
+        options = AttentionOptions(scaling, sliding_window, softcap)
+        return attend(query, key, value, plan, options), None
+
+    return torch.compiler.disable(attention, recursive=False)
+
+
 def candidates(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Implementations to try, the fastest first."""
+    """Names of the implementations to try, fastest first."""
     half = dtype in (torch.bfloat16, torch.float16)
     return [VARLEN, FLEX, SDPA] if device.type == "cuda" and half else [SDPA]
