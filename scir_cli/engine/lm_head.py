@@ -1,11 +1,18 @@
-"""The head: hidden states -> log-probabilities of their targets. Only rows that have targets meet the vocabulary, in chunks.
+"""The LM head: hidden states -> log-probabilities of their targets.
+
+Only rows with targets are multiplied by the vocabulary, in chunks.
 
     logp[row, token] = z[token] - logsumexp(z),   z = cap * tanh(scale * (W h + b) / cap)
     d logp / d z     = onehot(token) - P,          P = softmax(z)
 
-Where P of all rows fits into KEEP_BYTES it is kept for the backward pass (in the weights' precision); else the chunks are computed again there.
-Either way memory grows with a constant and never with tokens * vocabulary. A target's own logit is computed in fp32: verdict margins of 0.2 nat
-survive bf16. A head that is not a plain linear layer (adapters on it) takes torch's own autograd, chunk by chunk, with recomputation.
+If P of all rows fits into KEEP_BYTES, it is kept for the backward pass, in the weights' precision;
+if not, the backward pass computes the chunks again. In both cases memory is bounded by a constant,
+not by tokens * vocabulary.
+The logit of each target is computed in fp32, so verdict margins of 0.2 nats survive bf16.
+A head that is not a plain linear layer (one with adapters) goes through torch's autograd, chunk by
+chunk, with recomputation.
+
+Shapes: rows are the distinct hidden states with targets, pairs the distinct (row, token).
 """
 
 from __future__ import annotations
@@ -21,158 +28,245 @@ from torch.utils.checkpoint import checkpoint
 
 from scir_cli.engine.trees import Forest
 
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in fp32
-KEEP_BYTES = 2**28  # probabilities held for the backward pass
+#: Logits in memory at once: 64 MiB in fp32.
+CHUNK_ELEMENTS = 2**24
+
+#: Bytes of probabilities kept for the backward pass: 256 MiB.
+KEEP_BYTES = 2**28
+
+#: Bounds of a chunk: (first row, end row, first pair, end pair).
+Bounds = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits after the head: scale (Cohere, Granite), then soft-capping (Gemma)."""
+    """How a model changes its logits after the head: first scaled, then soft-capped.
+
+    scale: of Cohere and Granite. cap: of Gemma.
+    """
 
     scale: float = 1.0
     cap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        scale = getattr(config, "logit_scale", None) or 1 / (
-            getattr(config, "logits_scaling", None) or 1
-        )
+        """The transform that a model's text config describes."""
+        scale = getattr(config, "logit_scale", None)
+        if not scale:
+            scale = 1 / (getattr(config, "logits_scaling", None) or 1)
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        logits = logits * self.scale if self.scale != 1 else logits
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        if self.scale != 1:
+            logits = logits * self.scale
+        if self.cap is None:
+            return logits
+        return self.cap * torch.tanh(logits / self.cap)
+
+    def slope(self, z: Tensor) -> float | Tensor:
+        """dz / d(W h + b) at the transformed logits z, of their shape, or a number if constant."""
+        if self.cap is None:
+            return self.scale
+        return self.scale * (1 - (z / self.cap).square())
 
 
-def target_logps(hidden: Tensor, head: Any, finish: LogitTransform, forest: Forest) -> Tensor:
-    """Log-probability of each target, nats.  hidden: (tokens, width) -> (targets,) fp32"""
-    asked = np.stack([forest.target_hidden, forest.target_token], axis=1)
-    # two answers that start alike ask for the same log-probability once; sorted by row
-    pairs, place = np.unique(asked, axis=0, return_inverse=True)
-    rows, row_of = np.unique(pairs[:, 0], return_inverse=True)
-    index, row, token = (torch.from_numpy(x).to(hidden.device) for x in (rows, row_of, pairs[:, 1]))
-    bounds = _chunks(row_of, len(rows), max(16, CHUNK_ELEMENTS // head.weight.shape[0]))
+def target_logps(hidden: Tensor, head: Any, transform: LogitTransform, forest: Forest) -> Tensor:
+    """Log-probability of each target, in nats.
+
+    hidden: (tokens, width) -> (targets,) fp32
+    """
+    # Answers that start alike have targets in common: each (row, token) is computed once.
+    # np.unique sorts the pairs by row.
+    targets = np.stack([forest.target_hidden, forest.target_token], axis=1)
+    pairs, pair_of_target = np.unique(targets, axis=0, return_inverse=True)
+    rows, row_of_pair = np.unique(pairs[:, 0], return_inverse=True)
+
+    index = torch.from_numpy(rows).to(hidden.device)
+    row = torch.from_numpy(row_of_pair).to(hidden.device)
+    token = torch.from_numpy(pairs[:, 1]).to(hidden.device)
     h = hidden.index_select(0, index)  # (rows, width)
+
+    rows_per_chunk = max(16, CHUNK_ELEMENTS // head.weight.shape[0])
+    bounds = _chunks(row_of_pair, len(rows), rows_per_chunk)
     if type(head) is nn.Linear:
-        logps = _TargetLogps.apply(h, head.weight, head.bias, row, token, finish, bounds)
+        logps = _TargetLogps.apply(h, head.weight, head.bias, row, token, transform, bounds)
     else:
-        inputs = [(h[a:b], head, row[c:d] - a, token[c:d], finish) for a, b, c, d in bounds]
-        parts = [
-            checkpoint(_plain, *i, use_reentrant=False) if torch.is_grad_enabled() else _plain(*i)
-            for i in inputs
-        ]
-        logps = torch.cat([h.new_zeros(0, dtype=torch.float32), *parts])
-    return logps[torch.from_numpy(place.reshape(-1)).to(hidden.device)]
+        logps = _logps_by_autograd(h, head, row, token, transform, bounds)
+    return logps[torch.from_numpy(pair_of_target.reshape(-1)).to(hidden.device)]
 
 
-def _chunks(row_of: np.ndarray, n_rows: int, size: int) -> list[tuple[int, int, int, int]]:
-    """(first row, end row, first pair, end pair) of each chunk of at most `size` rows."""
+def _chunks(row_of_pair: np.ndarray, n_rows: int, size: int) -> list[Bounds]:
+    """The bounds of each chunk of at most `size` rows.  row_of_pair: (pairs,), ascending"""
     bounds = []
     for low in range(0, n_rows, size):
-        first, last = np.searchsorted(row_of, [low, low + size])
+        first, last = np.searchsorted(row_of_pair, [low, low + size])
         bounds.append((low, min(low + size, n_rows), int(first), int(last)))
     return bounds
 
 
-def _plain(h: Tensor, head: Any, row: Tensor, token: Tensor, finish: LogitTransform) -> Tensor:
-    logits = finish(head(h).float())  # (rows, vocab)
+def _logps_by_autograd(
+    h: Tensor,
+    head: Any,
+    row: Tensor,
+    token: Tensor,
+    transform: LogitTransform,
+    bounds: list[Bounds],
+) -> Tensor:
+    """Log-probabilities under any head, chunk by chunk, with recomputation in the backward pass.
+
+    h: (rows, width); row, token: (pairs,) -> (pairs,) fp32
+    """
+    parts = [h.new_zeros(0, dtype=torch.float32)]
+    for low, high, first, last in bounds:
+        inputs = (h[low:high], head, row[first:last] - low, token[first:last], transform)
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(_plain_logps, *inputs, use_reentrant=False))
+        else:
+            parts.append(_plain_logps(*inputs))
+    return torch.cat(parts)
+
+
+def _plain_logps(
+    h: Tensor, head: Any, row: Tensor, token: Tensor, transform: LogitTransform
+) -> Tensor:
+    """h: (rows, width); row, token: (pairs,) -> (pairs,) fp32"""
+    logits = transform(head(h).float())  # (rows, vocab)
     return logits[row, token] - logits.logsumexp(-1)[row]
 
 
 class _TargetLogps(torch.autograd.Function):
-    """Log-probabilities of distinct (row, token) pairs.  h: (rows, width); weight: (vocab, width); row, token: (pairs,) -> (pairs,)"""
+    """Log-probabilities of distinct (row, token) pairs under a linear head."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, row: Tensor, token: Tensor, finish: LogitTransform, bounds: Any) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row: Tensor,
+        token: Tensor,
+        transform: LogitTransform,
+        bounds: list[Bounds],
+    ) -> Tensor:
+        """h: (rows, width); weight: (vocab, width); row, token: (pairs,) -> (pairs,) fp32"""
         out = h.new_empty(len(row), dtype=torch.float32)
-        wanted = (
-            any(ctx.needs_input_grad[:3]) and finish.cap is None
-        )  # capped logits are needed again themselves
-        kept = (
-            weight.new_empty(len(h), len(weight))
-            if wanted and len(h) * len(weight) * weight.element_size() <= KEEP_BYTES
-            else None
-        )
-        straight = (
-            kept if kept is not None and kept.dtype == torch.float32 and finish.scale == 1 else None
-        )  # made where it is kept
+        probabilities = None  # (rows, vocab)
+        if any(ctx.needs_input_grad[:3]) and _probabilities_suffice(h, weight, transform):
+            probabilities = weight.new_empty(len(h), len(weight))
+
+        # In fp32, logits turn into probabilities in the buffer in which these are kept.
+        direct_buffer = None
+        if weight.dtype == torch.float32 and transform.scale == 1:
+            direct_buffer = probabilities
+
         for low, high, first, last in bounds:
             at = row[first:last] - low, token[first:last]
-            block = None if straight is None else straight[low:high]
-            z = finish(logits_of_rows(h[low:high], weight, bias, *at, out=block))
+            block = None if direct_buffer is None else direct_buffer[low:high]
+            z = transform(logits_of_rows(h[low:high], weight, bias, *at, out=block))
             logps = _log_softmax(z)  # (rows, vocab) fp32
             out[first:last] = logps[at]
-            if kept is not None:
-                p = logps.exp_().index_put_(
-                    at, logps.new_zeros(())
-                )  # the targets' own part is exact, in backward
-                if straight is None:
-                    kept[low:high] = p
-        ctx.save_for_backward(h, weight, bias, row, token, out, kept)
-        ctx.finish, ctx.bounds = finish, bounds
+            if probabilities is not None:
+                # The targets' entries are zero: backward adds theirs exactly.
+                p = logps.exp_().index_put_(at, logps.new_zeros(()))
+                if direct_buffer is None:
+                    probabilities[low:high] = p
+
+        ctx.save_for_backward(h, weight, bias, row, token, out, probabilities)
+        ctx.transform = transform
+        ctx.bounds = bounds
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Any:
-        """slope: (pairs,) d loss / d logp.  d loss / d z = onehot * slope - P * (sum of slopes of the row)"""
-        h, weight, bias, row, token, out, kept = ctx.saved_tensors
-        total = slope.new_zeros(len(h)).index_add_(0, row, slope)  # (rows,)
-        own = slope - total[row] * out.exp()  # (pairs,) d loss / d z at the targets, fp32
+    def backward(ctx: Any, grad_logps: Tensor) -> Any:
+        """grad_logps: (pairs,) d loss / d logp
+
+        d loss / d z = onehot * grad_logps - P * (sum of grad_logps over the row)
+        """
+        h, weight, bias, row, token, out, probabilities = ctx.saved_tensors
+        row_sum = grad_logps.new_zeros(len(h)).index_add_(0, row, grad_logps)  # (rows,)
+        grad_target = grad_logps - row_sum[row] * out.exp()  # (pairs,) d loss / d z, fp32
+        transform: LogitTransform = ctx.transform
         grads = _Gradients(h, weight, bias, ctx.needs_input_grad)
-        if kept is not None:
-            grads.add(
-                slice(None), kept, total * -ctx.finish.scale, row, token, own * ctx.finish.scale
-            )
-            return *grads.done(), None, None, None, None
+
+        if probabilities is not None:
+            scale = transform.scale
+            factor = row_sum * -scale
+            grads.add(slice(None), probabilities, factor, row, token, grad_target * scale)
+            return *grads.result(), None, None, None, None
+
         for low, high, first, last in ctx.bounds:
             at = row[first:last] - low, token[first:last]
-            z = ctx.finish(logits_of_rows(h[low:high], weight, bias, *at))
-            bend = (
-                ctx.finish.scale
-                if ctx.finish.cap is None
-                else ctx.finish.scale * (1 - (z / ctx.finish.cap).square())
-            )  # dz / d(Wh+b)
-            own_here = own[first:last] * (bend if isinstance(bend, float) else bend[at])
-            p = (_log_softmax(z).exp_() * bend).index_put_(at, z.new_zeros(()))
-            grads.add(slice(low, high), p.to(weight.dtype), -total[low:high], *at, own_here)
-        return *grads.done(), None, None, None, None
+            z = transform(logits_of_rows(h[low:high], weight, bias, *at))
+            dz_dlogits = transform.slope(z)
+            at_targets = dz_dlogits[at] if isinstance(dz_dlogits, Tensor) else dz_dlogits
+            chunk_grad = grad_target[first:last] * at_targets
+            p = (_log_softmax(z).exp_() * dz_dlogits).index_put_(at, z.new_zeros(()))
+            factor = -row_sum[low:high]
+            grads.add(slice(low, high), p.to(weight.dtype), factor, *at, chunk_grad)
+        return *grads.result(), None, None, None, None
+
+
+def _probabilities_suffice(h: Tensor, weight: Tensor, transform: LogitTransform) -> bool:
+    """Whether backward can do with the probabilities, and they fit into KEEP_BYTES.
+
+    Soft-capped logits are needed themselves.  h: (rows, width); weight: (vocab, width)
+    """
+    if transform.cap is not None:
+        return False
+    return len(h) * len(weight) * weight.element_size() <= KEEP_BYTES
 
 
 class _Gradients:
-    """Sums the gradients of h, weight and bias over chunks."""
+    """Sums the gradients of h, weight and bias over chunks, the latter two in fp32.
+
+    h: (rows, width); weight: (vocab, width); bias: (vocab,)
+    needed: whether each of the three needs a gradient
+    """
 
     def __init__(self, h: Tensor, weight: Tensor, bias: Tensor | None, needed: Any) -> None:
-        self.h, self.weight = h, weight
+        self.h = h
+        self.weight = weight
         self.dh = torch.empty_like(h) if needed[0] else None
-        self.dw: Tensor | None = None  # fp32 sums
+        self.dw: Tensor | None = None
         self.db: Tensor | None = None
-        self.needs_dw, self.needs_db = needed[1], needed[2] and bias is not None
+        self.needs_dw = needed[1]
+        self.needs_db = needed[2] and bias is not None
 
     def add(
-        self, rows: slice, p: Tensor, total: Tensor, row: Tensor, token: Tensor, own: Tensor
+        self,
+        rows: slice,
+        p: Tensor,
+        factor: Tensor,
+        row: Tensor,
+        token: Tensor,
+        grad_target: Tensor,
     ) -> None:
-        """p: (rows, vocab) without the targets; total: (rows,); own: (pairs,) d loss / d logit at the targets"""
+        """Adds the part of some rows, with d loss / d logits = factor * p + onehot * grad_target.
+
+        p: (rows, vocab) without the targets; factor: (rows,)
+        row, token, grad_target: (pairs,)
+        """
         h = self.h[rows]
         if self.dh is not None:
-            dh = (p @ self.weight).float() * total[:, None]
-            self.dh[rows] = dh.index_add_(0, row, self.weight[token].float() * own[:, None])
+            dh = (p @ self.weight).float() * factor[:, None]
+            of_targets = self.weight[token].float() * grad_target[:, None]
+            self.dh[rows] = dh.index_add_(0, row, of_targets)
         if self.needs_dw:
-            dw = (p.T @ (h.float() * total[:, None]).to(h.dtype)).float()
+            dw = (p.T @ (h.float() * factor[:, None]).to(h.dtype)).float()
             self.dw = dw if self.dw is None else self.dw.add_(dw)
-            self.dw.index_add_(0, token, h[row].float() * own[:, None])
+            self.dw.index_add_(0, token, h[row].float() * grad_target[:, None])
         if self.needs_db:
-            db = p.T.float() @ total
+            db = p.T.float() @ factor
             self.db = db if self.db is None else self.db.add_(db)
-            self.db.index_add_(0, token, own)
+            self.db.index_add_(0, token, grad_target)
 
-    def done(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of h, weight and bias, of their shapes; None for one that is not needed."""
         dtype = self.weight.dtype
-        return (
-            self.dh,
-            None if self.dw is None else self.dw.to(dtype),
-            None if self.db is None else self.db.to(dtype),
-        )
+        dw = None if self.dw is None else self.dw.to(dtype)
+        db = None if self.db is None else self.db.to(dtype)
+        return self.dh, dw, db
 
 
 def logits_of_rows(
@@ -183,16 +277,27 @@ def logits_of_rows(
     token: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """(rows, vocab) in fp32; the targets' own exact, the others as exact as the weights' precision makes them."""
+    """The logits of some rows, those of the targets in full fp32 precision.
+
+    The others are as precise as the weights. out: a buffer for the product, of the weights' type.
+    h: (rows, width); weight: (vocab, width); row, token: (pairs,) -> (rows, vocab) fp32
+    """
     logits = torch.mm(h, weight.T, out=out).float()
     if bias is not None:
         logits += bias.float()
     if weight.dtype != torch.float32:
         exact = (h[row].float() * weight[token].float()).sum(-1)
-        logits.index_put_((row, token), exact if bias is None else exact + bias[token].float())
+        if bias is not None:
+            exact = exact + bias[token].float()
+        logits.index_put_((row, token), exact)
     return logits
 
 
 def _log_softmax(z: Tensor) -> Tensor:
-    """In place on a CPU, where a fresh buffer costs more than the arithmetic."""
-    return torch.log_softmax(z, -1, out=z) if z.device.type == "cpu" else torch.log_softmax(z, -1)
+    """log_softmax over the last axis, of z's shape.
+
+    In place on a CPU, where a new buffer costs more than the arithmetic.
+    """
+    if z.device.type == "cpu":
+        return torch.log_softmax(z, -1, out=z)
+    return torch.log_softmax(z, -1)
