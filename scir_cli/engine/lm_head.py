@@ -154,9 +154,10 @@ class _TargetLogps(torch.autograd.Function):
         if any(ctx.needs_input_grad[:3]) and _probabilities_suffice(h, weight, transform):
             probabilities = weight.new_empty(len(h), len(weight))
 
-        # In fp32, logits turn into probabilities in the buffer in which these are kept.
+        # If log_softmax is in place, and fp32 logits need no transform, logits turn into
+        # probabilities in the buffer in which these are kept.
         direct_buffer = None
-        if weight.dtype == torch.float32 and transform.scale == 1:
+        if _is_in_place(h) and weight.dtype == torch.float32 and transform.scale == 1:
             direct_buffer = probabilities
 
         for low, high, first, last in bounds:
@@ -294,10 +295,12 @@ def logits_of_rows(
 
 
 def _log_softmax(z: Tensor) -> Tensor:
-    """log_softmax over the last axis, of z's shape.
-
-    In place on a CPU, where a new buffer costs more than the arithmetic.
-    """
-    if z.device.type == "cpu":
+    """log_softmax over the last axis, of z's shape; in place if _is_in_place(z)."""
+    if _is_in_place(z):
         return torch.log_softmax(z, -1, out=z)
     return torch.log_softmax(z, -1)
+
+
+def _is_in_place(z: Tensor) -> bool:
+    """Whether _log_softmax overwrites z: on a CPU, a new buffer costs more than the arithmetic."""
+    return z.device.type == "cpu"
