@@ -112,7 +112,7 @@ def _logps_by_autograd(
     transform: LogitTransform,
     bounds: list[Bounds],
 ) -> Tensor:
-    """Log-probabilities under any head, chunk by chunk, with recomputation in the backward pass.
+    """Log-probabilities under any head, chunk by chunk; backward computes them again.
 
     h: (rows, width); row, token: (pairs,) -> (pairs,) fp32
     """
@@ -167,7 +167,7 @@ class _TargetLogps(torch.autograd.Function):
             logps = _log_softmax(z)  # (rows, vocab) fp32
             out[first:last] = logps[at]
             if probabilities is not None:
-                # The targets' entries are zero: backward adds theirs exactly.
+                # The targets' entries are zero: backward adds the exact values.
                 p = logps.exp_().index_put_(at, logps.new_zeros(()))
                 if direct_buffer is None:
                     probabilities[low:high] = p
@@ -302,5 +302,8 @@ def _log_softmax(z: Tensor) -> Tensor:
 
 
 def _is_in_place(z: Tensor) -> bool:
-    """Whether _log_softmax overwrites z: on a CPU, a new buffer costs more than the arithmetic."""
+    """Whether _log_softmax overwrites z.
+
+    It does on a CPU, where a new buffer costs more than the arithmetic.
+    """
     return z.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Throughput of the models of a stage: tokens read, sampled, and served from a prefix cache.
+"""Throughput of a stage: tokens read, tokens sampled, and prefix cache hits.
 
 A meter counts the current run only; an earlier, interrupted run of the same stage is not included.
 """
@@ -62,7 +62,7 @@ class Meter:
         self.seconds += other.seconds
 
     def pop(self) -> Meter:
-        """The counts since the last call, as a meter of their own; resets this one to zero."""
+        """A copy with the counts since the last call; resets this meter to zero."""
         popped = Meter(self.read, self.sampled, self.looked_up, self.cached, self.seconds)
         self.read = 0
         self.sampled = 0
@@ -75,7 +75,7 @@ class Meter:
     def rates(self) -> tuple[float | None, float | None, float | None]:
         """Tokens read per second, tokens sampled per second, and the prefix cache hit rate.
 
-        Each is None if there is nothing to divide.
+        A rate is None if nothing was counted for it.
         """
         wall = self.seconds / self.processes
         read = self.read / wall if self.read and wall else None

@@ -2,7 +2,7 @@
 
 No model is patched, and nothing depends on a model's name.
 A segment's queries see the keys of its ancestors and their own, causally, aligned at the end.
-This is variable-length attention with gathered keys, and there are three implementations of it.
+This is variable-length attention with gathered keys, implemented three times.
 When a model is loaded (loading.py), the first one that works is selected, in this order:
 
     scir_tree_varlen   one flash-attention call for all segments (torch.nn.attention.varlen;
@@ -48,7 +48,10 @@ class VarlenIndex(NamedTuple):
 
 @dataclass
 class TreeLayout:
-    """A forest as attention needs it. Masks and indices are computed once and serve every layer."""
+    """A forest in the form that attention needs.
+
+    Masks and indices are computed once per forest and used by every layer.
+    """
 
     sizes: list[int]  # tokens of each segment
     ancestors: list[tuple[int, ...]]
@@ -114,7 +117,7 @@ class TreeLayout:
 
     @cached_property
     def gather(self) -> VarlenIndex:
-        """The flat indices of each segment's keys: those of its ancestors, then its own."""
+        """The flat indices of each segment's keys: first those of its ancestors."""
         starts = np.concatenate([[0], np.cumsum(self.sizes)])
         runs = [np.arange(low, high) for low, high in itertools.pairwise(starts)]
         keys = []
@@ -289,7 +292,7 @@ def _compiled_flex() -> Any:
 def register() -> None:
     """Registers the three implementations with transformers, without attention masks.
 
-    Each builds its own mask from the layout, so transformers builds none.
+    Each builds its mask from the layout, so transformers builds none.
     """
     implementations: dict[str, TreeAttention] = {
         SDPA: tree_attention,
@@ -320,6 +323,7 @@ def _for_transformers(attend: TreeAttention) -> Callable[..., tuple[Tensor, None
         plan: TreeLayout | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
+        """Shapes as in TreeAttention. plan: from the keywords of the model's forward pass."""
         assert plan is not None, "the model does not pass keywords on to attention"
         plan.windows.add(sliding_window)
         options = AttentionOptions(scaling, sliding_window, softcap)

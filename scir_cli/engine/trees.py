@@ -1,7 +1,7 @@
 """Token trees: token paths laid out depth first, so that shared tokens are computed once.
 
 A `Branch` is a path and the tokens to be scored on it. A `Forest` is the trie of many paths in one
-flat sequence. Each token keeps its position along its own path and `subtree_end`, the flat index at
+flat sequence. Each token has its position along its path and `subtree_end`, the flat index at
 which everything that continues it ends. Query q may see key k iff
 
     k <= q < subtree_end[k]          (and position[q] - position[k] < window, in a layer with one)
@@ -78,7 +78,7 @@ class Forest:
     """
 
     tokens: Ints  # (tokens,)
-    positions: Ints  # (tokens,) along each token's own path
+    positions: Ints  # (tokens,) along the path of each token
     subtree_end: Ints  # (tokens,)
     segments: tuple[Segment, ...]
     target_hidden: Ints  # (targets,) flat index of the hidden state that predicts the target
