@@ -434,7 +434,7 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
     ("given", "said"),
     [
         ({"zero_optimization": {"stage": 0}}, "stages 1, 2 and 3"),
-        ({"optimizer": {"type": "Lamb"}}, "optimizer of its own"),
+        ({"optimizer": {"type": "Lamb"}}, "sets the optimizer"),
     ],
 )
 def test_what_a_deepspeed_config_says_is_done_or_refused(given: dict[str, Any], said: str):

@@ -1,11 +1,13 @@
-"""Several processes as one trainer, on torch's own collectives: who am I, what do the others have, whose part is this.
+"""Several processes as one trainer, on torch's own collectives.
 
-    ddp    every rank holds the whole model; gradients are summed once a step
-    fsdp   parameters, gradients and optimizer state are sharded (FSDP2: torch's fully_shard, layer by layer), on the device or on the CPU
-    zero   DeepSpeed's ZeRO in place of either, where accelerate's plugin asks for it (zero.py)
+    ddp    every rank holds the whole model; gradients are summed once per step
+    fsdp   parameters, gradients and optimizer state are sharded, on the device or on the CPU
+           (FSDP2: torch's fully_shard, layer by layer)
+    zero   DeepSpeed's ZeRO instead, if accelerate's plugin selects it (deepspeed_zero.py)
 
-Ranks come from torchrun's variables, so torchrun, `accelerate launch` and `scir train --num-processes` (`launch` below) are all the same here.
-Left out: hiding ddp's one sum behind the backward pass.
+Ranks are read from torchrun's variables, so torchrun, `accelerate launch` and
+`scir train --num-processes` (`launch` below) work alike.
+Left out: overlapping ddp's single sum with the backward pass.
 """
 
 from __future__ import annotations
@@ -29,22 +31,35 @@ from scir_cli.engine import deepspeed_zero
 from scir_cli.errors import ConfigError, ModelError, StageFailed
 from scir_cli.processes import exit_with_parent
 
-BUCKET_ELEMENTS = 2**25  # gradients summed in one go
-LAUNCHED = "SCIR_LAUNCHED"  # set in processes whose parent prints the result
+#: Elements of gradients that are summed in one collective.
+BUCKET_ELEMENTS = 2**25
+
+#: Set in processes whose parent prints the result.
+LAUNCHED = "SCIR_LAUNCHED"
+
+#: Seconds between two checks of the processes of `launch`.
+POLL_SECONDS = 0.1
 
 
 class DistributedContext:
-    """The processes of a run. Without torchrun's variables this is the only one, and every method gives back what it got."""
+    """The ranks of a run, and the collectives between them.
+
+    Without torchrun's variables there is one rank, and each collective returns its argument.
+    Raises ConfigError for a plugin of accelerate that is not supported.
+    """
 
     def __init__(self, cuda: bool) -> None:
+        """Reads torchrun's variables, and starts the process group if there are several ranks."""
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.sharded = False
-        self.zero = deepspeed_zero.deepspeed_config(cuda)  # DeepSpeed's config
+        #: DeepSpeed's config, if accelerate's DeepSpeed plugin is on.
+        self.zero = deepspeed_zero.deepspeed_config(cuda)
         for plugin in ("FSDP", "Megatron_LM"):
             if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "").lower() == "true":
                 raise ConfigError(
-                    f"accelerate's {plugin} plugin is not used here: launch without it and give --sharding fsdp, with --cpu-offload if need be"
+                    f"accelerate's {plugin} plugin is not supported: launch without it and pass "
+                    "--sharding fsdp, and --cpu-offload if memory is short"
                 )
         if self.size > 1 or self.zero:
             if cuda:
@@ -55,10 +70,11 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def all_gather(self, value: Any) -> list[Any]:
-        """What every rank has, in the order of ranks."""
+        """The values of all ranks, in their order. Collective: every rank must call it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -66,51 +82,54 @@ class DistributedContext:
         return values
 
     def broadcast_from_main(self, value: Any) -> Any:
-        """What rank 0 has."""
+        """The value of rank 0. Collective: every rank must call it."""
         return self.all_gather(value)[0]
 
     def assign(self, loads: Sequence[int]) -> list[int]:
-        """Which of these loads are this rank's: the heaviest first, each to the rank with the least so far. The same on every rank."""
-        total, share = [0] * self.size, []
-        for index in sorted(range(len(loads)), key=lambda i: -loads[i]):
-            rank = total.index(min(total))
-            total[rank] += loads[index]
+        """The indices of the loads that this rank takes, ascending.
+
+        The heaviest load is assigned first, each to the rank with the smallest total so far.
+        Every rank computes the same assignment.
+        """
+        heaviest_first = sorted(range(len(loads)), key=lambda i: -loads[i])
+        totals = [0] * self.size
+        assigned = []
+        for index in heaviest_first:
+            rank = totals.index(min(totals))
+            totals[rank] += loads[index]
             if rank == self.rank:
-                share.append(index)
-        return sorted(share)
+                assigned.append(index)
+        return sorted(assigned)
 
     @property
     def shards_weights(self) -> bool:
-        """Whether DeepSpeed shares out the weights themselves."""
+        """Whether DeepSpeed shards the weights as well (ZeRO-3)."""
         return self.zero is not None and self.zero["zero_optimization"]["stage"] == 3
 
     def shard(
         self, scorer: nn.Module, blocks: Iterable[nn.Module], cpu_offload: bool = False
     ) -> Any:
-        """FSDP2: every block of the model by itself, then the rest (embeddings, head) with the module that scores; or ZeRO-3. Gives back what scores.
+        """Shards a model over the ranks, and returns the module that scores from then on.
 
-        Only the first rank needs to hold the weights; a block's leave it when the block is sharded. While it
-        loads, no device holds more than its shards and one whole block (or the embeddings and head). DeepSpeed moves all of it there first.
+        FSDP2 shards every block by itself, and the rest (embeddings, head) with the scorer. Only
+        rank 0 needs to hold the weights: they leave it block by block, so no device holds more than
+        its shards and one whole block (or the embeddings and head). DeepSpeed moves all weights to
+        the device before it shards them.
+        Collective: every rank must call it.
+        Raises ModelError if the weights do not have the shapes and types of the model's config.
         """
         mesh = init_device_mesh(self.device, (self.size,))
-        offload = (
-            CPUOffloadPolicy(pin_memory=self.device == "cuda") if cpu_offload else OffloadPolicy()
-        )
-        forms = [(name, p.shape, p.dtype) for name, p in scorer.named_parameters()]
-        if forms != self.broadcast_from_main(forms):
-            raise ModelError(
-                "this model's weights do not have the shapes and types that its config says: train it with --sharding ddp"
-            )
-        for buffer, value in zip(
-            scorer.buffers(),
-            self.broadcast_from_main([b.cpu() for b in scorer.buffers()]),
-            strict=True,
-        ):
-            buffer.copy_(value)
+        self._check_shapes(scorer)
+        self._broadcast_buffers(scorer)
         if self.zero:
-            return deepspeed_zero.engine(self.zero, self.size, scorer)
+            return deepspeed_zero.initialize_engine(self.zero, self.size, scorer)
+
+        offload = OffloadPolicy()
+        if cpu_offload:
+            offload = CPUOffloadPolicy(pin_memory=self.device == "cuda")
         for module in [*blocks, scorer]:
             for parameter in module.parameters():
+                # Of the scorer, the parameters of the blocks are sharded already.
                 if not isinstance(parameter, DTensor):
                     parameter.data = parameter.data.to(self.device)
                     dist.broadcast(parameter.data, 0)
@@ -118,31 +137,59 @@ class DistributedContext:
         self.sharded = True
         return scorer
 
+    def _check_shapes(self, scorer: nn.Module) -> None:
+        """Raises ModelError if a parameter's name, shape or type differs from rank 0's."""
+        parameters = [(name, p.shape, p.dtype) for name, p in scorer.named_parameters()]
+        if parameters != self.broadcast_from_main(parameters):
+            raise ModelError(
+                "the weights of this model do not have the shapes and types of its config: "
+                "train it with --sharding ddp"
+            )
+
+    def _broadcast_buffers(self, scorer: nn.Module) -> None:
+        """Copies the buffers of rank 0 to every rank."""
+        buffers = list(scorer.buffers())
+        values = self.broadcast_from_main([b.cpu() for b in buffers])
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
+
     def sum_gradients(self, params: Sequence[Tensor]) -> None:
-        """Adds up every parameter's gradient over ranks; one that no rank has stays None. Sharded gradients are summed already."""
+        """Sums the gradient of every parameter over the ranks.
+
+        A gradient that no rank has stays None. Sharded gradients are summed already.
+        Collective: every rank must call it.
+        """
         if self.size == 1 or self.sharded:
             return
-        have = torch.tensor(
-            [p.grad is not None for p in params], dtype=torch.int32, device=params[0].device
-        )
-        dist.all_reduce(have)
+        device = params[0].device
+        has_gradient = [p.grad is not None for p in params]
+        ranks_with_gradient = torch.tensor(has_gradient, dtype=torch.int32, device=device)
+        dist.all_reduce(ranks_with_gradient)
+
         gradients = []
-        for p, n in zip(params, have.tolist(), strict=True):
+        for p, n in zip(params, ranks_with_gradient.tolist(), strict=True):
             if n:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 gradients.append(p.grad)
+
         for bucket in _buckets(gradients):
             flat = torch.cat([g.reshape(-1) for g in bucket])
             dist.all_reduce(flat)
-            for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            parts = flat.split([g.numel() for g in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
 
     def close(self) -> None:
+        """Ends the process group, if it was started."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Consecutive tensors of one dtype, in buckets of at most BUCKET_ELEMENTS elements.
+
+    A larger tensor is a bucket by itself.
+    """
     buckets: list[list[Tensor]] = []
     n = BUCKET_ELEMENTS
     for tensor in tensors:
@@ -155,7 +202,10 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def full_tensor(value: Any, keep: bool = True) -> Any:
-    """A tensor as one process would have it, on the CPU; every rank has to ask, and one that will not `keep` it gets None. Anything else as it is."""
+    """The full tensor on the CPU, of a tensor that may be sharded; other values as they are.
+
+    Collective: every rank must call it. Ranks with keep=False get None.
+    """
     if isinstance(value, DTensor):
         value = value.full_tensor()
     if hasattr(value, "ds_id"):
@@ -166,52 +216,72 @@ def full_tensor(value: Any, keep: bool = True) -> Any:
 
 
 def shard_like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor in the place of `other`: on its device, or this rank's shard of it."""
+    """A full tensor on the device of `other`; only this rank's shard if `other` is sharded."""
     if isinstance(other, DTensor):
-        return distribute_tensor(
-            value.to(other.device, other.dtype), other.device_mesh, other.placements
-        )
+        value = value.to(other.device, other.dtype)
+        return distribute_tensor(value, other.device_mesh, other.placements)
     return value.to(other.device)
 
 
 def launch(arguments: Sequence[str], n: int) -> None:
-    """Runs `scir ARGUMENTS` in n processes that are ranks of one another; raises StageFailed when one fails, and ends the others."""
+    """Runs `scir ARGUMENTS` in n processes of this machine, as the ranks of one run.
+
+    When one fails, the others are ended.
+    Raises ChildReportedError if rank 0 has printed an error, and StageFailed for any other failure.
+    """
+    command = [sys.executable, "-m", "scir_cli", *arguments]
+    variables = _launch_variables(n)
+    processes = []
+    for rank in range(n):
+        of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        processes.append(
+            subprocess.Popen(
+                command,
+                env={**os.environ, **variables, **of_rank},
+                stdout=subprocess.DEVNULL,
+                preexec_fn=exit_with_parent,
+            )
+        )
+    try:
+        _wait_for_first_failure(processes)
+    finally:
+        for process in processes:
+            process.terminate()
+        codes = [process.wait() for process in processes]
+
+    # With status 1 or 2, rank 0 has printed its error.
+    if codes[0] in (1, 2):
+        raise ChildReportedError(codes[0])
+    if any(codes):
+        raise StageFailed(
+            f"the {n} processes ended with status {codes}; checkpoints are kept, "
+            "run the same command again to continue"
+        )
+
+
+def _launch_variables(n: int) -> dict[str, str]:
+    """The environment variables that the n ranks on this machine have in common."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {
+    threads = max(1, (os.cpu_count() or 1) // n)
+    return {
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         LAUNCHED: "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
     }
-    shared["OMP_NUM_THREADS"] = os.environ.get(
-        "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n))
-    )
-    command = [sys.executable, "-m", "scir_cli", *arguments]
-    own = [
-        {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)
-    ]
-    processes = [
-        subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, preexec_fn=exit_with_parent)
-        for env in own
-    ]
-    try:
-        while any(process.poll() is None for process in processes) and not any(
-            process.returncode for process in processes
-        ):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.terminate()
-        codes = [process.wait() for process in processes]
-    if codes[0] in (1, 2):  # its own line has said why
-        raise ChildReportedError(codes[0])
-    if any(codes):
-        raise StageFailed(
-            f"the {n} processes ended with status {codes}; checkpoints are kept, the same command goes on from there"
-        )
+
+
+def _wait_for_first_failure(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Returns when one process has failed, or all have ended."""
+    while True:
+        codes = [process.poll() for process in processes]
+        if any(codes) or None not in codes:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 class ChildReportedError(StageFailed):
