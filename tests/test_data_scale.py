@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -143,6 +144,9 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
             row["certainty"] = probability if probability is None else round(probability, 12)
         for reward in row["rewards"]:
             del reward["rationale_token_ids"]
+            # Scores from elsewhere were rounded to single precision then.
+            if reward["reward_model"] == "external" and reward["log_odds"] is not None:
+                reward["log_odds"] = float(np.float32(reward["log_odds"]))
             swapped = reward["swapped_log_odds"]
             reward["swapped_log_odds"] = swapped if swapped is None else -swapped
         row["reference_logps"] = [

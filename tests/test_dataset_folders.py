@@ -190,7 +190,7 @@ def test_what_a_file_of_pairs_has_beside_its_texts_is_in_the_preferences_made_of
         input=str(tmp_path / "judged"),
         output_dir=tmp_path / "out",
         rule="external",
-        format="trl",
+        trl_jsonl=True,
     )
     table = dataset.read_dataset(tmp_path / "out", "preferences")
     carried = {
