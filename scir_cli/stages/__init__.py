@@ -1,4 +1,7 @@
-"""One module a stage: a function of the settings reads a dataset, writes a dataset and returns its manifest. registry.py names them."""
+"""One module per stage: a function of the settings reads a dataset and writes a dataset.
+
+The function returns the manifest of the output. registry.py lists the stages.
+"""
 
 from __future__ import annotations
 
@@ -8,5 +11,9 @@ from scir_cli import registry
 
 
 def load(stage: str) -> Any:
-    """The function that runs the stage of this name; what it needs (torch, transformers) is imported only now."""
-    return registry.load(registry.STAGES[stage].run)
+    """Returns the function that runs the stage of this name.
+
+    Imports the libraries of the stage (torch, transformers) only now.
+    """
+    target = registry.STAGES[stage].run
+    return registry.load(target)

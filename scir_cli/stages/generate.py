@@ -1,4 +1,4 @@
-"""generate: prompts -> N sampled candidates each."""
+"""generate: prompts -> N sampled candidates per prompt."""
 
 from __future__ import annotations
 
@@ -8,5 +8,8 @@ from scir_cli.stages.sampling import write_candidates
 
 
 def run(settings: GenerateSettings) -> Json:
-    """Writes a candidates dataset and returns its manifest; counts are in candidates (prompts times n)."""
+    """Writes a candidates dataset and returns its manifest.
+
+    Counts are in candidates (prompts times n). Raises DataError if there is no prompt.
+    """
     return write_candidates(settings)

@@ -1,6 +1,6 @@
-"""judge: candidates or labelled pairs -> pairs with the log-odds of every internal reward model asked for.
+"""judge: candidates or labelled pairs -> pairs with the log-odds of each internal reward model.
 
-Pairs are made in pairing.py and scored in scoring.py.
+pairing.py makes the pairs; scoring.py scores them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from scir_cli.stages.scoring import JudgePart, Scorer, write_judged_dataset
 
 
 def run(settings: JudgeSettings) -> Json:
-    """Writes a judged dataset and returns its manifest; counts are in pairs."""
-    settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
+    """Writes a judged dataset and returns its manifest.
+
+    Counts are in pairs. Raises DataError if there is no pair.
+    """
+    backend = backends.resolve(settings.backend)
+    settings = settings.model_copy(update={"backend": backend})
     scorer = Scorer(settings, settings)
     share = workers.distribute_parts(
-        "scir_cli.stages.judge:make_part_maker", settings, scorer.meter
+        "scir_cli.stages.judge:make_part_maker",
+        settings,
+        scorer.meter,
     )
-    return write_judged_dataset("judge", settings, scorer, load_pair_input(settings), share)
+    pair_input = load_pair_input(settings)
+    return write_judged_dataset("judge", settings, scorer, pair_input, share)
 
 
 def make_part_maker(settings: JudgeSettings) -> JudgePart:
-    """The callable with which a worker makes parts."""
-    return JudgePart(Scorer(settings, settings), load_pair_input(settings))
+    """Returns the function with which a worker process computes parts."""
+    scorer = Scorer(settings, settings)
+    return JudgePart(scorer, load_pair_input(settings))

@@ -1,8 +1,12 @@
-"""The check that --overwrite deletes no input: an output folder must not be, or hold, what a stage reads."""
+"""The check that --overwrite deletes no input.
+
+An output folder must not be, or contain, a file or folder that the stage reads.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from scir_cli import config, registry
@@ -14,36 +18,66 @@ from scir_cli.settings import StageSettings
 
 
 def check(settings: StageSettings, where: str) -> None:
-    """Raises ConfigError if the output folder is or holds an input, or the base model of an adapter."""
-    if problem := _problem(settings):
+    """Raises ConfigError if the output folder is or holds an input of the stage.
+
+    The base model of an adapter counts as an input. where: prefix of the error message.
+    """
+    problem = _problem(settings)
+    if problem:
         raise ConfigError(f"{where}: {problem}")
 
 
 def check_steps(steps: list[Step], where: str) -> None:
-    """As `check`, for all steps of a recipe at once."""
+    """Raises ConfigError with one line per step of a recipe that fails `check`.
+
+    where: prefix of each line.
+    """
     problems = []
     for step in steps:
-        settings = config.build(registry.STAGES[step.stage].settings, step.settings, where=where)
-        if problem := _problem(settings):
+        settings_class = registry.STAGES[step.stage].settings
+        settings = config.build(settings_class, step.settings, where=where)
+        problem = _problem(settings)
+        if problem:
             problems.append(f"{where}: {step.stage}: {problem}")
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _problem(settings: StageSettings) -> str | None:
+    """Returns the error message for the first input in the output folder, or None."""
     out = settings.output_dir.resolve()
     for name, spec in _inputs(settings):
         base = model_files.base_model_name(to_path(spec))
-        for what, read in ((name, spec), (f"the base model of {name} {spec},", base)):
-            path = to_path(read or "").resolve()
-            if read and path.exists() and (path == out or out in path.parents):
-                return f"output_dir {settings.output_dir} is or holds {what} {read}; choose another folder"
+        if _is_or_holds(out, spec):
+            return _message(settings, name, spec)
+        if base and _is_or_holds(out, base):
+            return _message(settings, f"the base model of {name} {spec},", base)
     return None
 
 
+def _is_or_holds(out: Path, spec: str) -> bool:
+    """Whether `spec` names an existing file or folder that is `out` or lies below it."""
+    path = to_path(spec).resolve()
+    if not path.exists():
+        return False
+    return path == out or out in path.parents
+
+
+def _message(settings: StageSettings, description: str, path: str) -> str:
+    return (
+        f"output_dir {settings.output_dir} is or holds {description} {path}; choose another folder"
+    )
+
+
 def _inputs(settings: StageSettings) -> Iterator[tuple[str, str]]:
-    """(setting, path or model spec) of everything the stage reads; of 'A | B', both."""
+    """Yields (setting, path or model) for every input of the stage.
+
+    A setting of the form 'A | B' yields both alternatives.
+    """
     for name in config.names_with(type(settings), "path"):
         value: Any = getattr(settings, name) or ""
         specs = value if isinstance(value, list) else str(value).split("|")
-        yield from ((name, spec.strip()) for spec in specs if spec.strip())
+        for spec in specs:
+            stripped = spec.strip()
+            if stripped:
+                yield name, stripped

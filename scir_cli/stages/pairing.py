@@ -1,4 +1,4 @@
-"""Candidates -> pairs: which responses of a prompt are compared (`judge --pairs`)."""
+"""Candidates -> pairs: which responses to a prompt are compared (`judge --pairs`)."""
 
 from __future__ import annotations
 
@@ -23,23 +23,32 @@ from scir_cli.rewards.log_odds import RewardOutput
 from scir_cli.rewards.pairs import SIDES
 from scir_cli.settings import JudgeSettings
 
-Index = np.ndarray  # (pairs,) rows of a table
+#: (pairs,) rows of a table
+Index = np.ndarray
 
-#: Rows of a part -> the rows that go on, and the others by reason.
+#: Rows of a part -> the rows that pass, and the number of the others by reason.
 PartRule = Callable[[pa.Table], tuple[pa.Table, Counter[str]]]
+
+#: Field of a response in a pair -> the column of candidates that holds it, if the names differ.
+_CANDIDATE_COLUMNS = {"text": "response", "author": "weights_key"}
 
 
 def keep_all(table: pa.Table) -> tuple[pa.Table, Counter[str]]:
-    """All rows: the rule of pairs that are given."""
+    """Returns all rows and no drops: the rule for an input that consists of pairs."""
     return table, Counter()
 
 
 @dataclass
 class PairInput:
-    """The pairs to judge: rows of a table, cut into parts, and the rules that turn a part's rows into pairs.
+    """The pairs to judge: rows of a table, cut into parts, and rules applied to each part.
 
-    dropped: input rows that never reached the table, by reason.
-    before_scoring, after_scoring: which pairs are scored, and which of the scored pairs are kept.
+    table: candidates or pairs.
+    bounds: row ranges [low, high) of the parts.
+    dropped: number of input rows that never reached the table, by reason.
+    digest: digest of the input, for the plan.
+    make_pairs: rows of the table -> pairs.
+    before_scoring: selects the pairs to score.
+    after_scoring: selects the scored pairs to keep.
     """
 
     table: dataset.Rows
@@ -52,100 +61,133 @@ class PairInput:
 
 
 def load_pair_input(settings: JudgeSettings) -> PairInput:
-    """The pairs of `judge --input`: made from candidates, or given."""
+    """Opens `judge --input`: candidates, from which pairs are made, or pairs.
+
+    Raises ConfigError for an unknown --pairs, DataError for an input that cannot be read.
+    """
     rule, n_sampled = parse_pair_rule(settings.pairs)
     path = to_path(settings.input)
     if folders.is_dataset(path) and files.read_json(path / "plan.json").get("stage") == "generate":
         candidates = dataset.open_dataset(path, "candidates").head(settings.limit)
         bounds = dataset.group_bounds(candidates, "prompt_id", settings.rows_per_part)
-        make_pairs = crossed_pairs if rule == "cross" else candidate_pairs
         pairs = PairInput(candidates, bounds, Counter(), readers.digest(settings.input))
+        make_pairs = crossed_pairs if rule == "cross" else candidate_pairs
         pairs.make_pairs = partial(make_pairs, external=settings.score_column)
     else:
         table, dropped = readers.open_pairs(settings.input, settings.limit, settings.score_column)
         bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
         pairs = PairInput(table, bounds, dropped, readers.digest(settings.input))
+
     if rule == "random":
         pairs.before_scoring = partial(sample_pairs, n=n_sampled, seed=settings.seed)
     if rule == "best-worst":
-        pairs.after_scoring = partial(
-            best_and_worst, reward_model=next(iter(reward_models.load_all(settings.reward_models)))
-        )
+        first_model = next(iter(reward_models.load_all(settings.reward_models)))
+        pairs.after_scoring = partial(best_and_worst, reward_model=first_model)
     return pairs
 
 
 def parse_pair_rule(text: str) -> tuple[str, int]:
-    """The name of the rule in --pairs, and K of random:K (0 for the others). Raises ConfigError."""
+    """Returns the name of the rule in --pairs, and K for random:K (0 for the others).
+
+    Raises ConfigError if the text is no rule.
+    """
     name, _, number = text.partition(":")
     if name in ("all", "best-worst", "cross") and not number:
         return name, 0
     if name == "random" and number.isdigit() and int(number):
         return name, int(number)
     raise ConfigError(
-        f"--pairs is {text!r}; it takes all, best-worst, cross, or random:K with K pairs a prompt"
+        f"--pairs is {text!r};"
+        " pass all, best-worst, cross, or random:K with K >= 1 pairs per prompt"
     )
 
 
 def candidate_pairs(table: pa.Table, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
-    """All pairs of each prompt's candidates, less those with a duplicate or an empty response.
+    """Pairs every two candidates of each prompt.
 
-    external: column of scores, whose difference becomes the verdict of the reward model "external".
+    table: candidates, sorted by prompt.
+    external: column of scores; their difference becomes the verdict of the reward model
+        "external".
+    Drops, in pairs: duplicate_candidate, empty_response.
+    Raises DataError if the column is missing or holds no numbers.
     """
     duplicate, empty = _unusable(table)
-    combinations = [low + _combinations(high - low) for low, high in prompt_ranges(table)]
-    first, second = np.concatenate([np.empty((2, 0), int), *combinations], axis=1)
-    repeats = duplicate[first] | duplicate[second]
-    blank = empty[first] | empty[second]
+    combinations = [np.empty((2, 0), int)]
+    for low, high in prompt_ranges(table):
+        combinations.append(low + _combinations(high - low))
+    first, second = np.concatenate(combinations, axis=1)
+
+    # (pairs,)
+    has_duplicate = duplicate[first] | duplicate[second]
+    has_empty = empty[first] | empty[second]
     drops = Counter(
-        duplicate_candidate=int(repeats.sum()), empty_response=int((blank & ~repeats).sum())
+        duplicate_candidate=int(has_duplicate.sum()),
+        empty_response=int((has_empty & ~has_duplicate).sum()),
     )
-    usable = ~(repeats | blank)
-    first, second = first[usable], second[usable]
+    usable = ~(has_duplicate | has_empty)
+    first = first[usable]
+    second = second[usable]
     return _paired(table, first, second, first, external), +drops
 
 
 @cache
 def _combinations(n: int) -> np.ndarray:
-    """Every two of n, as itertools.combinations orders them.  -> (2, pairs)"""
+    """Every two of n, in the order of itertools.combinations.  -> (2, pairs)"""
     return np.stack(np.triu_indices(n, 1))
 
 
 def crossed_pairs(table: pa.Table, external: str | None = None) -> tuple[pa.Table, Counter[str]]:
-    """Each candidate beside the one of another prompt of the part that is nearest in length.
+    """Pairs each candidate with the candidate of another prompt nearest in length.
 
-    A hash decides which of the two is `first`, so the side does not tell which belongs to the prompt.
+    Both belong to one part. A hash decides which of the two is `first`, so that the side does
+    not reveal which response belongs to the prompt.
+
+    table: candidates.
+    external: as in `candidate_pairs`, and the same errors.
+    Drops, in candidates: unusable_candidate (duplicate or empty), no_other_prompt.
     """
-    usable = ~np.logical_or(*_unusable(table))
-    drops, table = Counter(unusable_candidate=int((~usable).sum())), table.filter(pa.array(usable))
-    if not len(table):
+    duplicate, empty = _unusable(table)
+    usable = ~np.logical_or(duplicate, empty)
+    drops = Counter(unusable_candidate=int((~usable).sum()))
+    table = table.filter(pa.array(usable))
+    n = len(table)
+    if n == 0:
         return schemas.schema("judged").empty_table(), +drops
+
     names = table["candidate_id"].to_pylist()
-    rank = np.argsort(
-        sorted(range(len(names)), key=names.__getitem__)
-    )  # (candidates,) of each id among the ids
+    by_name = sorted(range(n), key=names.__getitem__)
+    # (candidates,) position of each id among the sorted ids
+    rank = np.argsort(by_name)
     prompts = table["prompt_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     lengths = pc.list_value_length(table["token_ids"]).to_numpy().astype(int)
-    other = np.array([_nearest(row, prompts, lengths, rank) for row in range(len(names))])
-    own = np.flatnonzero(prompts != prompts[other])
-    other = other[own]
-    drops["no_other_prompt"] = len(names) - len(own)
-    swap = np.array([int(name, 16) % 2 for name in _pair_ids(names, own, other)], bool)
-    return _paired(
-        table, np.where(swap, other, own), np.where(swap, own, other), own, external
-    ), +drops
+    nearest = np.array([_nearest(row, prompts, lengths, rank) for row in range(n)])
+
+    # (pairs,) each: the candidate under its own prompt, and the one of another prompt
+    matching = np.flatnonzero(prompts != prompts[nearest])
+    other = nearest[matching]
+    drops["no_other_prompt"] = n - len(matching)
+
+    pair_ids = _pair_ids(names, matching, other)
+    swap = np.array([int(pair_id, 16) % 2 for pair_id in pair_ids], bool)
+    first = np.where(swap, other, matching)
+    second = np.where(swap, matching, other)
+    return _paired(table, first, second, matching, external), +drops
 
 
 def _nearest(row: int, prompts: np.ndarray, lengths: np.ndarray, rank: np.ndarray) -> int:
-    """The candidate of another prompt that is nearest in length to this row's, the first by id among equals.
+    """The candidate of another prompt nearest in length to this row's; ties go to the first id.
 
-    prompts, lengths, rank: (candidates,). Without another prompt, a candidate of the same prompt.
+    prompts, lengths, rank: (candidates,).
+    If the table holds one prompt only, returns a candidate of the same prompt.
     """
     distance = np.abs(lengths - lengths[row]) * len(rank) + rank
-    return int(np.where(prompts == prompts[row], np.iinfo(int).max, distance).argmin())
+    same_prompt = prompts == prompts[row]
+    distance = np.where(same_prompt, np.iinfo(int).max, distance)
+    return int(distance.argmin())
 
 
 def _unusable(candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each candidate repeats another, and whether it is empty.  (candidates,) each"""
+    """Whether each candidate repeats another, and whether it is empty.  -> (candidates,) each"""
     duplicate = pc.not_equal(candidates["duplicate_of"], "").fill_null(False)
     empty = pc.equal(pc.utf8_trim_whitespace(candidates["response"]), "")
     return duplicate.to_numpy(), empty.to_numpy()
@@ -154,86 +196,103 @@ def _unusable(candidates: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 def _paired(
     candidates: pa.Table, first: Index, second: Index, prompt: Index, external: str | None
 ) -> pa.Table:
-    """The pairs of these candidates, under the prompts of these."""
-    names = {"text": "response", "author": "weights_key"}
-    response = pa.StructArray.from_arrays(
-        [
-            candidates[names.get(field.name, field.name)].combine_chunks()
-            for field in schemas.RESPONSE
-        ],
-        fields=list(schemas.RESPONSE),
-    )
-    under = candidates.select(schemas.schema("prompts").names).take(pa.array(prompt))
-    columns = {name: under[name].combine_chunks() for name in under.column_names} | {
-        "pair_id": pa.array(
-            _pair_ids(candidates["candidate_id"].to_pylist(), first, second), pa.string()
-        ),
-        "first": response.take(pa.array(first)),
-        "second": response.take(pa.array(second)),
-        "gold_label": pa.nulls(len(first), pa.string()),
-        "rewards": _external_rewards(candidates, first, second, external),
-        "reference_logps": pa.array([[]] * len(first), schemas.REFERENCE_LOGPS),
-    }
+    """The pairs of the candidates `first` and `second`, without internal rewards.
+
+    first, second: (pairs,) rows of `candidates`.
+    prompt: (pairs,) rows of `candidates` with the prompt and the carried columns of each pair.
+    """
+    response_columns = []
+    for field in schemas.RESPONSE:
+        column = _CANDIDATE_COLUMNS.get(field.name, field.name)
+        response_columns.append(candidates[column].combine_chunks())
+    response = pa.StructArray.from_arrays(response_columns, fields=list(schemas.RESPONSE))
+
+    prompt_names = schemas.schema("prompts").names
+    prompts = candidates.select(prompt_names).take(pa.array(prompt))
+    columns = {name: prompts[name].combine_chunks() for name in prompts.column_names}
+
+    pair_ids = _pair_ids(candidates["candidate_id"].to_pylist(), first, second)
+    n = len(first)
+    columns["pair_id"] = pa.array(pair_ids, pa.string())
+    columns["first"] = response.take(pa.array(first))
+    columns["second"] = response.take(pa.array(second))
+    columns["gold_label"] = pa.nulls(n, pa.string())
+    columns["rewards"] = _external_rewards(candidates, first, second, external)
+    columns["reference_logps"] = pa.array([[]] * n, schemas.REFERENCE_LOGPS)
     schema = schemas.schema("judged")
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 def _pair_ids(names: list[str], first: Index, second: Index) -> list[str]:
+    """16 hex digits per pair, a hash of the two candidate ids in order.
+
+    names: the candidate ids. first, second: (pairs,) rows.
+    """
     quoted = np.array([hashing.canonical_json(name) for name in names], object)
-    return [digest[:16] for digest in hashing.digest_lists(quoted[first], quoted[second])]
+    digests = hashing.digest_lists(quoted[first], quoted[second])
+    return [digest[:16] for digest in digests]
 
 
 def _external_rewards(
     candidates: pa.Table, first: Index, second: Index, external: str | None
 ) -> pa.Array:
-    """The difference of the scores in a column of the candidates, as the verdicts of the reward model "external".
+    """The `rewards` of each pair: the difference of two scores, as the reward model "external".
 
-    Raises DataError for a column that is missing or holds no numbers.
+    first, second: (pairs,) rows of `candidates`.
+    external: column of scores; None: the rewards are empty.  -> (pairs,)
+    Raises DataError if the column is missing or holds no numbers.
     """
     if external is None:
         return pa.array([[]] * len(first), schemas.REWARDS)
     if external not in candidates.column_names:
-        raise DataError(
-            f"the candidates have no column '{external}'.{suggest(external, candidates.column_names)}"
-        )
+        hint = suggest(external, candidates.column_names)
+        raise DataError(f"the candidates have no column '{external}'.{hint}")
     scores = candidates[external]
     if not (pa.types.is_floating(scores.type) or pa.types.is_integer(scores.type)):
         raise DataError(
             f"the candidates' column '{external}' should hold numbers; it holds {scores.type}"
         )
-    scores = pc.cast(scores, pa.float64()).to_numpy()  # null is NaN
-    return rewards_column(
-        {"external": RewardOutput(torch.from_numpy(scores[first] - scores[second]))}, [], 0.0
-    )
+    # A null score is NaN, and its pairs have no verdict.
+    values = pc.cast(scores, pa.float64()).to_numpy()
+    difference = torch.from_numpy(values[first] - values[second])
+    return rewards_column({"external": RewardOutput(difference)}, [], 0.0)
 
 
 def prompt_ranges(table: pa.Table) -> list[tuple[int, int]]:
-    """Row ranges of neighbours under one prompt."""
+    """Row ranges [low, high) of adjacent rows with the same prompt."""
     names = table["prompt_id"].combine_chunks()
-    edges = np.flatnonzero(pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)) + 1
-    return list(itertools.pairwise([0, *edges.tolist(), len(names)])) if len(names) else []
+    if not len(names):
+        return []
+    changes = pc.not_equal(names[1:], names[:-1]).to_numpy(zero_copy_only=False)
+    edges = np.flatnonzero(changes) + 1
+    return list(itertools.pairwise([0, *edges.tolist(), len(names)]))
 
 
 def sample_pairs(pairs: pa.Table, n: int, seed: int) -> tuple[pa.Table, Counter[str]]:
-    """`n` pairs of each prompt, drawn by a hash of (seed, pair): --pairs random:K."""
-    drawn = hashing.digest_lists(
-        itertools.repeat(str(seed)), map(hashing.canonical_json, pairs["pair_id"].to_pylist())
-    )
+    """Returns `n` random pairs per prompt, for --pairs random:K.
+
+    The pairs with the smallest hashes of (seed, pair id) are drawn, so the draw does not depend
+    on the parts. Drops: not_sampled.
+    """
+    pair_ids = map(hashing.canonical_json, pairs["pair_id"].to_pylist())
+    digests = hashing.digest_lists(itertools.repeat(str(seed)), pair_ids)
     keep = np.zeros(len(pairs), bool)
     for low, high in prompt_ranges(pairs):
-        keep[sorted(range(low, high), key=drawn.__getitem__)[:n]] = True
+        by_digest = sorted(range(low, high), key=digests.__getitem__)
+        keep[by_digest[:n]] = True
     return filter_rows(pairs, keep, "not_sampled")
 
 
 def best_and_worst(pairs: pa.Table, reward_model: str) -> tuple[pa.Table, Counter[str]]:
-    """The pair of each prompt's best and worst candidate by the reward model's mean log-odds against the others."""
-    values = np.nan_to_num(verdicts.log_odds(pairs, [reward_model])[0]).tolist()
-    candidates = list(
-        zip(
-            *(pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in SIDES),
-            strict=True,
-        )
-    )
+    """Returns the pair of each prompt's best and worst candidate, for --pairs best-worst.
+
+    A candidate's score is the sum of the reward model's log-odds (nats) for it against the
+    others; a missing verdict counts as 0. Drops: not_best_worst.
+    """
+    log_odds = verdicts.log_odds(pairs, [reward_model])[0]
+    values = np.nan_to_num(log_odds).tolist()
+    sides = [pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in SIDES]
+    candidates = list(zip(*sides, strict=True))
     keep = np.zeros(len(pairs), bool)
     for low, high in prompt_ranges(pairs):
         totals: dict[str, float] = defaultdict(float)

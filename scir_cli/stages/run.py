@@ -1,4 +1,7 @@
-"""run: the stages of a recipe one after the other, each in a child process so that its memory is free for the next."""
+"""run: the stages of a recipe, one after the other.
+
+Each stage runs in a child process, so that its memory is free for the next stage.
+"""
 
 from __future__ import annotations
 
@@ -19,40 +22,49 @@ from scir_cli.report import html, tables
 
 
 def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> Json:
-    """Runs every step, prints each as a shell line on stderr, and returns the figures of what was checked; done steps are found done.
+    """Runs every step and returns the summaries of the agreement stages by folder.
 
-    page: where the story of the run is written, if anywhere.
+    Prints each step as a shell command on stderr. A finished stage is not computed again.
+    quiet: redirect the standard output of the stages to stderr.
+    page: file for the HTML report of the whole run, if any.
+    Raises StageFailed if a stage ends with an error.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     for index, step in enumerate(steps, start=1):
         console.print(f"[bold]\\[{index}/{len(steps)}][/bold] ", end="")
         console.print(step.shell_command(), markup=False)
-        _child(step, quiet)
-    figures = {}
+        _run_in_child(step, quiet)
+
+    summaries = {}
     for step in steps:
         if registry.STAGES[step.stage].shows_agreement:
-            manifest = files.read_json(to_path(step.settings["output_dir"]) / "manifest.json")
-            figures[str(step.settings["output_dir"])] = manifest["summary"]
+            folder = step.settings["output_dir"]
+            manifest = files.read_json(to_path(folder) / "manifest.json")
+            summaries[str(folder)] = manifest["summary"]
+
     if page:
         folders = [(step.stage, to_path(step.settings["output_dir"])) for step in steps]
         html.write(page, html.run_page(folders))
-    return {"steps": len(steps), "checked": figures}
+    return {"steps": len(steps), "checked": summaries}
 
 
 def show(result: Json) -> None:
-    if result["checked"]:
-        names = list(result["checked"])
-        prefix = (
-            len(str(Path(names[0]).parent)) + 1 if len({Path(n).parent for n in names}) == 1 else 0
-        )
-        Console(markup=False).print(
-            tables.iterations_table(
-                [(name[prefix:], figures) for name, figures in result["checked"].items()]
-            )
-        )
+    """Prints the table of agreement by iteration; nothing if no stage measured it."""
+    summaries = result["checked"]
+    if not summaries:
+        return
+    # Folders with the same parent are shown without it.
+    parents = {str(Path(name).parent) for name in summaries}
+    prefix_length = len(parents.pop()) + 1 if len(parents) == 1 else 0
+    rows = []
+    for name, summary in summaries.items():
+        rows.append((name[prefix_length:], summary))
+    console = Console(markup=False)
+    console.print(tables.iterations_table(rows))
 
 
-def _child(step: Step, quiet: bool) -> None:
+def _run_in_child(step: Step, quiet: bool) -> None:
+    """Runs one step in a child process. Raises StageFailed if it ends with an error."""
     process = subprocess.Popen(
         [sys.executable, "-m", "scir_cli", *step.arguments],
         stdout=sys.stderr if quiet else None,
@@ -60,13 +72,19 @@ def _child(step: Step, quiet: bool) -> None:
     )
     try:
         code = process.wait()
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit):
-            process.terminate()  # SIGTERM reached us alone; the terminal has interrupted the child as well
+    except KeyboardInterrupt:
+        # The terminal has interrupted the child as well.
         process.wait()
         raise
-    if code:
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-        raise StageFailed(
-            f"{step.stage} {how}; what it finished is kept, the same command goes on from there: {step.shell_command()}"
-        )
+    except SystemExit:
+        # SIGTERM reached this process alone.
+        process.terminate()
+        process.wait()
+        raise
+    if code == 0:
+        return
+    status = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    raise StageFailed(
+        f"{step.stage} {status}; finished parts are kept."
+        f" To resume, run the same command again: {step.shell_command()}"
+    )

@@ -1,12 +1,13 @@
 """Prompts -> sampled candidates, for `generate`, `eval responses` and `eval mt-bench`.
 
-Token ids and finish reason are kept: the ids that are sampled are the ids that are trained on.
+Token ids and finish reason are stored: training uses exactly the ids that were sampled.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,23 +21,26 @@ from scir_cli.errors import DataError
 from scir_cli.report.progress import progress
 from scir_cli.settings import EvalMtBenchSettings, EvalResponsesSettings, GenerateSettings
 
-#: Setting -> its name in the hash that is a candidate's id: renaming a setting changes no id, and so no pair drawn by ids.
+#: Setting -> its name in the hash that is a candidate's id.
+#: Renaming a setting then changes no id, and so no pair that is drawn by its ids.
 NAME_IN_IDS = {"vllm_arg": "engine_arg"}
 
 SamplerSettings = GenerateSettings | EvalResponsesSettings | EvalMtBenchSettings
 
 
 def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None) -> Json:
-    """Writes a candidates dataset and returns its manifest; counts are in candidates (prompts times n).
+    """Writes a candidates dataset and returns its manifest.
 
-    model: the model of these settings, if it is open already. Raises DataError if there is no prompt.
+    Counts are in candidates (prompts times n).
+    model: the model of these settings, if it is open already.
+    Raises DataError if there is no prompt.
     """
-    settings = settings.model_copy(update={"backend": backends.resolve(settings.backend)})
+    backend = backends.resolve(settings.backend)
+    settings = settings.model_copy(update={"backend": backend})
     prompts, dropped = readers.open_prompts(settings.input, settings.limit)
     if not prompts.num_rows:
-        raise DataError(
-            f"{settings.input} holds no usable prompt ({dict(dropped) or 'it has no rows'})"
-        )
+        reason = dict(dropped) or "it has no rows"
+        raise DataError(f"{settings.input} holds no usable prompt ({reason})")
     model = model or LazyPolicy(settings, settings.model)
     plan = {
         "stage": "generate",
@@ -44,12 +48,19 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
         "input": readers.digest(settings.input),
         "model": model.weights_key,
     }
+    n = settings.n
     if settings.dry_run:
-        return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * settings.n}
-    # What the model computed before is not this dataset's work.
+        return {"dry_run": True, "plan": plan, "rows_in": prompts.num_rows * n}
+
+    # Work that the model did before does not count for this dataset.
     model.meter.pop()
+    share = workers.distribute_parts(
+        "scir_cli.stages.sampling:make_part_maker",
+        settings,
+        model.meter,
+    )
     with (
-        progress("generate", prompts.num_rows * settings.n, model.meter) as advance,
+        progress("generate", prompts.num_rows * n, model.meter) as advance,
         closing(Sampler(settings, prompts, model)) as make,
     ):
         return dataset.write_dataset(
@@ -59,26 +70,23 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
             dataset.part_bounds(prompts.num_rows, settings.rows_per_part),
             make,
             overwrite=settings.overwrite,
-            dropped_before=Counter(
-                {reason: count * settings.n for reason, count in dropped.items()}
-            ),
-            advance=lambda rows: advance(rows * settings.n),
-            share=workers.distribute_parts(
-                "scir_cli.stages.sampling:make_part_maker", settings, model.meter
-            ),
+            dropped_before=Counter({reason: count * n for reason, count in dropped.items()}),
+            advance=lambda rows: advance(rows * n),
+            share=share,
             work=model.meter.figures,
             inputs={"input": settings.input, "model": settings.model},
         )
 
 
 def make_part_maker(settings: SamplerSettings) -> Sampler:
-    """The callable with which a worker makes parts."""
+    """Returns the function with which a worker process computes parts."""
     prompts, _ = readers.open_prompts(settings.input, settings.limit)
-    return Sampler(settings, prompts, LazyPolicy(settings, settings.model))
+    model = LazyPolicy(settings, settings.model)
+    return Sampler(settings, prompts, model)
 
 
 class Sampler:
-    """Makes parts of candidates; the backend starts with the first part and not before."""
+    """Computes parts of candidates; the backend starts with the first part."""
 
     def __init__(self, settings: SamplerSettings, prompts: Any, model: LazyPolicy) -> None:
         self.settings = settings
@@ -89,76 +97,107 @@ class Sampler:
 
     @cached_property
     def backend(self) -> backends.Backend:
-        s = self.settings
-        assert s.temperature is not None  # eval mt-bench chooses one per question
-        sampling = Sampling(s.temperature, s.top_p, s.max_new_tokens, s.batch_size)
-        backend = backends.make(s.backend, self.model, sampling, s)
+        """The backend that generates the responses, started at the first access."""
+        settings = self.settings
+        # `eval mt-bench` chooses a temperature per question.
+        assert settings.temperature is not None
+        sampling = Sampling(
+            settings.temperature,
+            settings.top_p,
+            settings.max_new_tokens,
+            settings.batch_size,
+        )
+        backend = backends.make(settings.backend, self.model, sampling, settings)
         self.opened.callback(backend.close)
         return backend
 
     def __call__(self, low: int, high: int) -> Part:
-        return _candidates(self.prompts.slice(low, high - low).to_pylist(), self)
+        """The candidates of the prompts in rows [low, high)."""
+        prompts = self.prompts.slice(low, high - low).to_pylist()
+        return _candidates(prompts, self)
 
     def close(self) -> None:
+        """Stops the backend if it has started."""
         self.opened.close()
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """One response to sample: the row of its prompt, the prompt's token ids, and the seed."""
+
+    row: dict[str, Any]
+    prompt_ids: list[int]
+    seed: int
+
+
 def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
-    """The candidates of these prompts, and the prompts dropped by reason (prompt_too_long), in candidates."""
-    model, settings = sampler.model, sampler.settings
-    max_total_tokens = min(model.context_length, settings.max_model_len or model.context_length)
-    fitting: list[tuple[dict[str, Any], list[int]]] = []
-    drops: Counter[str] = Counter()
-    for row in rows:
-        if settings.system_prompt:
-            row["messages"] = [
-                {"role": "system", "content": settings.system_prompt},
-                *row["messages"],
-            ]
-        ids = model.chat.prompt_ids(row["messages"])
-        if len(ids) + settings.max_new_tokens > max_total_tokens:
-            drops["prompt_too_long"] += settings.n
-        else:
-            fitting.append((row, ids))
-    seeds = [
-        (row, ids, hashing.sample_seed(settings.seed, row["prompt_id"], k))
-        for row, ids in fitting
-        for k in range(settings.n)
-    ]
+    """The candidates of these prompts, `n` per prompt, in the order of the prompts.
+
+    Drops, counted in candidates: prompt_too_long.
+    """
+    samples, drops = _samples(rows, sampler)
     backend = sampler.backend
     with sampler.meter.timed():
-        completions = backend.generate([Request(tuple(ids), seed) for _, ids, seed in seeds])
-    out: list[dict[str, Any]] = []
-    sampled_with = _id_settings(settings)
-    seen: dict[tuple[str, tuple[int, ...]], str] = {}
-    for (row, _, seed), completion in zip(seeds, completions, strict=True):
-        candidate_id = hashing.digest_json(
-            [row["prompt_id"], model.weights_key, seed, sampled_with]
-        )[:16]
-        duplicate_of = seen.setdefault((row["prompt_id"], completion.token_ids), candidate_id)
-        text = model.chat.tokenizer.decode(
-            [t for t in completion.token_ids if t not in model.chat.end_ids]
-        )
-        out.append(
+        requests = [Request(tuple(sample.prompt_ids), sample.seed) for sample in samples]
+        completions = backend.generate(requests)
+
+    model = sampler.model
+    id_settings = _id_settings(sampler.settings)
+    candidates: list[dict[str, Any]] = []
+    # (prompt, response) -> the first candidate with this response
+    first_ids: dict[tuple[str, tuple[int, ...]], str] = {}
+    for sample, completion in zip(samples, completions, strict=True):
+        row = sample.row
+        id_parts = [row["prompt_id"], model.weights_key, sample.seed, id_settings]
+        candidate_id = hashing.digest_json(id_parts)[:16]
+        response = (row["prompt_id"], completion.token_ids)
+        first_id = first_ids.setdefault(response, candidate_id)
+        text_ids = [token for token in completion.token_ids if token not in model.chat.end_ids]
+        candidates.append(
             {
                 "candidate_id": candidate_id,
                 "prompt_id": row["prompt_id"],
                 "messages": row["messages"],
                 "subset": row["subset"],
                 "extra": row["extra"],
-                "response": text,
+                "response": model.chat.tokenizer.decode(text_ids),
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
-                "duplicate_of": None if duplicate_of == candidate_id else duplicate_of,
+                "duplicate_of": None if first_id == candidate_id else first_id,
                 "weights_key": model.weights_key,
-                "seed": seed,
+                "seed": sample.seed,
             }
         )
-    return Part(out, len(rows) * settings.n, drops)
+    return Part(candidates, len(rows) * sampler.settings.n, drops)
+
+
+def _samples(rows: list[dict[str, Any]], sampler: Sampler) -> tuple[list[_Sample], Counter[str]]:
+    """The responses to sample, `n` for each prompt that fits the context, and the drops.
+
+    Adds --system-prompt to the messages of each row, in place.
+    Drops, counted in candidates: prompt_too_long.
+    """
+    model = sampler.model
+    settings = sampler.settings
+    max_total_tokens = min(model.context_length, settings.max_model_len or model.context_length)
+    samples: list[_Sample] = []
+    drops: Counter[str] = Counter()
+    for row in rows:
+        if settings.system_prompt:
+            system = {"role": "system", "content": settings.system_prompt}
+            row["messages"] = [system, *row["messages"]]
+        prompt_ids = model.chat.prompt_ids(row["messages"])
+        if len(prompt_ids) + settings.max_new_tokens > max_total_tokens:
+            drops["prompt_too_long"] += settings.n
+            continue
+        for index in range(settings.n):
+            seed = hashing.sample_seed(settings.seed, row["prompt_id"], index)
+            samples.append(_Sample(row, prompt_ids, seed))
+    return samples, drops
 
 
 def _id_settings(settings: SamplerSettings) -> Json:
-    """The settings that a candidate's id is a hash of, with the prompt, the model and the seed."""
+    """The settings that enter a candidate's id, beside the prompt, the model and the seed."""
     plan = {"n": settings.n, **settings.plan()}
     for name, name_in_ids in NAME_IN_IDS.items():
         plan[name_in_ids] = plan.pop(name)
