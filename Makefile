@@ -21,9 +21,9 @@ check: $(VENV)/dev  ## set up, then lint, format and types
 test-fast: $(VENV)/dev  ## set up, then the tests that are not slow, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not ($(SLOW))"
 
-test: check  ## set up, then lint, format, types, build and all tests but those of vLLM
+test: check  ## set up, then lint, format, types, build and all tests but vLLM's, in two processes
 	$(BIN)/python -m build --no-isolation --outdir $(VENV)/dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then its tests
 	.venv-vllm/bin/python -c 'import vllm' || { echo "vLLM's CPU build cannot be imported, so nothing of vLLM is tested"; exit 1; }

@@ -99,6 +99,7 @@ def task_of(task: str, asked: Json, given: Json, settings: Any, model: Any, back
                 "prompt_id": str(i),
                 "messages": [{"role": "user", "content": r["question"]}],
                 "subset": None,
+                "extra": None,
             }
             for i, r in enumerate(rows)
         ]
@@ -135,7 +136,7 @@ def candidates(rows: list[Json]) -> list[Json]:
     return [
         {
             "candidate_id": f"{i}-{k}", "prompt_id": str(i), "messages": [{"role": "user", "content": row["question"]}], "subset": None,
-            "response": text, "token_ids": ids, "finish_reason": "stop", "duplicate_of": None, "weights_key": "m", "seed": 0,
+            "response": text, "token_ids": ids, "finish_reason": "stop", "duplicate_of": None, "weights_key": "m", "seed": 0, "extra": None,
         }
         for i, row in enumerate(rows)
         for k, (text, ids) in enumerate(zip(row["answers"], row["answer_ids"], strict=True))

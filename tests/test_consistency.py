@@ -518,7 +518,9 @@ def test_a_hundred_thousand_pairs_take_less_than_five_seconds():
     )  # independent signs; standard error 0.0016
 
 
-@pytest.mark.parametrize("module", ["consistency", "stages.check_consistency", "stages.filter"])
+@pytest.mark.parametrize(
+    "module", ["analysis.consistency", "stages.check_consistency", "stages.filter"]
+)
 def test_what_scores_nothing_does_not_import_torch(module):
     code = f"import sys, scir_cli.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -176,5 +176,5 @@ def test_responses_are_in_alpaca_evals_form_one_for_each_instruction(models: Pat
         (f"Say {i}.", f"d{i % 2}", "mine") for i in range(3)
     ]
     assert all(isinstance(row["output"], str) for row in found)
-    with pytest.raises(ConfigError, match="'n' is 2"):
+    with pytest.raises(ConfigError, match="unknown setting 'n'"):
         run("eval responses", **values, n=2, output_dir=tmp_path / "p")

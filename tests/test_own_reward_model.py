@@ -158,7 +158,7 @@ def test_its_verdicts_are_those_of_its_equation_and_filter_labels_by_them(
     verdicts = {}
     for row in rows:
         (reward,) = [r for r in row["rewards"] if r["reward_model"] == "brevity"]
-        (logps,) = [r for r in row["reference_logps"] if r["weights"] == key]
+        (logps,) = [r for r in row["reference_logps"] if r["weights_key"] == key]
         tokens = {side: len(row[side]["token_ids"]) for side in ("first", "second")}
         expected = {side: logps[side] / n - 0.1 * n for side, n in tokens.items()}
         assert reward["log_odds"] == pytest.approx(expected["first"] - expected["second"], abs=1e-4)
@@ -187,9 +187,7 @@ def test_it_trains_beside_judge_and_implicit_and_is_validated(finished: tuple[Pa
     assert {f"validation/accuracy/{name}" for name in ("judge", "implicit", "brevity")} <= set(
         validations[0]
     )
-    # It reads lengths alone, so nothing of it can be trained.
-    assert validations[0]["branch_grad_norm/brevity"] == 0
-    assert validations[0]["branch_grad_norm/judge"] > 0
+    assert all(validations[0][f"branch_grad_norm/{name}"] > 0 for name in ("judge", "brevity"))
 
 
 @pytest.mark.slow

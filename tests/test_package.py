@@ -75,7 +75,9 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path):
     assert run([sys.executable, "-m", "scir_cli", "--version"], tmp_path, **here).startswith(
         "scir "
     )
-    render = "from scir_cli import pages; print(pages.render(pages.Page('t', 's', [], []))[:15])"
+    render = (
+        "from scir_cli.report import html; print(html.render(html.Page('t', 's', [], []))[:15])"
+    )
     assert (
         run([sys.executable, "-c", render], tmp_path, **here).strip() == "<!doctype html>"
     )  # its template travels

@@ -98,17 +98,23 @@ def run(root: Path, out: Path, *more: str, **environment: str) -> None:
     )  # one line, whatever the number of processes
 
 
-def logged(out: Path, what: str) -> list[float]:
+def logged(out: Path, what: str, skip: str = "") -> list[float]:
     """A figure of every step: the loss; gradient norms, each reward model's among them."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
-        value for r in records for name, value in sorted(r.items()) if what in name.split("/")[0]
+        value
+        for r in records
+        for name, value in sorted(r.items())
+        if what in name.split("/")[0] and name.split("/")[0] != skip
     ]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, skip: str = "") -> None:
+    """Losses, gradient norms (except those named `skip`) and weights of two runs are equal."""
     assert logged(other, "loss") == pytest.approx(logged(one, "loss"), abs=1e-5)
-    assert logged(other, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-5)
+    norms = logged(one, "grad_norm", skip)
+    assert len(norms) >= 3
+    assert logged(other, "grad_norm", skip) == pytest.approx(norms, rel=1e-5)
     weights, same = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert weights.keys() == same.keys()
     assert max(float((weights[name] - same[name]).abs().max()) for name in weights) < 1e-5
@@ -424,10 +430,11 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
     train.run(
         config.build(TrainSettings, values(root, tmp_path / "3 to one", **packs), where="test")
     )
+    # DeepSpeed returns no gradient, so no branch's norm is logged under it.
     for name in ("1", "3 to 2", "2 to 3", "one to 3", "3 to one"):
-        assert_same_run(tmp_path / "one", tmp_path / name)
+        assert_same_run(tmp_path / "one", tmp_path / name, skip="branch_grad_norm")
     for name in ("lora 2", "lora 3"):
-        assert_same_run(tmp_path / "lora", tmp_path / name)
+        assert_same_run(tmp_path / "lora", tmp_path / name, skip="branch_grad_norm")
 
 
 @pytest.mark.parametrize(
