@@ -151,7 +151,7 @@ def test_what_has_no_answer_is_dropped_and_what_does_not_fit_has_no_grade(
     [
         ([{"question_id": 1, "turns": "one"}], "row 1: expected 'question_id', and 'turns'"),
         ([{"turns": ["one"]}], "row 1: expected 'question_id'"),
-        ([1], "one JSON object a line"),
+        ([1], "one JSON object per line"),
         ([], "holds no question"),
     ],
 )

@@ -1,4 +1,7 @@
-"""check-consistency: how far the internal reward models agree, as figures, and as a narrow dataset of one row per pair."""
+"""check-consistency: how far the internal reward models agree.
+
+The figures go into the manifest; the dataset has one narrow row per pair.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from scir_cli.analysis import bias, consistency, stability, verdicts
+from scir_cli.analysis.bias import Side
+from scir_cli.analysis.verdicts import Verdicts
 from scir_cli.data import dataset, files, hashing, schemas
 from scir_cli.data.dataset import Dataset, Part
 from scir_cli.data.files import Json
@@ -21,11 +26,17 @@ from scir_cli.settings import CheckConsistencySettings
 
 
 def run(settings: CheckConsistencySettings) -> Json:
-    """Writes a consistency dataset, returns its manifest with the figures under "summary"; raises CheckFailed under --fail-under."""
+    """Writes a consistency dataset; returns its manifest, with figures under "summary".
+
+    Raises DataError if the input holds no pairs, and CheckFailed if the agreement rate is below
+    --fail-under; the dataset is written in that case.
+    """
     path = to_path(settings.input)
-    pairs = _judged(path).head(settings.limit).select(schemas.schema("judged").names)
+    pairs = _open_judged(path).head(settings.limit)
+    pairs = pairs.select(schemas.schema("judged").names)
     if not pairs.num_rows:
-        raise DataError(f"{path} holds no pairs")
+        raise DataError(f"{path} holds no pairs; check the drops in its manifest.json")
+
     plan = {
         "stage": "check-consistency",
         "settings": settings.plan(),
@@ -34,150 +45,192 @@ def run(settings: CheckConsistencySettings) -> Json:
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
 
-    stays = _across(pairs.read(), settings) if settings.compare_to else None  # first: it may refuse
+    # Before the dataset is written: it raises DataError if the datasets share no pair.
+    across = _compare(pairs.read(), settings) if settings.compare_to else None
 
-    def summarise(made: Dataset) -> Json:
-        v, sides = _verdicts(pairs, settings)
-        leanings = bias.biases(v, sides)
-        notes = {
-            "biases": leanings,
-            "notes": _notes(v, _repeated(pairs), leanings, settings.judge_author),
-        }
-        return consistency.summary(v, settings.agree_on, settings.min_confidence) | notes
+    manifest = _write(pairs, plan, settings)
+    if across:
+        manifest["across"] = across
+    if settings.by_subset:
+        manifest["by_subset"] = _by_subset(pairs, settings)
 
+    html.write_for("check-consistency", settings, judged=path, across=across)
+    if settings.fail_under is not None:
+        _check(manifest["summary"]["agreed"]["rate"], settings.fail_under, path)
+    return manifest
+
+
+def _write(pairs: Dataset, plan: Json, settings: CheckConsistencySettings) -> Json:
+    """Writes one row per pair, part by part; returns the manifest."""
+
+    def make(low: int, high: int) -> Part:
+        part = pairs.slice(low, high - low)
+        v = verdicts.from_table(part, ids=False)
+        columns = consistency.row_columns(v, settings.agree_on, settings.min_confidence)
+        table = pa.table({"pair_id": part["pair_id"], **columns})
+        return Part(table, high - low, Counter())
+
+    def summarize(written: Dataset) -> Json:
+        return _summary(pairs, settings)
+
+    bounds = dataset.part_bounds(pairs.num_rows, settings.rows_per_part)
     with progress("check-consistency", pairs.num_rows) as advance:
-
-        def make(low: int, high: int) -> Part:
-            part = pairs.slice(low, high - low)
-            columns = consistency.row_columns(
-                verdicts.from_table(part, ids=False), settings.agree_on, settings.min_confidence
-            )
-            return Part(pa.table({"pair_id": part["pair_id"], **columns}), high - low, Counter())
-
-        bounds = dataset.part_bounds(pairs.num_rows, settings.rows_per_part)
-        manifest = dataset.write_dataset(
+        return dataset.write_dataset(
             settings.output_dir,
             "consistency",
             plan,
             bounds,
             make,
             overwrite=settings.overwrite,
-            summarise=summarise,
+            summarise=summarize,
             advance=advance,
             inputs={"input": settings.input},
         )
-    if stays:
-        manifest["across"] = stays
-    if settings.by_subset:
-        manifest["by_subset"] = _by_subset(pairs, settings)
-    html.write_for("check-consistency", settings, judged=path, across=stays)
-    if settings.fail_under is not None:
-        _check(manifest["summary"]["agreed"]["rate"], settings.fail_under, path)
-    return manifest
 
 
-def _repeated(pairs: Dataset) -> int:
-    """Rows whose pair_id an earlier one has."""
-    return len(
-        hashing.later_duplicates(
-            np.concatenate([hashing.hash_texts(table["pair_id"]) for table in pairs.tables()])[None]
-        )
-    )
+def _summary(pairs: Dataset, settings: CheckConsistencySettings) -> Json:
+    """The figures of all pairs: agreement, biases, and notes on the data."""
+    v, sides = _load_verdicts(pairs, settings)
+    summary = consistency.summary(v, settings.agree_on, settings.min_confidence)
+    summary["biases"] = bias.biases(v, sides)
+
+    notes = consistency.data_notes(v, _count_repeated(pairs))
+    author = settings.judge_author
+    if author and not _has_self_preference(summary["biases"]):
+        notes.append(f"no pair has one response by '{author}' and one by another known author")
+    summary["notes"] = notes
+    return summary
 
 
-def _notes(
-    v: verdicts.Verdicts, repeated: int, leanings: dict[str, Json], own: str | None
-) -> list[str]:
-    notes = consistency.data_notes(v, repeated)
-    if own and not next(iter(leanings.values()), {}).get("own", {}).get("pairs"):
-        notes.append(f"no pair has one response by '{own}' and one by another known author")
-    return notes
+def _count_repeated(pairs: Dataset) -> int:
+    """The number of rows with the pair_id of an earlier row."""
+    hashes = [hashing.hash_texts(table["pair_id"]) for table in pairs.tables()]
+    return len(hashing.later_duplicates(np.concatenate(hashes)[None]))
+
+
+def _has_self_preference(biases: dict[str, Json]) -> bool:
+    """True if some pair has one response by the judge's author and one by another author."""
+    first_model: Json = next(iter(biases.values()), {})
+    return bool(first_model.get("own", {}).get("pairs"))
 
 
 def _check(rate: float | None, least: float, path: Path) -> None:
-    if rate is None or rate < least:
-        shown = "undefined (no pair has all verdicts)" if rate is None else f"{rate:.3f}"
-        raise CheckFailed(
-            f"the agreement rate of {path} is {shown}, below --fail-under {least}; the dataset is written"
-        )
+    """Raises CheckFailed if the agreement rate is undefined or below `least`."""
+    if rate is not None and rate >= least:
+        return
+    shown = "undefined (no pair has all verdicts)" if rate is None else f"{rate:.3f}"
+    raise CheckFailed(
+        f"the agreement rate of {path} is {shown}, below --fail-under {least}; "
+        "the dataset is written"
+    )
 
 
-def _judged(path: Path) -> Dataset:
+def _open_judged(path: Path) -> Dataset:
     return dataset.open_dataset(path, "judged", "preferences")
 
 
-def _verdicts(
+def _load_verdicts(
     pairs: Dataset, settings: CheckConsistencySettings
-) -> tuple[verdicts.Verdicts, dict[str, bias.Side]]:
-    """The verdicts, and what they should not depend on; of the texts no more than one part is in memory."""
-    own, parts, sides = settings.judge_author or judge_of(to_path(settings.input)), [], []
+) -> tuple[Verdicts, dict[str, Side]]:
+    """The verdicts on all pairs, and the properties that they should not depend on.
+
+    At most one part's texts are in memory at a time.
+    """
+    author = settings.judge_author or judge_of(to_path(settings.input))
+    parts = []
+    sides = []
     for table in pairs.tables():
-        parts.append(verdicts.from_table(table, ids=False))
-        sides.append(bias.properties(parts[-1], table, own))
-    return verdicts.join(parts), {
-        name: np.concatenate([side[name] for side in sides]) for name in sides[0]
-    }
+        v = verdicts.from_table(table, ids=False)
+        parts.append(v)
+        sides.append(bias.properties(v, table, author))
+    joined = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+    return verdicts.join(parts), joined
 
 
 def judge_of(path: Path) -> str | None:
-    """The weights key of the model whose verdicts a judged dataset holds, from its plan."""
+    """The weights key of the model that judged a dataset, from its plan; None if unknown."""
     model = files.read_json(path / "plan.json").get("model")
     return model if isinstance(model, str) else None
 
 
 def _by_subset(pairs: Dataset, settings: CheckConsistencySettings) -> Json:
-    v, sides = _verdicts(pairs, settings)
-    figures: Json = dict(consistency.by_subset(v, settings.agree_on, settings.min_confidence))
+    """The figures and biases of each value of the subset column."""
+    v, sides = _load_verdicts(pairs, settings)
+    by_subset = consistency.by_subset(v, settings.agree_on, settings.min_confidence)
+    figures: Json = dict(by_subset)
     for name, rows in verdicts.subset_rows(v.subset).items():
-        figures[name]["biases"] = bias.biases(
-            v.take(rows), {side: values[rows] for side, values in sides.items()}
-        )
+        subset_sides = {side: values[rows] for side, values in sides.items()}
+        figures[name]["biases"] = bias.biases(v.take(rows), subset_sides)
     return figures
 
 
-def _across(table: Any, settings: CheckConsistencySettings) -> Json:
-    """What stays of the verdicts in each other dataset, and in all of them; raises DataError where one holds none of the pairs."""
-    v, found = verdicts.from_table(table), []
-    prompt, response = stability.prompt_and_response_codes(table)
-    runs: list[verdicts.Verdicts] = []
-    shared = set(v.pair_ids)
+# ------------------------------------------------------------------------ --compare-to
+
+
+def _compare(table: pa.Table, settings: CheckConsistencySettings) -> Json:
+    """How verdicts and ranks change in each other dataset, and the unanimous rate over all.
+
+    table: the judged pairs of --input
+    Raises DataError if another dataset holds none of these pairs.
+    """
+    v = verdicts.from_table(table)
+    codes = stability.prompt_and_response_codes(table)
+    runs = [v]
+    comparisons = []
     for spec in settings.compare_to:
-        other = verdicts.from_tables(_judged(to_path(spec)).tables())
-        here, there, left = stability.common_rows(v.pair_ids, other.pair_ids)
-        if not len(here):
-            raise DataError(
-                f"{spec} holds none of the {len(v.pair_ids)} pairs of {settings.input}: only verdicts on the same responses can be compared "
-                "(generate once, then judge with each model, prompt or seed)"
-            )
-        one, two = v.take(here), other.take(there)
-        names = stability.unshared_reward_models(one, two)
-        figures: Json = {
-            "models": stability.verdict_stability(one, two, prompt[here], response[:, here])
-        }
-        if settings.by_subset:
-            rows = verdicts.subset_rows(one.subset)
-            parts = {
-                k: (one.take(r), two.take(r), prompt[here[r]], response[:, here[r]])
-                for k, r in rows.items()
-            }
-            figures["by_subset"] = {
-                k: stability.verdict_stability(*part) for k, part in parts.items()
-            }
-        found.append(
-            {
-                "dataset": spec,
-                "pairs": len(here),
-                "left_out": left,
-                "reward_models": names,
-                **figures,
-            }
-        )
+        other = verdicts.from_tables(_open_judged(to_path(spec)).tables())
+        comparisons.append(_comparison(spec, v, other, codes, settings))
         runs.append(other)
-        shared &= set(other.pair_ids)
-    every = None
-    if len(runs) > 1 and shared:
+
+    shared = set(v.pair_ids).intersection(*(run.pair_ids for run in runs[1:]))
+    unanimous = None
+    if len(runs) > 2 and shared:
         ids = [pair for pair in dict.fromkeys(v.pair_ids) if pair in shared]
-        every = stability.unanimous_rate(
-            [run.take(stability.common_rows(ids, run.pair_ids)[1]) for run in (v, *runs)]
+        aligned = [run.take(stability.common_rows(ids, run.pair_ids)[1]) for run in runs]
+        unanimous = stability.unanimous_rate(aligned)
+    return {
+        "against": comparisons,
+        "unanimous": unanimous,
+        "unanimous_pairs": len(shared) if unanimous else 0,
+    }
+
+
+def _comparison(
+    spec: str,
+    v: Verdicts,
+    other: Verdicts,
+    codes: tuple[Any, Any],
+    settings: CheckConsistencySettings,
+) -> Json:
+    """How the verdicts `v` differ from those of one other dataset, on the pairs that both hold.
+
+    codes: prompts (pairs,) and responses (2, pairs) of `v`
+    Raises DataError if they share no pair.
+    """
+    rows, other_rows, left_out = stability.common_rows(v.pair_ids, other.pair_ids)
+    if not len(rows):
+        raise DataError(
+            f"{spec} holds none of the {len(v.pair_ids)} pairs of {settings.input}: only verdicts "
+            "on the same responses can be compared (generate once, then judge with each model, "
+            "prompt or seed)"
         )
-    return {"against": found, "unanimous": every, "unanimous_pairs": len(shared) if every else 0}
+    prompt = codes[0][rows]
+    response = codes[1][:, rows]
+    first = v.take(rows)
+    second = other.take(other_rows)
+
+    figures: Json = {
+        "dataset": spec,
+        "pairs": len(rows),
+        "left_out": left_out,
+        "reward_models": stability.unshared_reward_models(first, second),
+        "models": stability.verdict_stability(first, second, prompt, response),
+    }
+    if settings.by_subset:
+        figures["by_subset"] = {
+            name: stability.verdict_stability(
+                first.take(subset), second.take(subset), prompt[subset], response[:, subset]
+            )
+            for name, subset in verdicts.subset_rows(first.subset).items()
+        }
+    return figures

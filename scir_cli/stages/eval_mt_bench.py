@@ -1,9 +1,13 @@
-"""eval mt-bench: answers to questions of several turns, each graded alone by a local model (MT-Bench's single-answer grading, arXiv 2306.05685).
+"""eval mt-bench: a local model grades answers to questions of several turns.
 
-OUT/answers.jsonl   the answers in FastChat's form, so that its tools can grade them too; OUT/turn-N-T holds what was sampled at temperature T
-OUT/                a `scores` dataset: one row a question and turn
+Each answer is graded alone (MT-Bench's single-answer grading, arXiv 2306.05685).
 
-Left out on purpose: grades parsed from a judge's prose. A grade here is the mean over the judge's probabilities of 1 to 10 [ours].
+OUT/turn-N-T        responses to turn N at sampling temperature T, as `generate` writes them
+OUT/answers.jsonl   the answers in FastChat's form, which its tools can grade as well
+OUT/                a `scores` dataset: one row per question and turn
+
+Not included: grades parsed from a judge's prose. A grade here is the mean over the judge's
+probabilities of 1 to 10 [ours].
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,71 +38,80 @@ from scir_cli.settings import EvalMtBenchSettings
 from scir_cli.stages.sampling import write_candidates
 
 Row = dict[str, Any]
-Answers = dict[str, list[str]]  # question id -> the answers, first turn first
 
-#: FastChat's sampling temperature of each category; its default for others.
+#: Question id -> its answers, the first turn's first.
+Answers = dict[str, list[str]]
+
+#: FastChat's sampling temperature for each category.
 TEMPERATURES = {
-    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
-}  # fmt: skip
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+#: FastChat's temperature for all other categories.
 TEMPERATURE = 0.7
+
 GRADES = range(1, 11)
 
-#: MT-Bench's criteria, in our words.
-GRADE = """Grade an assistant's answer. Weigh how helpful, relevant, accurate, deep, creative and detailed it is. Be objective: length is no merit.
-
-{reference}{conversation}
-
-Grade the last answer only. Reply with the grade alone, a whole number from 1 (worst) to 10 (best)."""
+#: The judge's prompt: MT-Bench's criteria, in our words.
+GRADE = (
+    "Grade an assistant's answer. Weigh how helpful, relevant, accurate, deep, creative and "
+    "detailed it is. Be objective: length is no merit.\n\n"
+    "{reference}{conversation}\n\n"
+    "Grade the last answer only. Reply with the grade alone, a whole number from 1 (worst) to "
+    "10 (best)."
+)
 
 
 def run(settings: EvalMtBenchSettings) -> Json:
-    """Writes a grade for each question and turn and returns the manifest; means are under "summary"."""
-    out = settings.output_dir
+    """Writes a grade per question and turn; returns the manifest, with means under "summary"."""
     questions, dropped = load_questions(settings.input, settings.limit)
-    model = LazyPolicy(settings, settings.model) if settings.model else None
-    # The model that grades its own answers is hashed and loaded once.
-    grades_itself = model is not None and settings.judge in (None, settings.model)
-    judge = (
-        model if model and grades_itself else LazyPolicy(settings, settings.judge or settings.model)
-    )
-    plan = {
+    model, judge = _model_and_judge(settings)
+    plan: Json = {
         "stage": "eval mt-bench",
         "settings": settings.plan(),
         "input": readers.digest(settings.input),
         "judge": judge.weights_key,
     }
-    plan |= (
-        {"model": model.weights_key}
-        if model
-        else {"answers": readers.digest(settings.answers or "")}
-    )
-    n = sum(len(q["turns"]) for q in questions)
+    if model:
+        plan["model"] = model.weights_key
+    else:
+        plan["answers"] = readers.digest(settings.answers or "")
+
+    n_turns = sum(len(question["turns"]) for question in questions)
     if settings.dry_run:
-        return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
+        return {"dry_run": True, "plan": plan, "rows_in": n_turns + dropped.total()}
 
     def make(low: int, high: int) -> Part:
-        answers = (
-            answer(questions, settings, model) if model else load_answers(settings.answers or "")
-        )
+        if model:
+            answers = answer(questions, settings, model)
+        else:
+            answers = load_answers(settings.answers or "")
         if model and model is not judge:
-            # Its weights leave the memory before those of the judge are read.
+            # Frees the model's memory before the judge's weights are read.
             model.unload()
-        write_answers(out / "answers.jsonl", answers, settings.answers or settings.model)
+        path = settings.output_dir / "answers.jsonl"
+        write_answers(path, answers, settings.answers or settings.model)
         rows = grade(questions, answers, judge, settings.max_tokens_per_pack)
-        return Part(rows, n, +Counter(not_answered=n - len(rows)))
+        return Part(rows, n_turns, +Counter(not_answered=n_turns - len(rows)))
 
-    def summarise(made: dataset.Dataset) -> Json:
-        return summary([row for table in made.tables() for row in table.to_pylist()])
+    def summarize(written: dataset.Dataset) -> Json:
+        return summary([row for table in written.tables() for row in table.to_pylist()])
 
     manifest = dataset.write_dataset(
-        out,
+        settings.output_dir,
         "scores",
         plan,
         [(0, 1)],
         make,
         overwrite=settings.overwrite,
         dropped_before=dropped,
-        summarise=summarise,
+        summarise=summarize,
         inputs={
             "input": settings.input,
             "model": settings.model or None,
@@ -110,132 +123,172 @@ def run(settings: EvalMtBenchSettings) -> Json:
     return manifest
 
 
-# ------------------------------------------------------------------------------------------------------------- questions and answers
+def _model_and_judge(settings: EvalMtBenchSettings) -> tuple[LazyPolicy | None, LazyPolicy]:
+    """The model that answers (None with --answers), and the model that grades.
+
+    They are one object if the model grades its own answers: it is hashed and loaded once.
+    """
+    model = LazyPolicy(settings, settings.model) if settings.model else None
+    if model and settings.judge in (None, settings.model):
+        return model, model
+    return model, LazyPolicy(settings, settings.judge or settings.model)
+
+
+# ------------------------------------------------------------------------ questions and answers
 
 
 def load_questions(spec: str, limit: int | None) -> tuple[list[Row], Counter[str]]:
-    """FastChat's question.jsonl: question_id, category, turns, and a reference for each turn where there is one. Drops: duplicate_question (turns)."""
-    found: dict[str, Row] = {}
+    """The questions of a FastChat question.jsonl, and the dropped turns by reason.
+
+    A row has question_id, category, turns, and optionally a reference answer per turn. A repeated
+    question_id is dropped as duplicate_question.
+    Raises DataError if a row has another form or there is no question.
+    """
+    questions: dict[str, Row] = {}
     dropped: Counter[str] = Counter()
     for number, row in enumerate(_lines(spec)[:limit], 1):
         turns: Any = row.get("turns")
         reference: Any = row.get("reference") or []
-        if (
-            not _texts(turns)
-            or row.get("question_id") is None
-            or (reference and not _texts(reference))
-        ):
+        is_complete = _is_texts(turns) and row.get("question_id") is not None
+        if not is_complete or (reference and not _is_texts(reference)):
             raise DataError(
-                f"{spec}, row {number}: expected 'question_id', and 'turns' (and any 'reference') as lists of texts; it has {', '.join(row)}"
+                f"{spec}, row {number}: expected 'question_id', and 'turns' (and any 'reference') "
+                f"as lists of texts; it has {', '.join(row)}"
             )
-        if str(row["question_id"]) in found:
+
+        name = str(row["question_id"])
+        if name in questions:
             dropped["duplicate_question"] += len(turns)
             continue
-        found[str(row["question_id"])] = {
-            "id": str(row["question_id"]), "category": row.get("category"), "turns": turns, "reference": reference,
-        }  # fmt: skip
-    if not found:
-        raise DataError(f"{spec} holds no question")
-    return list(found.values()), dropped
+        questions[name] = {
+            "id": name,
+            "category": row.get("category"),
+            "turns": turns,
+            "reference": reference,
+        }
+    if not questions:
+        raise DataError(f"{spec} holds no question; expected FastChat's question.jsonl")
+    return list(questions.values()), dropped
 
 
 def load_answers(spec: str) -> Answers:
-    """FastChat's model_answer file: the first choice of each question."""
-    found: Answers = {}
+    """The first choice of each question in a FastChat model_answer file.
+
+    Raises DataError if a row has another form.
+    """
+    answers: Answers = {}
     for number, row in enumerate(_lines(spec), 1):
         try:
             turns = row["choices"][0]["turns"]
-            found.setdefault(str(row["question_id"]), turns)
+            answers.setdefault(str(row["question_id"]), turns)
         except (KeyError, IndexError, TypeError):
             turns = None
-        if not _texts(turns):
+        if not _is_texts(turns):
             raise DataError(
-                f"{spec}, row {number}: expected FastChat's answers, {{question_id, choices: [{{turns: [text, …]}}]}}; it has {', '.join(row)}"
+                f"{spec}, row {number}: expected FastChat's answers, "
+                f"{{question_id, choices: [{{turns: [text, …]}}]}}; it has {', '.join(row)}"
             )
-    return found
+    return answers
 
 
 def _lines(spec: str) -> list[Row]:
+    """The objects of a JSON lines file; raises DataError for any other file."""
     try:
-        rows = [
-            json.loads(line)
-            for line in Path(spec).read_text(encoding="utf-8").split("\n")
-            if line.strip()
-        ]
+        lines = Path(spec).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{spec} is not readable JSON lines ({error})") from error
     if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{spec} should hold one JSON object a line")
+        raise DataError(f"{spec} should hold one JSON object per line")
     return rows
 
 
-def _texts(value: Any) -> bool:
+def _is_texts(value: Any) -> bool:
+    """True for a list of one or more texts."""
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def write_answers(path: Path, answers: Answers, model: str) -> None:
-    rows = [
-        {
-            "question_id": name,
-            "model_id": Path(model).name,
-            "choices": [{"index": 0, "turns": turns}],
-        }
-        for name, turns in answers.items()
-    ]
-    with files.atomic_write(path) as temporary:
-        temporary.write_text(
-            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    """Writes answers as a FastChat model_answer file.  model: path or hub id"""
+    rows = []
+    for name, turns in answers.items():
+        rows.append(
+            {
+                "question_id": name,
+                "model_id": Path(model).name,
+                "choices": [{"index": 0, "turns": turns}],
+            }
         )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with files.atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def answer(questions: list[Row], settings: EvalMtBenchSettings, model: LazyPolicy) -> Answers:
-    """The model's answers, turn by turn: each turn sees the answers to those before it. A question ends where one did not fit."""
-    answers: Answers = {q["id"]: [] for q in questions}
-    for turn in range(max(len(q["turns"]) for q in questions)):
+    """The model's answers, sampled turn by turn: a turn's prompt has the earlier answers.
+
+    If a turn's prompt does not fit into the context, its question has no further answers.
+    """
+    answers: Answers = {question["id"]: [] for question in questions}
+    for turn in range(max(len(question["turns"]) for question in questions)):
         by_temperature: dict[float, list[Row]] = {}
-        for q in questions:
-            if turn < len(q["turns"]) and len(answers[q["id"]]) == turn:
-                chosen = (
-                    TEMPERATURES.get(q["category"], TEMPERATURE)
-                    if settings.temperature is None
-                    else settings.temperature
-                )
-                by_temperature.setdefault(chosen, []).append(q)
+        for question in questions:
+            if turn < len(question["turns"]) and len(answers[question["id"]]) == turn:
+                temperature = _temperature(question, settings)
+                by_temperature.setdefault(temperature, []).append(question)
+
         for temperature, group in by_temperature.items():
-            asked = {q["id"]: dialogue(q, answers[q["id"]], turn)[:-1] for q in group}
-            chosen_settings = settings.model_copy(update={"temperature": temperature})
-            said = _sampled(
-                list(asked.values()), f"turn-{turn + 1}-{temperature}", chosen_settings, model
+            conversations = {}
+            for question in group:
+                messages = dialogue(question, answers[question["id"]], turn)
+                conversations[question["id"]] = messages[:-1]
+
+            responses = _sample(
+                list(conversations.values()),
+                f"turn-{turn + 1}-{temperature}",
+                settings.model_copy(update={"temperature": temperature}),
+                model,
             )
-            for name, messages in asked.items():
-                response = said.get(_key(messages))
-                answers[name] += [] if response is None else [response]
+            for name, messages in conversations.items():
+                response = responses.get(_key(messages))
+                if response is not None:
+                    answers[name].append(response)
     return answers
 
 
+def _temperature(question: Row, settings: EvalMtBenchSettings) -> float:
+    """--temperature, else FastChat's for the question's category."""
+    if settings.temperature is not None:
+        return settings.temperature
+    return TEMPERATURES.get(question["category"], TEMPERATURE)
+
+
 def dialogue(question: Row, answers: list[str], turn: int) -> list[Row]:
-    """The conversation up to the answer of a turn; an answer that is not there yet is empty."""
-    said = [*answers, *[""] * (turn + 1 - len(answers))]
-    sides = [
-        (("user", q), ("assistant", a))
-        for q, a in zip(question["turns"][: turn + 1], said, strict=False)
-    ]
-    return [{"role": role, "content": text} for side in sides for role, text in side]
+    """The messages up to and including the answer to a turn (from 0).
+
+    An answer that does not exist yet is empty.
+    """
+    missing = [""] * (turn + 1 - len(answers))
+    messages = []
+    for text, reply in zip(question["turns"][: turn + 1], [*answers, *missing], strict=False):
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": reply})
+    return messages
 
 
-def _sampled(
+def _sample(
     conversations: list[list[Row]], name: str, settings: EvalMtBenchSettings, model: LazyPolicy
 ) -> dict[str, str]:
-    """One response to each conversation, by its key. It resumes as `generate` does, and equal conversations are sampled once.
+    """One response per conversation, by `_key` of its messages.
 
-    name: of the candidates dataset in the output folder that holds the responses.
+    It resumes as `generate` does. Equal conversations are sampled once.
+    name: of the candidates dataset in the output folder that holds the responses
     """
     folder = settings.output_dir
     prompts = folder / f"{name}.jsonl"
+    text = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
     with files.atomic_write(prompts) as temporary:
-        temporary.write_text(
-            "".join(json.dumps({"messages": m}) + "\n" for m in conversations), encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
     changes = {
         "input": str(prompts),
         "output_dir": folder / name,
@@ -243,97 +296,132 @@ def _sampled(
         "overwrite": False,
     }
     write_candidates(settings.model_copy(update=changes), model)
-    turns = 1 if settings.system_prompt else 0  # the system turn that sampling put first
-    return {
-        _key(row["messages"][turns:]): row["response"]
-        for row in dataset.read_dataset(folder / name, "candidates").to_pylist()
-    }
+
+    # Sampling puts the system message first; the keys are without it.
+    n_system = 1 if settings.system_prompt else 0
+    responses = {}
+    for row in dataset.read_dataset(folder / name, "candidates").to_pylist():
+        responses[_key(row["messages"][n_system:])] = row["response"]
+    return responses
 
 
 def _key(messages: list[Row]) -> str:
     return hashing.digest_json([[m["role"], m["content"]] for m in messages])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- grades
+# ------------------------------------------------------------------------ grades
+
+
+class _Answer(NamedTuple):
+    """An answer to grade: its question, its turn (from 0), and a branch per grade."""
+
+    question: Row
+    turn: int
+    branches: list[Branch]
 
 
 def grade(questions: list[Row], answers: Answers, judge: LazyPolicy, max_tokens: int) -> list[Row]:
-    """One row for each answer; its value is null where the conversation does not fit into the judge's context."""
-    asked = [
-        (
-            q,
-            turn,
-            branches(
-                judge.chat, dialogue(q, answers[q["id"]], turn), q["reference"][turn : turn + 1]
-            ),
-        )
-        for q in questions
-        for turn in range(min(len(q["turns"]), len(answers.get(q["id"], []))))
-    ]
-    fits = [max(len(b.ids) for b in group) <= judge.context_length for _, _, group in asked]
-    groups = [group for (_, _, group), fit in zip(asked, fits, strict=True) if fit]
-    with progress("grading", len(groups)) as advance:
-        scored = []
-        for logps in judge.load().score(groups, max_tokens) if groups else ():
-            scored.append(expected_grade(logps))
-            advance(1)
-    values = iter(scored)
+    """One score row per answer; null if the conversation exceeds the judge's context.
+
+    max_tokens: per forward pass
+    """
+    graded = []
+    for question in questions:
+        replies = answers.get(question["id"], [])
+        for turn in range(min(len(question["turns"]), len(replies))):
+            conversation = dialogue(question, replies, turn)
+            reference = question["reference"][turn : turn + 1]
+            prompts = branches(judge.chat, conversation, reference)
+            graded.append(_Answer(question, turn, prompts))
+
+    fits = [max(len(b.ids) for b in item.branches) <= judge.context_length for item in graded]
+    groups = [item.branches for item, fit in zip(graded, fits, strict=True) if fit]
+    scores = iter(_grade_groups(groups, judge, max_tokens))
     rows = []
-    for (q, turn, _), fit in zip(asked, fits, strict=True):
-        value, mass = next(values) if fit else (None, None)
-        detail = json.dumps({"turn": turn + 1, "mass": mass})
+    for item, fit in zip(graded, fits, strict=True):
+        value, mass = next(scores) if fit else (None, None)
         rows.append(
             {
-                "example_id": q["id"],
-                "subset": q["category"],
-                "metric": f"turn {turn + 1}",
+                "example_id": item.question["id"],
+                "subset": item.question["category"],
+                "metric": f"turn {item.turn + 1}",
                 "value": value,
-                "detail": detail,
+                "detail": json.dumps({"turn": item.turn + 1, "mass": mass}),
             }
         )
     return rows
 
 
-def branches(chat_: Chat, conversation: list[Row], reference: list[str]) -> list[Branch]:
-    """A branch for each grade: its digits and the end of the turn, so that 1 is not the beginning of 10."""
-    known = f"A reference answer to the last question: {reference[0]}\n\n" if reference else ""
-    ask = fill(GRADE, reference=known, conversation=question_text(conversation))
-    prompt = chat_.prompt_ids(ask)
-    return [continuation(prompt, chat_.response_ids(ask, str(grade))) for grade in GRADES]
+def _grade_groups(
+    groups: list[list[Branch]], judge: LazyPolicy, max_tokens: int
+) -> list[tuple[float, float]]:
+    """The expected grade and the probability mass of each group of ten branches."""
+    scores = []
+    with progress("grading", len(groups)) as advance:
+        if groups:
+            for logps in judge.load().score(groups, max_tokens):
+                scores.append(expected_grade(logps))
+                advance(1)
+    return scores
+
+
+def branches(chat: Chat, conversation: list[Row], reference: list[str]) -> list[Branch]:
+    """A branch for each grade from 1 to 10, to score in one tree.
+
+    A branch has the grade's digits and the end of the turn, which separates 1 from 10.
+    reference: the reference answer to the last question, or empty
+    """
+    preamble = f"A reference answer to the last question: {reference[0]}\n\n" if reference else ""
+    text = fill(GRADE, reference=preamble, conversation=question_text(conversation))
+    prompt = chat.prompt_ids(text)
+    return [continuation(prompt, chat.response_ids(text, str(grade))) for grade in GRADES]
 
 
 def expected_grade(logps: torch.Tensor) -> tuple[float, float]:
-    """The mean grade over the probabilities of 1 to 10, and their sum.  logps: (10,) nats"""
+    """The mean grade over the probabilities of 1 to 10, and the sum of these probabilities.
+
+    logps: (10,) nats
+    """
     steps, mass = log_odds.expected_score(logps)
     return GRADES[0] + float(steps), float(mass)
 
 
+# ------------------------------------------------------------------------ figures
+
+
 def summary(rows: list[Row]) -> Json:
-    """Mean grade of the questions, a question's being that of its turns, with its interval: overall, by turn and by category."""
+    """The mean grade with its interval: overall, by turn and by category.
 
-    def mean(part: list[Row]) -> Json:
-        of_question: dict[str, list[float]] = {}
-        for row in part:
-            of_question.setdefault(row["example_id"], []).extend(
-                [] if row["value"] is None else [row["value"]]
-            )
-        means = np.array([np.mean(grades) for grades in of_question.values() if grades])
-        return {"grades": sum(map(len, of_question.values())), **mean_interval("grade", means)}
+    A question's grade is the mean over its turns; the intervals are over questions.
+    """
+    by_turn: dict[str, list[Row]] = {}
+    by_category: dict[Any, list[Row]] = {}
+    for row in rows:
+        by_turn.setdefault(row["metric"], []).append(row)
+        by_category.setdefault(row["subset"], []).append(row)
 
-    masses = [m for row in rows if (m := json.loads(row["detail"])["mass"]) is not None]
-    turns, categories = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("metric", "subset")
-    )
-    unfit = sum(row["value"] is None for row in rows)
-    notes = (
-        [f"{unfit} answers do not fit into the judge's context and have no grade"] if unfit else []
-    )
+    masses = [json.loads(row["detail"])["mass"] for row in rows]
+    masses = [mass for mass in masses if mass is not None]
     figures = {
-        "all": mean(rows),
-        "turns": {turn: mean([row for row in rows if row["metric"] == turn]) for turn in turns},
-        "categories": {
-            str(c): mean([row for row in rows if row["subset"] == c]) for c in categories
-        },
+        "all": _mean_grade(rows),
+        "turns": {turn: _mean_grade(part) for turn, part in by_turn.items()},
+        "categories": {str(name): _mean_grade(part) for name, part in by_category.items()},
         "mean_mass": float(np.mean(masses)) if masses else math.nan,
     }
+
+    notes = []
+    n_too_long = sum(row["value"] is None for row in rows)
+    if n_too_long:
+        notes.append(f"{n_too_long} answers do not fit into the judge's context and have no grade")
     return rounded_json(figures) | {"notes": notes}
+
+
+def _mean_grade(rows: list[Row]) -> Json:
+    """The number of grades, and the mean over questions with its interval."""
+    by_question: dict[str, list[float]] = {}
+    for row in rows:
+        if row["value"] is not None:
+            by_question.setdefault(row["example_id"], []).append(row["value"])
+    means = np.array([np.mean(grades) for grades in by_question.values()])
+    n_grades = sum(len(grades) for grades in by_question.values())
+    return {"grades": n_grades, **mean_interval("grade", means)}

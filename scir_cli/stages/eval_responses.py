@@ -10,19 +10,25 @@ from scir_cli.stages.sampling import write_candidates
 
 
 def run(settings: EvalResponsesSettings) -> Json:
-    """Answers a prompt set: a candidates dataset in OUT, and OUT/responses.json as AlpacaEval's tools take it."""
-    out = settings.output_dir
+    """Answers a prompt set; returns the manifest of the candidates dataset in OUT.
+
+    Also writes OUT/responses.json, which AlpacaEval's tools read.
+    """
+    path = settings.output_dir / "responses.json"
     manifest = write_candidates(settings)
-    if not settings.dry_run and not (out / "responses.json").exists():
-        table = dataset.read_dataset(out, "candidates")
-        files.write_json(
-            out / "responses.json",
-            [
-                {
-                    "dataset": row["subset"], "instruction": prompts.question_text(row["messages"]), "output": row["response"],
-                    "generator": settings.generator,
-                }
-                for row in table.to_pylist()
-            ],
-        )  # fmt: skip
+    if settings.dry_run or path.exists():
+        return manifest
+
+    table = dataset.read_dataset(settings.output_dir, "candidates")
+    responses = []
+    for row in table.to_pylist():
+        responses.append(
+            {
+                "dataset": row["subset"],
+                "instruction": prompts.question_text(row["messages"]),
+                "output": row["response"],
+                "generator": settings.generator,
+            }
+        )
+    files.write_json(path, responses)
     return manifest

@@ -1,7 +1,7 @@
-"""eval: accuracy of each reward model on labelled pairs; responses for other evaluators.
+"""eval rewards: accuracy of each reward model on labelled pairs.
 
-OUT/judged     the pairs with their verdicts, as `judge` writes them: the figures are computed from nothing else
-OUT/           a `scores` dataset: one row an example and a metric
+OUT/judged   the pairs with their verdicts, as `judge` writes them; all figures come from them
+OUT/         a `scores` dataset: one row per pair and reward model
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from scir_cli.analysis import consistency, reward_bench, verdicts
+from scir_cli.analysis.verdicts import Array, Verdicts
 from scir_cli.data import dataset, folders, readers
 from scir_cli.data.dataset import Part
 from scir_cli.data.files import Json
@@ -27,155 +29,206 @@ from scir_cli.stages.pairing import PairInput
 from scir_cli.stages.scoring import Scorer, write_judged_dataset
 
 Row = dict[str, Any]
-JUDGED = ("judged", "preferences")  # kinds that hold verdicts
+
+#: Kinds of datasets with verdicts.
+JUDGED = ("judged", "preferences")
+
+#: A candidate id of RewardBench 2: example, side, index in the side's list, length of that list.
+CANDIDATE_ID = re.compile(r"(.*)/(chosen|rejected)/(\d+)/(\d+)", re.DOTALL)
 
 
 def run(settings: EvalRewardsSettings) -> Json:
-    """Writes scores of each reward model on labelled pairs and returns the manifest; accuracies are under "summary"."""
-    path, out = to_path(settings.input), settings.output_dir
-    judged = folders.is_dataset(path) and not settings.model
-    if not judged and not settings.model:
+    """Writes a score per labelled pair and reward model; returns the manifest.
+
+    The accuracies are under "summary" of the manifest.
+    Raises ConfigError if the input needs a judge and --model is missing, and DataError if no
+    labelled pair has a verdict.
+    """
+    path = to_path(settings.input)
+    has_verdicts = folders.is_dataset(path) and not settings.model
+    if not has_verdicts and not settings.model:
         raise ConfigError(
-            "--model is needed: the input has no verdicts yet (give a judged dataset, or a model to judge with)"
+            "--model is missing and the input has no verdicts; "
+            "pass a judged dataset, or a model that judges the pairs"
         )
     if folders.is_dataset(path):
-        dataset.open_dataset(path, *JUDGED)  # refused before the output folder is claimed
-    scorer = None if judged else Scorer(settings)
+        # Checks the kind before the output folder is created.
+        dataset.open_dataset(path, *JUDGED)
+
+    scorer = None if has_verdicts else Scorer(settings)
     digest = readers.digest(settings.input)
-    plan = {
-        "stage": "eval rewards",
-        "settings": settings.plan(),
-        "input": digest,
-        **(scorer.keys if scorer else {}),
-    }
+    plan: Json = {"stage": "eval rewards", "settings": settings.plan(), "input": digest}
+    if scorer:
+        plan |= scorer.keys
     if settings.dry_run:
         return {"dry_run": True, "plan": plan}
 
+    judged = path if has_verdicts else settings.output_dir / "judged"
+
     def make(low: int, high: int) -> Part:
-        drops: Json = {}
-        if scorer:
-            table, dropped = readers.open_pairs(
-                settings.input, settings.limit, settings.score_column
-            )
-            inner = settings.model_copy(update={"output_dir": out / "judged", "overwrite": False})
-            bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
-            pair_input = PairInput(table, bounds, dropped, digest)
-            drops = write_judged_dataset("eval rewards", inner, scorer, pair_input)["drops"]
-        v = _verdicts(path if judged else out / "judged")
-        rows = _accuracy_rows(v)
-        if not any(row["value"] is not None for row in rows):
-            labelled = f"{int((~np.isnan(v.gold)).sum())} of {len(v.gold)} pairs have a gold label"
-            raise DataError(
-                f"{settings.input} leaves no labelled pair with a verdict ({labelled}; dropped: {drops or 'none'})"
-            )
-        return Part(rows, len(rows))
+        drops = _judge(settings, scorer, digest) if scorer else {}
+        return _scores(judged, settings.input, drops)
 
-    def summarise(made: dataset.Dataset) -> Json:
-        pairs = dataset.read_dataset(path if judged else out / "judged", *JUDGED)
-        v = verdicts.from_table(pairs)
-        by_subset = consistency.by_subset(v)
-        figures = {
-            "by_subset": by_subset,
-            "curves": consistency.curves(v),
-            "benchmark": _benchmark(pairs, v, by_subset),
-        }
-        return (
-            consistency.summary(v)
-            | figures
-            | {"notes": consistency.data_notes(v, len(v.pair_ids) - len(set(v.pair_ids)))}
-        )
-
-    inputs = {
-        "input": settings.input,
-        "model": settings.model,
-        "reward_reference": settings.reward_reference,
-    }
     manifest = dataset.write_dataset(
-        out,
+        settings.output_dir,
         "scores",
         plan,
         [(0, 1)],
         make,
         overwrite=settings.overwrite,
-        summarise=summarise,
-        inputs=inputs,
+        summarise=lambda written: _summary(judged),
+        inputs={
+            "input": settings.input,
+            "model": settings.model,
+            "reward_reference": settings.reward_reference,
+        },
     )
-    html.write_for("eval rewards", settings, judged=path if judged else out / "judged")
+    html.write_for("eval rewards", settings, judged=judged)
     return manifest
 
 
-def _verdicts(path: Path) -> verdicts.Verdicts:
-    return verdicts.from_table(dataset.read_dataset(path, *JUDGED))
+def _judge(settings: EvalRewardsSettings, scorer: Scorer, digest: str) -> Json:
+    """Writes OUT/judged; returns the dropped input rows by reason."""
+    table, dropped = readers.open_pairs(settings.input, settings.limit, settings.score_column)
+    folder = settings.output_dir / "judged"
+    inner = settings.model_copy(update={"output_dir": folder, "overwrite": False})
+    bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
+    pairs = PairInput(table, bounds, dropped, digest)
+    drops: Json = write_judged_dataset("eval rewards", inner, scorer, pairs)["drops"]
+    return drops
 
 
-def _benchmark(pairs: Any, v: verdicts.Verdicts, by_subset: Json) -> Json | None:
-    """The figures of the benchmark that the subsets (RewardBench) or the candidate ids (RewardBench 2) say this is; None: neither."""
-    examples = _examples(pairs)
-    if examples and len(examples) == len(v.pair_ids):
-        models = {
-            name: reward_bench.reward_bench_2(_margins(examples, v, v.log_odds[k]))
-            for k, name in enumerate(v.names)
-        }
-        return {"name": "RewardBench 2", "models": models}
-    if set(by_subset) - {"(none)"} and set(by_subset) <= reward_bench.KNOWN:
-        accuracy = {
-            name: {s: f["models"].get(name, {}).get("accuracy") for s, f in by_subset.items()}
-            for name in v.names
-        }
-        return {
-            "name": "RewardBench",
-            "models": {name: reward_bench.reward_bench(a) for name, a in accuracy.items()},
-        }
+def _scores(judged: Path, source: str, drops: Json) -> Part:
+    """The part with all score rows; raises DataError if no labelled pair has a verdict."""
+    v = verdicts.from_table(dataset.read_dataset(judged, *JUDGED))
+    rows = _accuracy_rows(v)
+    if all(row["value"] is None for row in rows):
+        labelled = int((~np.isnan(v.gold)).sum())
+        raise DataError(
+            f"{source} leaves no labelled pair with a verdict ({labelled} of {len(v.gold)} pairs "
+            f"have a gold label; dropped: {drops or 'none'})"
+        )
+    return Part(rows, len(rows))
+
+
+def _summary(judged: Path) -> Json:
+    """The figures of a judged dataset: agreement, accuracy, curves and benchmark scores."""
+    pairs = dataset.read_dataset(judged, *JUDGED)
+    v = verdicts.from_table(pairs)
+    summary = consistency.summary(v)
+    by_subset = consistency.by_subset(v)
+    summary["by_subset"] = by_subset
+    summary["curves"] = consistency.curves(v)
+    summary["benchmark"] = _benchmark(pairs, v, by_subset)
+
+    n_repeated = len(v.pair_ids) - len(set(v.pair_ids))
+    summary["notes"] = consistency.data_notes(v, n_repeated)
+    return summary
+
+
+def _accuracy_rows(v: Verdicts) -> list[Row]:
+    """One row per pair and reward model, with its accuracy on the pair.
+
+    The value is 1 if the verdict equals the gold label, 0 if not, 0.5 for a tie, and null
+    without a verdict or a label.
+    """
+    correct = (v.log_odds * v.gold > 0).astype(float)  # (models, pairs)
+    accuracy = np.where(v.log_odds == 0, 0.5, correct)
+    accuracy = np.where(np.isnan(v.log_odds * v.gold), np.nan, accuracy)
+
+    rows = []
+    for i, pair_id in enumerate(v.pair_ids):
+        for k, name in enumerate(v.names):
+            rows.append(
+                {
+                    "example_id": pair_id,
+                    "subset": v.subset[i],
+                    "metric": f"accuracy/{name}",
+                    "value": _number_or_none(accuracy[k, i]),
+                    "detail": json.dumps({"log_odds": _number_or_none(v.log_odds[k, i])}),
+                }
+            )
+    return rows
+
+
+def _number_or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+# ------------------------------------------------------------------------ benchmarks
+
+
+class ListedPair(NamedTuple):
+    """A pair of one chosen and one rejected response from the lists of a RewardBench 2 example."""
+
+    example_id: str
+    chosen: int  # index in the list of chosen responses
+    rejected: int  # index in the list of rejected responses
+    n_chosen: int
+    n_rejected: int
+
+
+def _benchmark(pairs: pa.Table, v: Verdicts, by_subset: Json) -> Json | None:
+    """The scores of RewardBench or RewardBench 2; None for other data.
+
+    The candidate ids identify RewardBench 2, the names of the subsets RewardBench.
+    """
+    listed = _listed_pairs(pairs)
+    if listed and len(listed) == len(v.pair_ids):
+        scores = {}
+        for k, name in enumerate(v.names):
+            margins = _margins(listed, v, v.log_odds[k])
+            scores[name] = reward_bench.reward_bench_2(margins)
+        return {"name": "RewardBench 2", "models": scores}
+
+    subsets = set(by_subset)
+    if subsets - {"(none)"} and subsets <= reward_bench.KNOWN:
+        scores = {}
+        for name in v.names:
+            accuracy = {}
+            for subset, figures in by_subset.items():
+                accuracy[subset] = figures["models"].get(name, {}).get("accuracy")
+            scores[name] = reward_bench.reward_bench(accuracy)
+        return {"name": "RewardBench", "models": scores}
     return None
 
 
-def _examples(pairs: Any) -> list[tuple[str, int, int, int, int]]:
-    """Example id, place of the chosen and the rejected response in its lists, and their lengths, for each pair that came from such lists."""
-    found = []
-    for first, second in zip(
-        *(pc.struct_field(pairs[side], "candidate_id").to_pylist() for side in ("first", "second")),
-        strict=True,
-    ):
-        ids = [
-            re.fullmatch(r"(.*)/(chosen|rejected)/(\d+)/(\d+)", name or "", re.DOTALL)
-            for name in (first, second)
-        ]
-        by_side = {match[2]: match for match in ids if match}
-        if len(by_side) == 2:
-            chosen, rejected = by_side["chosen"], by_side["rejected"]
-            found.append(
-                (chosen[1], int(chosen[3]), int(rejected[3]), int(chosen[4]), int(rejected[4]))
+def _listed_pairs(pairs: pa.Table) -> list[ListedPair]:
+    """The pairs whose candidate ids name a chosen and a rejected response of one example."""
+    first_ids = pc.struct_field(pairs["first"], "candidate_id").to_pylist()
+    second_ids = pc.struct_field(pairs["second"], "candidate_id").to_pylist()
+    listed = []
+    for first, second in zip(first_ids, second_ids, strict=True):
+        matches = [CANDIDATE_ID.fullmatch(name or "") for name in (first, second)]
+        by_side = {match[2]: match for match in matches if match}
+        if len(by_side) < 2:
+            continue
+        chosen = by_side["chosen"]
+        rejected = by_side["rejected"]
+        listed.append(
+            ListedPair(
+                example_id=chosen[1],
+                chosen=int(chosen[3]),
+                rejected=int(rejected[3]),
+                n_chosen=int(chosen[4]),
+                n_rejected=int(rejected[4]),
             )
-    return found
+        )
+    return listed
 
 
 def _margins(
-    examples: list[tuple[str, int, int, int, int]], v: verdicts.Verdicts, log_odds: Any
-) -> dict[tuple[str, str], Any]:
-    """(subset, example id) -> (chosen, rejected) log-odds that the chosen one is better; NaN where a pair was dropped or has no verdict."""
-    margins: dict[tuple[str, str], Any] = {}
-    for row, (name, i, j, n_chosen, n_rejected) in enumerate(examples):
-        table = margins.setdefault(
-            (v.subset[row] or "(none)", name), np.full((n_chosen, n_rejected), np.nan)
-        )
-        table[i, j] = log_odds[row] * v.gold[row]
+    listed: list[ListedPair], v: Verdicts, log_odds: Array
+) -> dict[tuple[str, str], Array]:
+    """(subset, example id) -> log-odds that the chosen response is better.
+
+    log_odds: (pairs,) of one reward model, in nats
+    Each result is (chosen, rejected); NaN if the pair was dropped or has no verdict.
+    """
+    margins: dict[tuple[str, str], Array] = {}
+    for row, pair in enumerate(listed):
+        key = (v.subset[row] or "(none)", pair.example_id)
+        if key not in margins:
+            margins[key] = np.full((pair.n_chosen, pair.n_rejected), np.nan)
+        margins[key][pair.chosen, pair.rejected] = log_odds[row] * v.gold[row]
     return margins
-
-
-def _accuracy_rows(v: verdicts.Verdicts) -> list[Row]:
-    """One row a pair and reward model: 1 right, 0 wrong, 0.5 a tie, null without a verdict or a label."""
-    right = np.where(v.log_odds == 0, 0.5, (v.log_odds * v.gold > 0).astype(float))
-    right = np.where(np.isnan(v.log_odds * v.gold), np.nan, right)  # (models, pairs)
-    return [
-        {
-            "example_id": pair_id,
-            "subset": v.subset[i],
-            "metric": f"accuracy/{name}",
-            "value": None if math.isnan(right[k, i]) else float(right[k, i]),
-            "detail": json.dumps(
-                {"log_odds": None if math.isnan(v.log_odds[k, i]) else float(v.log_odds[k, i])}
-            ),
-        }
-        for i, pair_id in enumerate(v.pair_ids)
-        for k, name in enumerate(v.names)
-    ]

@@ -1,8 +1,12 @@
-"""eval winrate: responses against responses, judged by a local model in both orders or by annotations that exist.
+"""eval winrate: win rates of responses over other responses.
 
-OUT/judged             the pairs with their verdicts, as `judge` writes them (not where annotations are given)
-OUT/annotations.json   AlpacaEval's fields, so that its tools can count again: preference is 1 + P(the model under test wins)
-OUT/                   a `scores` dataset: one row an instruction and two models
+A local model judges every pair in both orders, or existing annotations are read.
+
+OUT/judged             the pairs with their verdicts, as `judge` writes them; missing with
+                       --annotations
+OUT/annotations.json   AlpacaEval's fields, which its tools can read: `preference` is
+                       1 + P(the model's response is better than the other's)
+OUT/                   a `scores` dataset: one row per instruction and pair of models
 """
 
 from __future__ import annotations
@@ -34,154 +38,184 @@ from scir_cli.stages.pairing import PairInput
 from scir_cli.stages.scoring import Scorer, write_judged_dataset
 
 Row = dict[str, Any]
+
 NO_SKLEARN = f"needs scikit-learn: {install_hint('eval')}"
+
+#: Columns of AlpacaEval's df_gamed.csv that are read.
+GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty")
 
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Two models' responses to the same instructions."""
+    """Two models' responses to the same instructions.
+
+    rows         instruction, messages, output, other_output, subset, index (in AlpacaEval's set),
+                 position (index of the row in its file, number of rows in the file)
+    preference   (rows,) P(the model's response is better); NaN without a verdict
+    """
 
     model: str
     other: str
-    rows: list[
-        Row
-    ]  # instruction, messages, output, other_output, index (in AlpacaEval's set), place (row of the file, rows of it), subset
-    preference: Array  # (rows,) P(model's response is better); NaN: no verdict
+    rows: list[Row]
+    preference: Array
 
     @property
     def lengths(self) -> Array:
-        """(2, rows) characters."""
-        return np.array(
-            [[len(row[side]) for row in self.rows] for side in ("output", "other_output")],
-            dtype=np.float64,
-        )
+        """Lengths of the model's and the other's responses.  -> (2, rows) characters"""
+        ours = [len(row["output"]) for row in self.rows]
+        others = [len(row["other_output"]) for row in self.rows]
+        return np.array([ours, others], dtype=np.float64)
 
 
 def run(settings: EvalWinrateSettings) -> Json:
-    """Writes each verdict and returns the manifest with the win rates under "summary"."""
-    out = settings.output_dir
-    inputs = [
-        *settings.annotations,
-        *settings.responses,
-        *([settings.baseline] if settings.baseline else []),
-    ]
+    """Writes each preference; returns the manifest, with the win rates under "summary"."""
+    inputs = [*settings.annotations, *_response_specs(settings)]
     digests = [readers.digest(spec) for spec in inputs]
     scorer = None if settings.annotations else Scorer(settings)
     gamed = read_gamed(settings.gamed_baselines) if settings.gamed_baselines else None
-    plan = {
-        "stage": "eval winrate",
-        "settings": settings.plan(),
-        "inputs": digests,
-        **(scorer.keys if scorer else {}),
-    }
+    plan: Json = {"stage": "eval winrate", "settings": settings.plan(), "inputs": digests}
+    if scorer:
+        plan |= scorer.keys
     if settings.gamed_baselines:
         plan["gamed_baselines"] = hashing.digest_path(settings.gamed_baselines)
-    matches, dropped = (
-        from_annotations(settings.annotations, settings.limit)
-        if settings.annotations
-        else from_responses(settings)
-    )
-    n = sum(len(match.rows) for match in matches)
+
+    if settings.annotations:
+        matches, dropped = from_annotations(settings.annotations, settings.limit)
+    else:
+        matches, dropped = from_responses(settings)
     if settings.dry_run:
+        n = sum(len(match.rows) for match in matches)
         return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
 
     def make(low: int, high: int) -> Part:
-        scored = (
-            _judged(matches, settings, scorer, hashing.digest_json(digests)) if scorer else matches
-        )
-        rows = [row for match in scored for row in _score_rows(match)]
+        scored = matches
         if scorer:
-            write_json(
-                out / "annotations.json",
-                [row for match in scored for row in _annotation_rows(match)],
-            )
+            scored = _judged(matches, settings, scorer, hashing.digest_json(digests))
+            annotations = [row for match in scored for row in _annotation_rows(match)]
+            write_json(settings.output_dir / "annotations.json", annotations)
+        rows = [row for match in scored for row in _score_rows(match)]
         return Part(rows, len(rows))
 
-    def summarise(made: dataset.Dataset) -> Json:
-        return summary(_with_scores(matches, made), dropped, gamed, settings.seed)
+    def summarize(written: dataset.Dataset) -> Json:
+        return summary(_with_scores(matches, written), dropped, gamed, settings.seed)
 
     manifest = dataset.write_dataset(
-        out,
+        settings.output_dir,
         "scores",
         plan,
         [(0, 1)],
         make,
         overwrite=settings.overwrite,
         dropped_before=dropped,
-        summarise=summarise,
+        summarise=summarize,
         inputs={"inputs": ", ".join(inputs), "model": settings.model},
     )
     html.write_for("eval winrate", settings)
     return manifest
 
 
-# ----------------------------------------------------------------------------------------------------------------- what is compared
+def _response_specs(settings: EvalWinrateSettings) -> list[str]:
+    """The files of responses, the baseline's last."""
+    baseline = [settings.baseline] if settings.baseline else []
+    return [*settings.responses, *baseline]
+
+
+# ------------------------------------------------------------------------ responses
 
 
 def from_responses(settings: EvalWinrateSettings) -> tuple[list[Match], Counter[str]]:
-    """Each file of responses beside the baseline's, or every two of them where there is no baseline; and instructions dropped by reason."""
+    """Each file of responses against the baseline, and the dropped instructions by reason.
+
+    Without a baseline, every pair of files is compared.
+    Raises DataError if two files have no instruction with different responses.
+    """
     dropped: Counter[str] = Counter()
-    specs = [*settings.responses, *([settings.baseline] if settings.baseline else [])]
+    specs = _response_specs(settings)
     files = [load_responses(spec, dropped, settings.limit) for spec in specs]
-    names = [
-        next((row["generator"] for row in file.values() if row["generator"]), Path(spec).stem)
-        for spec, file in zip(specs, files, strict=True)
-    ]
-    if len(set(names)) < len(names):  # two checkpoints of one name: the files tell them apart
-        names = specs
-    pairs = (
-        [(i, len(specs) - 1) for i in range(len(specs) - 1)]
-        if settings.baseline
-        else itertools.combinations(range(len(specs)), 2)
-    )
+    names = _model_names(specs, files)
+    if settings.baseline:
+        baseline = len(specs) - 1
+        pairs = [(i, baseline) for i in range(baseline)]
+    else:
+        pairs = list(itertools.combinations(range(len(specs)), 2))
+
     matches = []
     for i, j in pairs:
         rows = _common(files[i], files[j], dropped)
         if not rows:
             raise DataError(
-                f"{specs[i]} and {specs[j]} have no instruction in common with two different answers ({dict(+dropped) or 'both are empty'})"
+                f"{specs[i]} and {specs[j]} have no instruction in common with two different "
+                f"answers ({dict(+dropped) or 'both are empty'})"
             )
         matches.append(Match(names[i], names[j], rows, np.full(len(rows), np.nan)))
     return matches, +dropped
 
 
+def _model_names(specs: list[str], files: list[dict[str, Row]]) -> list[str]:
+    """The model of each file: its first generator, else the file's name without the suffix.
+
+    If two models have the same name (two checkpoints, for example), the paths of the files.
+    """
+    names = []
+    for spec, file in zip(specs, files, strict=True):
+        generators = (row["generator"] for row in file.values() if row["generator"])
+        names.append(next(generators, Path(spec).stem))
+    return names if len(set(names)) == len(names) else specs
+
+
 def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -> dict[str, Row]:
-    """Responses by instruction, from AlpacaEval's JSON list {instruction, output, generator} or a candidates dataset (first of each prompt)."""
+    """The responses of one model, by instruction.
+
+    spec: AlpacaEval's JSON list {instruction, output, generator}, or a candidates dataset (the
+    first response to each prompt is used)
+    """
     path = to_path(spec)
-    found: dict[str, Row] = {}
     if folders.is_dataset(path):
-        for row in dataset.read_dataset(path, "candidates").to_pylist():
-            made = {
-                "messages": row["messages"],
-                "output": row["response"],
-                "generator": None,
-                "author": row["weights_key"],
-            }
-            made |= {"place": None, "index": None, "subset": row["subset"], "extra": row["extra"]}
-            found.setdefault(prompts.question_text(row["messages"]), made)
-        return dict(itertools.islice(found.items(), limit))
+        return _from_candidates(path, limit)
+    return _from_alpaca_eval(spec, dropped, limit)
+
+
+def _from_candidates(path: Path, limit: int | None) -> dict[str, Row]:
+    responses: dict[str, Row] = {}
+    for row in dataset.read_dataset(path, "candidates").to_pylist():
+        response = {
+            "messages": row["messages"],
+            "output": row["response"],
+            "generator": None,
+            "author": row["weights_key"],
+            "position": None,
+            "index": None,
+            "subset": row["subset"],
+            "extra": row["extra"],
+        }
+        responses.setdefault(prompts.question_text(row["messages"]), response)
+    return dict(itertools.islice(responses.items(), limit))
+
+
+def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> dict[str, Row]:
+    responses: dict[str, Row] = {}
     rows = _json_list(spec, ("instruction", "output"))[:limit]
     for i, row in enumerate(rows):
-        if row["instruction"] in found:
+        instruction = row["instruction"]
+        if instruction in responses:
             dropped["duplicate_instruction"] += 1
             continue
-        messages = [{"role": "user", "content": row["instruction"]}]
         generator = row["generator"] if isinstance(row.get("generator"), str) else None
-        made = {
-            "messages": messages,
+        responses[instruction] = {
+            "messages": [{"role": "user", "content": instruction}],
             "output": row["output"],
             "generator": generator,
             "author": generator,
+            "position": (i, len(rows)),
+            "index": row.get("index"),
+            "subset": row.get("dataset"),
+            "extra": readers.extra_of(row, ("output", "generator", "dataset")),
         }
-        made |= {"place": (i, len(rows)), "index": row.get("index"), "subset": row.get("dataset")}
-        found[row["instruction"]] = made | {
-            "extra": readers.extra_of(row, ("output", "generator", "dataset"))
-        }
-    return found
+    return responses
 
 
 def _json_list(spec: str, texts: Sequence[str]) -> list[Row]:
-    """A JSON list of objects with text in each of `texts`; raises DataError naming the file and the row."""
+    """A JSON list of objects; raises DataError if an object has no text in one of `texts`."""
     try:
         rows = json.loads(Path(spec).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -189,25 +223,24 @@ def _json_list(spec: str, texts: Sequence[str]) -> list[Row]:
     expected = f"a JSON list of objects with {', '.join(map(repr, texts))}"
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{spec} should be {expected}, and not empty")
+
     for number, row in enumerate(rows, 1):
-        wrong = [
-            name
-            for name in texts
-            if not isinstance(row, dict) or not isinstance(row.get(name), str)
-        ]
-        if wrong:
-            has = ", ".join(row) if isinstance(row, dict) else repr(row)[:60]
+        columns = row if isinstance(row, dict) else {}
+        missing = [name for name in texts if not isinstance(columns.get(name), str)]
+        if missing:
+            shown = ", ".join(row) if isinstance(row, dict) else repr(row)[:60]
             raise DataError(
-                f"{spec}, row {number}: no text in '{wrong[0]}' (it has {has}); expected {expected}"
+                f"{spec}, row {number}: no text in '{missing[0]}' (it has {shown}); "
+                f"expected {expected}"
             )
     return rows
 
 
-def _common(ours: dict[str, Row], theirs: dict[str, Row], dropped: Counter[str]) -> list[Row]:
-    """Instructions that both answer, differently; the others are counted."""
+def _common(responses: dict[str, Row], others: dict[str, Row], dropped: Counter[str]) -> list[Row]:
+    """The instructions with two different responses; counts all others in `dropped`."""
     rows = []
-    for instruction, row in ours.items():
-        other = theirs.get(instruction)
+    for instruction, row in responses.items():
+        other = others.get(instruction)
         if other is None:
             dropped["not_in_baseline"] += 1
         elif row["output"] == other["output"]:
@@ -223,93 +256,121 @@ def _common(ours: dict[str, Row], theirs: dict[str, Row], dropped: Counter[str])
                     **row,
                 }
             )
-    dropped["not_in_responses"] += len(set(theirs) - set(ours))
+    dropped["not_in_responses"] += len(set(others) - set(responses))
     return rows
+
+
+# ------------------------------------------------------------------------ annotations
 
 
 def from_annotations(
     specs: Sequence[str], limit: int | None = None
 ) -> tuple[list[Match], Counter[str]]:
-    """Each two generators that AlpacaEval annotation files compare, in order of first appearance. Equal outputs stay, as the draws they are."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """The matches in AlpacaEval annotation files, and the dropped rows by reason.
+
+    One match per pair of generators, in order of first appearance. Rows with two equal outputs
+    stay: they are draws.
+    Raises DataError if a file holds annotations of several annotators.
+    """
     dropped: Counter[str] = Counter()
+    by_pair: dict[tuple[str, str], list[Row]] = {}
+    fields = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
     for spec in specs:
-        rows = _json_list(
-            spec, ("instruction", "output_1", "output_2", "generator_1", "generator_2")
-        )[:limit]
+        rows = _json_list(spec, fields)[:limit]
         annotators = sorted({str(row.get("annotator")) for row in rows})
         if len(annotators) > 1:
             raise DataError(
-                f"{spec} holds annotations of {len(annotators)} annotators ({', '.join(annotators)}); give one file for each"
+                f"{spec} holds annotations of {len(annotators)} annotators "
+                f"({', '.join(annotators)}); give one file for each"
             )
         for number, row in enumerate(rows, 1):
-            pair = found.setdefault((row["generator_2"], row["generator_1"]), [])
-            made = {
+            annotation = {
                 "instruction": row["instruction"],
                 "output": row["output_2"],
                 "other_output": row["output_1"],
-            }
-            made |= {
-                "place": (number - 1, len(rows)),
+                "position": (number - 1, len(rows)),
                 "index": row.get("index"),
                 "subset": row.get("dataset"),
+                "preference": _preference(row, spec, number),
             }
-            pair.append(made | {"preference": _preference(row, spec, number)})
-    for rows in found.values():
-        seen: set[tuple[str, str, str]] = set()
-        for row in list(rows):
-            key = (row["instruction"], row["output"], row["other_output"])
-            if key in seen:
-                rows.remove(row)
-                dropped["duplicate_annotation"] += 1
-            seen.add(key)
-    return [
-        Match(*names, rows, np.array([row.pop("preference") for row in rows]))
-        for names, rows in found.items()
-    ], dropped
+            by_pair.setdefault((row["generator_2"], row["generator_1"]), []).append(annotation)
+
+    matches = []
+    for (model, other), rows in by_pair.items():
+        dropped["duplicate_annotation"] += _drop_duplicates(rows)
+        preference = np.array([row.pop("preference") for row in rows])
+        matches.append(Match(model, other, rows, preference))
+    return matches, +dropped
+
+
+def _drop_duplicates(rows: list[Row]) -> int:
+    """Removes repeated annotations of the same two outputs in place; returns their number."""
+    before = len(rows)
+    seen: set[tuple[str, str, str]] = set()
+    for row in list(rows):
+        key = (row["instruction"], row["output"], row["other_output"])
+        if key in seen:
+            rows.remove(row)
+        seen.add(key)
+    return before - len(rows)
 
 
 def _preference(row: Row, spec: str, number: int) -> float:
-    """P(output_2 is better): AlpacaEval 2 writes 1 + it; version 1 wrote 1, 2, and 0 or 1.5 for a draw. NaN for null."""
+    """P(output_2 is better) in an annotation; NaN for null.
+
+    AlpacaEval 2 writes 1 + P; AlpacaEval 1 wrote 1, 2, and 0 or 1.5 for a draw.
+    Raises DataError if the value is missing or none of these.
+    """
     if "preference" not in row:
         raise DataError(
-            f"{spec}, row {number}: no 'preference' (it has {', '.join(row)}); expected AlpacaEval's annotations"
+            f"{spec}, row {number}: no 'preference' (it has {', '.join(row)}); "
+            "expected AlpacaEval's annotations"
         )
     value = row["preference"]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return math.nan
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (value == 0 or 1 <= value <= 2)
-    ):
+
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value == 0 or 1 <= value <= 2):
         raise DataError(
-            f"{spec}, row {number}: 'preference' is {value!r}; expected 1 (the baseline wins) to 2 (the model wins), 0 or 1.5 for a draw"
+            f"{spec}, row {number}: 'preference' is {value!r}; expected 1 (the baseline wins) to "
+            "2 (the model wins), or 0 or 1.5 for a draw"
         )
     return 0.5 if value == 0 else float(value) - 1
 
 
-# -------------------------------------------------------------------------------------------------------------------------- verdicts
+# ------------------------------------------------------------------------ verdicts
 
 
 def _judged(
     matches: list[Match], settings: EvalWinrateSettings, scorer: Scorer, digest: str
 ) -> list[Match]:
-    """The matches with the first reward model's verdicts."""
-    pairs = {pair["pair_id"]: pair for match in matches for pair in map(_pair, match.rows)}
+    """The matches with the preferences of the first reward model; writes OUT/judged.
+
+    digest: of all inputs
+    """
+    # A pair that occurs in several matches is judged once.
+    pairs = {}
+    for match in matches:
+        for row in match.rows:
+            pair = _pair(row)
+            pairs[pair["pair_id"]] = pair
     table = schemas.to_table("judged", pairs.values())
-    inner = settings.model_copy(
-        update={"output_dir": settings.output_dir / "judged", "overwrite": False}
-    )
+
+    folder = settings.output_dir / "judged"
+    inner = settings.model_copy(update={"output_dir": folder, "overwrite": False})
     bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
     write_judged_dataset("eval winrate", inner, scorer, PairInput(table, bounds, Counter(), digest))
-    v = from_table(dataset.read_dataset(inner.output_dir, "judged"))
-    odds = dict(zip(v.pair_ids, v.log_odds[v.names.index(next(iter(scorer.models)))], strict=True))
-    found = []
+
+    v = from_table(dataset.read_dataset(folder, "judged"))
+    first_model = v.names.index(next(iter(scorer.models)))
+    log_odds_of = dict(zip(v.pair_ids, v.log_odds[first_model], strict=True))
+    judged = []
     for match in matches:
-        log_odds = np.array([odds.get(_pair_id(row), math.nan) for row in match.rows])
-        found.append(replace(match, preference=np.exp(-np.logaddexp(0, -log_odds))))
-    return found
+        log_odds = np.array([log_odds_of.get(_pair_id(row), math.nan) for row in match.rows])
+        sigmoid = np.exp(-np.logaddexp(0, -log_odds))
+        judged.append(replace(match, preference=sigmoid))
+    return judged
 
 
 def _pair_id(row: Row) -> str:
@@ -317,20 +378,29 @@ def _pair_id(row: Row) -> str:
 
 
 def _pair(row: Row) -> Row:
-    sides: list[Row] = [
-        {
-            "candidate_id": None,
-            "text": row[side],
-            "token_ids": [],
-            "finish_reason": "stop",
-            "author": row[author],
-        }
-        for side, author in (("output", "author"), ("other_output", "other_author"))
-    ]
+    """A row of a judged dataset, without verdicts: the model's response is the first."""
     return {
-        "pair_id": _pair_id(row), "prompt_id": hashing.digest_json(row["messages"])[:16], "messages": row["messages"],
-        "subset": row["subset"], "first": sides[0], "second": sides[1], "gold_label": None, "rewards": [], "reference_logps": [], "extra": row["extra"],
-    }  # fmt: skip
+        "pair_id": _pair_id(row),
+        "prompt_id": hashing.digest_json(row["messages"])[:16],
+        "messages": row["messages"],
+        "subset": row["subset"],
+        "first": _response(row["output"], row["author"]),
+        "second": _response(row["other_output"], row["other_author"]),
+        "gold_label": None,
+        "rewards": [],
+        "reference_logps": [],
+        "extra": row["extra"],
+    }
+
+
+def _response(text: str, author: str | None) -> Row:
+    return {
+        "candidate_id": None,
+        "text": text,
+        "token_ids": [],
+        "finish_reason": "stop",
+        "author": author,
+    }
 
 
 def _example_id(row: Row) -> str:
@@ -338,192 +408,270 @@ def _example_id(row: Row) -> str:
 
 
 def _with_scores(matches: list[Match], scores: dataset.Dataset) -> list[Match]:
-    """The matches with the preferences that a scores dataset holds of them.
+    """The matches with their preferences from a scores dataset.
 
-    Joined by the names of both models and the id of the example.
+    The join is by the names of both models and the example's id, not by the order of rows.
     """
-    found: dict[tuple[str, str, str], float] = {}
+    preferences: dict[tuple[str, str, str], float] = {}
     for table in scores.tables():
         for row in table.select(["example_id", "value", "detail"]).to_pylist():
             names = json.loads(row["detail"])
-            value = math.nan if row["value"] is None else row["value"]
-            found[names["model"], names["other"], row["example_id"]] = value
-    values = [[found[m.model, m.other, _example_id(row)] for row in m.rows] for m in matches]
-    return [replace(m, preference=np.array(of)) for m, of in zip(matches, values, strict=True)]
+            key = (names["model"], names["other"], row["example_id"])
+            preferences[key] = math.nan if row["value"] is None else row["value"]
+
+    joined = []
+    for match in matches:
+        keys = [(match.model, match.other, _example_id(row)) for row in match.rows]
+        values = np.array([preferences[key] for key in keys])
+        joined.append(replace(match, preference=values))
+    return joined
 
 
 def _score_rows(match: Match) -> list[Row]:
+    """One row of the scores dataset per instruction; the value is null without a verdict."""
     detail = json.dumps({"model": match.model, "other": match.other}, ensure_ascii=False)
-    return [
-        {
-            "example_id": _example_id(row),
-            "subset": row["subset"], "metric": "preference", "value": None if math.isnan(value) else float(value), "detail": detail,
-        }
-        for row, value in zip(match.rows, match.preference, strict=True)
-    ]  # fmt: skip
+    rows = []
+    for row, value in zip(match.rows, match.preference, strict=True):
+        rows.append(
+            {
+                "example_id": _example_id(row),
+                "subset": row["subset"],
+                "metric": "preference",
+                "value": None if math.isnan(value) else float(value),
+                "detail": detail,
+            }
+        )
+    return rows
 
 
 def _annotation_rows(match: Match) -> list[Row]:
-    return [
-        {
-            "instruction": row["instruction"], "dataset": row["subset"], "index": row["index"], "output_1": row["other_output"],
-            "generator_1": match.other, "output_2": row["output"], "generator_2": match.model, "annotator": "scir",
-            "preference": None if math.isnan(value) else 1 + float(value),
-        }
-        for row, value in zip(match.rows, match.preference, strict=True)
-    ]  # fmt: skip
+    """One annotation in AlpacaEval's form per instruction."""
+    rows = []
+    for row, value in zip(match.rows, match.preference, strict=True):
+        rows.append(
+            {
+                "instruction": row["instruction"],
+                "dataset": row["subset"],
+                "index": row["index"],
+                "output_1": row["other_output"],
+                "generator_1": match.other,
+                "output_2": row["output"],
+                "generator_2": match.model,
+                "annotator": "scir",
+                "preference": None if math.isnan(value) else 1 + float(value),
+            }
+        )
+    return rows
 
 
-# --------------------------------------------------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------ figures
 
 
 def summary(matches: list[Match], dropped: Counter[str], gamed: Gamed | None, seed: int) -> Json:
-    """Win rates of each match, the scale that holds all models, and what to know before believing them."""
+    """The win rates of each match, one scale for all models, and notes on their reliability.
+
+    dropped: instructions by reason; gamed: AlpacaEval's baselines for its length-controlled rate
+    """
     notes: list[str] = []
-    unmatched = sum(dropped[reason] for reason in ("not_in_baseline", "not_in_responses"))
+    unmatched = dropped["not_in_baseline"] + dropped["not_in_responses"]
     if unmatched:
         notes.append(
-            f"{unmatched} instructions are answered in only one of the files that are compared, and count nowhere"
+            f"{unmatched} instructions are answered in only one of two compared files, "
+            "and are left out"
         )
-    figures = [_figures(match, gamed, seed, notes) for match in matches]
+
+    figures = []
+    for match in matches:
+        match_figures, match_notes = _figures(match, gamed, seed)
+        figures.append(match_figures)
+        notes += [f"{match.model} against {match.other}: {note}" for note in match_notes]
     if gamed is None and any(m["length_controlled_win_rate"] is not None for m in figures):
         notes.append(
-            "length-controlled rates are not AlpacaEval's own without --gamed-baselines: the same model, not regularised"
+            "without --gamed-baselines, length-controlled rates are not AlpacaEval's: "
+            "the regression has no difficulty and no regularization to baselines"
         )
+
     scale = _bradley_terry(matches, seed, notes) if win_rates.sklearn_available() else None
     return {"matches": figures, "bradley_terry": scale, "notes": notes}
 
 
-def _figures(match: Match, gamed: Gamed | None, seed: int, notes: list[str]) -> Json:
-    names = {"model": match.model, "other": match.other}
-    plain, lengths = win_rates.win_rate(match.preference), match.lengths
+def _figures(match: Match, gamed: Gamed | None, seed: int) -> tuple[Json, list[str]]:
+    """The win rates of one match, and notes on their reliability."""
+    lengths = match.lengths
+    plain = win_rates.win_rate(match.preference)
     if win_rates.sklearn_available():
         difficulty = difficulties(match, gamed) if gamed else None
-        lc = win_rates.length_controlled(match.preference, lengths, difficulty, gamed, seed=seed)
-    else:
-        lc = {"length_controlled_win_rate": None, "length_controlled_reason": NO_SKLEARN}
-    said = win_rates.reliability_notes(match.preference, lengths)
-    if lc["length_controlled_reason"]:
-        said.append(f"no length-controlled rate: {lc['length_controlled_reason']}")
-    elif win_rates.extreme_change(plain["win_rate"], lc["length_controlled_win_rate"]):
-        said.append(
-            "length control moves the win rate so far that AlpacaEval's authors call it a sign of a failed fit"
+        controlled = win_rates.length_controlled(
+            match.preference, lengths, difficulty, gamed, seed=seed
         )
-    notes += [f"{match.model} against {match.other}: {note}" for note in said]
-    characters = {
+    else:
+        controlled = {
+            "length_controlled_win_rate": None,
+            "length_controlled_reason": NO_SKLEARN,
+        }
+
+    notes = win_rates.reliability_notes(match.preference, lengths)
+    controlled_rate = controlled["length_controlled_win_rate"]
+    if controlled["length_controlled_reason"]:
+        notes.append(f"no length-controlled rate: {controlled['length_controlled_reason']}")
+    elif win_rates.extreme_change(plain["win_rate"], controlled_rate):
+        notes.append(
+            "length control changes the win rate so much that AlpacaEval's authors consider the "
+            "fit failed"
+        )
+
+    by_subset = {}
+    subsets = subset_rows([row["subset"] for row in match.rows])
+    if len(subsets) > 1:
+        for name, rows in subsets.items():
+            by_subset[name] = win_rates.win_rate(match.preference[rows])
+    figures = {
+        "model": match.model,
+        "other": match.other,
+        **plain,
+        **controlled,
         "mean_characters": float(lengths[0].mean()),
         "mean_characters_other": float(lengths[1].mean()),
+        "by_subset": by_subset,
     }
-    subsets = subset_rows([row["subset"] for row in match.rows])
-    parts = (
-        {name: win_rates.win_rate(match.preference[rows]) for name, rows in subsets.items()}
-        if len(subsets) > 1
-        else {}
-    )
-    return names | plain | lc | characters | {"by_subset": parts}
+    return figures, notes
 
 
 def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | None:
-    """Strength of each model in nats above the last, and its win rate against it, without and with style taken out; strongest first."""
+    """The strength of each model in nats above the last one, the strongest first.
+
+    Each has its win rate over the last model; both also with style controlled, if models and
+    style can be separated (else a note is added). None without any verdict.
+    """
     models = list(dict.fromkeys([m.model for m in matches] + [m.other for m in matches]))
-    preference = np.concatenate([m.preference for m in matches])
+    preference = np.concatenate([match.preference for match in matches])
     if np.isnan(preference).all():
         return None
-    pairs = np.array(
-        [(models.index(m.model), models.index(m.other)) for m in matches for _ in m.rows]
-    )
-    groups = [row["instruction"] for m in matches for row in m.rows]
-    counts = [
-        np.array([win_rates.markdown_counts(row[side]) for m in matches for row in m.rows], float)
-        for side in ("output", "other_output")
-    ]
-    x = win_rates.design_matrix(pairs, len(models), win_rates.style_differences(*counts))
-    fits = {
-        "": win_rates.bradley_terry(
-            x[:, : len(models) - 1], preference, groups, len(models), seed=seed
-        )
-    }
-    condition = win_rates.condition_number(x)
+
+    design, groups = _style_design(matches, models)
+    without_style = design[:, : len(models) - 1]
+    fits = {"": win_rates.bradley_terry(without_style, preference, groups, len(models), seed=seed)}
+    style_weights = None
+    condition = win_rates.condition_number(design)
     if condition <= win_rates.MAX_CONDITION:
-        fits["style_controlled_"] = win_rates.bradley_terry(
-            x, preference, groups, len(models), seed=seed
-        )
+        fit = win_rates.bradley_terry(design, preference, groups, len(models), seed=seed)
+        fits["style_controlled_"] = fit
+        if len(fit["style"]):
+            style_weights = dict(zip(win_rates.STYLE, fit["style"].tolist(), strict=True))
     else:
         notes.append(
-            f"no style-controlled rates: models and their style cannot be told apart here (condition number {condition:.2g})"
+            "no style-controlled rates: the models' style differs too regularly to separate it "
+            f"from the models (condition number {condition:.2g})"
         )
-    rows = [
-        {"model": name} | {k: v for p, fit in fits.items() for k, v in _strength(p, fit, i)}
-        for i, name in enumerate(models)
-    ]
-    style = fits["style_controlled_"]["style"].tolist() if "style_controlled_" in fits else []
+
+    rows = []
+    for i, name in enumerate(models):
+        row: Row = {"model": name}
+        for prefix, fit in fits.items():
+            row |= _strength(prefix, fit, i)
+        rows.append(row)
     return {
         "models": sorted(rows, key=lambda row: -row["strength"]),
-        "style_weights": dict(zip(win_rates.STYLE, style, strict=True)) if style else None,
+        "style_weights": style_weights,
     }
 
 
-def _strength(prefix: str, fit: dict[str, Array], i: int) -> list[tuple[str, float]]:
-    ends = {end: float(fit[end][i]) for end in ("strength", "low", "high")}
-    rates = {
-        "win_rate": ends["strength"],
-        "win_rate_low": ends["low"],
-        "win_rate_high": ends["high"],
+def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[str]]:
+    """The design matrix with style columns, and the instruction of each row.
+
+    The matrix is (rows of all matches, len(models) - 1 + style features).
+    """
+    indices = []
+    counts = []
+    other_counts = []
+    instructions = []
+    for match in matches:
+        pair = (models.index(match.model), models.index(match.other))
+        for row in match.rows:
+            indices.append(pair)
+            counts.append(win_rates.markdown_counts(row["output"]))
+            other_counts.append(win_rates.markdown_counts(row["other_output"]))
+            instructions.append(row["instruction"])
+    style = win_rates.style_differences(np.array(counts, float), np.array(other_counts, float))
+    return win_rates.design_matrix(np.array(indices), len(models), style), instructions
+
+
+def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
+    """Strength of model i (nats) and win rate over the last model, with their intervals."""
+    strength = float(fit["strength"][i])
+    low = float(fit["low"][i])
+    high = float(fit["high"][i])
+    return {
+        f"{prefix}strength": strength,
+        f"{prefix}low": low,
+        f"{prefix}high": high,
+        f"{prefix}win_rate": 1 / (1 + math.exp(-strength)),
+        f"{prefix}win_rate_low": 1 / (1 + math.exp(-low)),
+        f"{prefix}win_rate_high": 1 / (1 + math.exp(-high)),
     }
-    return [(prefix + k, v) for k, v in ends.items()] + [
-        (prefix + k, 1 / (1 + math.exp(-v))) for k, v in rates.items()
-    ]
+
+
+# ------------------------------------------------------------------------ gamed baselines
 
 
 def read_gamed(path: Path) -> Gamed:
-    """AlpacaEval's df_gamed.csv; raises DataError where a column or a number is missing."""
-    columns = ("index", "preference", "std_delta_len", "instruction_difficulty")
+    """AlpacaEval's df_gamed.csv; raises DataError if a column or a number is missing."""
     try:
         rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    if not rows or set(columns) - set(rows[0]):
+    expected = ", ".join(GAMED_COLUMNS)
+    if not rows or set(GAMED_COLUMNS) - set(rows[0]):
+        shown = ", ".join(rows[0]) if rows else "no rows"
         raise DataError(
-            f"{path} should be AlpacaEval's df_gamed.csv with the columns {', '.join(columns)}; it has {', '.join(rows[0]) if rows else 'no rows'}"
+            f"{path} should be AlpacaEval's df_gamed.csv with the columns {expected}; "
+            f"it has {shown}"
         )
+
     try:
         index = [int(float(row["index"])) for row in rows]
-        preference, delta, difficulty = (
-            np.array([float(row[name] or math.nan) for row in rows]) for name in columns[1:]
-        )
+        preference = _csv_numbers(rows, "preference")
+        std_delta_len = _csv_numbers(rows, "std_delta_len")
+        difficulty = _csv_numbers(rows, "instruction_difficulty")
     except ValueError as error:
-        raise DataError(f"{path}: {error}; expected numbers in {', '.join(columns)}") from error
-    return Gamed(
-        preference,
-        delta,
-        difficulty,
-        dict(zip(index[::-1], difficulty[::-1].tolist(), strict=True)),
-    )  # the first of an index stands
+        raise DataError(f"{path}: {error}; expected numbers in {expected}") from error
+    # Reversed, so that the first row of each instruction is the one that stays.
+    of_index = dict(zip(index[::-1], difficulty[::-1].tolist(), strict=True))
+    return Gamed(preference, std_delta_len, difficulty, of_index)
+
+
+def _csv_numbers(rows: list[dict[str, str]], column: str) -> Array:
+    """A column of numbers, NaN if a cell is empty.  -> (rows,)"""
+    return np.array([float(row[column] or math.nan) for row in rows])
 
 
 def difficulties(match: Match, gamed: Gamed) -> Array:
-    """The difficulty of each instruction; raises DataError where its place in AlpacaEval's set is not known.
+    """The difficulty of each instruction in AlpacaEval's set.  -> (rows,)
 
-    A row without 'index' is taken at its place in a file that holds the whole set: after a missing row all others would be shifted.
+    A row without 'index' has its position in the file as index, but only if the file holds the
+    whole set: one missing row would shift all rows after it.
+    Raises DataError if an instruction has no index or no difficulty.
     """
-    whole = len(gamed.of_index)
-    placed = [
-        row["place"][0] if row["place"] and row["place"][1] == whole else None for row in match.rows
-    ]
-    index = [
-        row["index"] if row["index"] is not None else place
-        for row, place in zip(match.rows, placed, strict=True)
-    ]
-    values = np.array([math.nan if i is None else gamed.of_index.get(i, math.nan) for i in index])
-    for wrong, why in (
-        (
-            sum(i is None for i in index),
-            f"have no 'index', and their file does not hold all {whole} of --gamed-baselines",
-        ),
-        (int(np.isnan(values).sum()), "have no difficulty in --gamed-baselines"),
-    ):
-        if wrong:
-            raise DataError(
-                f"{wrong} of {len(values)} rows {why}: which instruction is which is not known; correct 'index', or leave the option out"
-            )
-    return values
+    n_instructions = len(gamed.of_index)
+    values = []
+    no_index = 0
+    for row in match.rows:
+        index = row["index"]
+        if index is None and row["position"] and row["position"][1] == n_instructions:
+            index = row["position"][0]
+        if index is None:
+            no_index += 1
+        values.append(math.nan if index is None else gamed.of_index.get(index, math.nan))
+    if no_index:
+        raise DataError(
+            f"{no_index} of {len(values)} rows have no 'index', and their file does not hold all "
+            f"{n_instructions} instructions of --gamed-baselines, so their difficulty is unknown; "
+            "add 'index', or omit --gamed-baselines"
+        )
+    no_difficulty = sum(math.isnan(value) for value in values)
+    if no_difficulty:
+        raise DataError(
+            f"{no_difficulty} of {len(values)} rows have no difficulty in --gamed-baselines; "
+            "correct their 'index', or omit --gamed-baselines"
+        )
+    return np.array(values)
