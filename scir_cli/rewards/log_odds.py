@@ -1,9 +1,11 @@
-"""Branch log-probabilities -> log-odds, one pure function per internal reward model (METHOD 2 in docs/method.md).
+"""Branch log-probabilities -> log-odds: the equations of the internal reward models.
 
-    a = log P(first better) - log P(second better), nats.  Swapping the pair negates a.  P(first better) = sigmoid(a).
+    a = log P(first better) - log P(second better), nats
+    P(first better) = sigmoid(a);  exchanging the responses negates a
 
-Every tensor here has pairs along its last axis; gradients flow through all of it. The two generative models that compare (judge, rationale)
-share `two_orders`; the three that are a difference of one number per response share `difference`.
+Every tensor has the pairs along its last axis, and gradients flow through every function.
+Judge and rationale share `average_orders`; models with one reward per response share `difference`.
+See docs/method.md, section 2.
 """
 
 from __future__ import annotations
@@ -16,35 +18,47 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RewardOutput:
-    """What a reward model says of each pair; `orders` is None for models that do not seat the responses as A and B."""
+    """Log-odds of each pair that first is better, with their parts."""
 
-    log_odds: Tensor  # (pairs,) nats
-    # (2, pairs) nats, read with first, then with second, in seat A; positive: first better, in both
+    #: (pairs,) nats
+    log_odds: Tensor
+    #: (2, pairs) nats; first in seat A, then second in seat A; positive: first is better.
+    #: None for models that do not compare the responses as A and B.
     orders: Tensor | None = None
-    verdict_mass: Tensor | None = (
-        None  # (pairs,) probability on the verdict tokens, mean over what was asked
-    )
+    #: (pairs,) probability of all verdict tokens together, mean over the prompts of the pair
+    verdict_mass: Tensor | None = None
 
 
 def average_orders(verdict_logps: Tensor) -> RewardOutput:
-    """Log-odds of a pairwise judge from log P(A), log P(B) in both orders.  verdict_logps: (2 orders, 2 tokens, pairs), nats
+    """Log-odds of a pairwise judge from log P(A) and log P(B) in both orders.
 
-    a = 1/2 [l(y1,y2) - l(y2,y1)],  l = log P(A) - log P(B): a constant preference for a seat cancels exactly.
+    a = 1/2 [l(y1, y2) - l(y2, y1)],  l = log P(A) - log P(B)
+    A constant preference for a seat cancels exactly.
+
+    verdict_logps: (2 orders, 2 tokens, pairs), nats
     """
-    # log-odds for seat A in each order, (pairs,)
+    # Log-odds for seat A in each order, (pairs,)
     forward, swapped = verdict_logps[:, 0] - verdict_logps[:, 1]
-    # log-odds for first, which has the other seat in the second order, (2, pairs)
+    # Log-odds for first, which has the other seat in the second order: (2, pairs)
     orders = torch.stack([forward, -swapped])
-    mass = verdict_logps.exp().sum(1).mean(0)  # (pairs,)
+    mass = verdict_logps.exp().sum(1).mean(0)
     return RewardOutput(0.5 * (orders[0] + orders[1]), orders, mass)
 
 
 def expected_score(score_logps: Tensor) -> tuple[Tensor, Tensor]:
-    """Expected additive score and the mass on score tokens.  score_logps: (scores, ...) of 0, 1, 2 …, nats -> (...), (...)"""
+    """Expected additive score, and the probability of all score tokens together.
+
+    score_logps: (scores, ...) of the scores 0, 1, 2 …, nats -> (...), (...)
+    """
     values = torch.arange(len(score_logps), dtype=score_logps.dtype, device=score_logps.device)
-    return torch.einsum("s,s...->...", values, score_logps.softmax(0)), score_logps.exp().sum(0)
+    expected = torch.einsum("s,s...->...", values, score_logps.softmax(0))
+    mass = score_logps.exp().sum(0)
+    return expected, mass
 
 
 def difference(rewards: Tensor, scale: float) -> RewardOutput:
-    """Log-odds from one reward per response (Bradley-Terry).  rewards: (2, pairs) -> a = scale * (r(y1) - r(y2))"""
+    """Log-odds from one reward per response (Bradley-Terry): scale * (r(y1) - r(y2)).
+
+    rewards: (2, pairs)
+    """
     return RewardOutput(scale * (rewards[0] - rewards[1]))

@@ -1,4 +1,4 @@
-"""Rows of pairs -> token ids and `Pair`s, as the engine scores them. The one place where pairs are tokenized."""
+"""Rows of pairs -> token ids and `Pair`s for the engine; the only place that tokenizes pairs."""
 
 from __future__ import annotations
 
@@ -21,32 +21,38 @@ from scir_cli.rewards.columns import filter_rows, with_column
 SIDES = ("first", "second")
 PAIR_COLUMNS = ["pair_id", "messages", *SIDES, "rewards", "reference_logps"]
 
-PromptIds = list[tuple[int, ...]]  # of each pair
+#: Token ids of each pair's prompt
+PromptIds = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair as the engine sees it: token ids for what is scored, text for what a judge reads."""
+    """A pair: token ids of what is scored, and text for the judge's prompt."""
 
     pair_id: str
     messages: Sequence[Message]
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[tuple[int, ...], tuple[int, ...]]  # first, second
+    #: first, second
+    response_ids: tuple[tuple[int, ...], tuple[int, ...]]
+    #: first, second
     texts: tuple[str, str]
-    reference_logps: dict[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # weights key -> summed logps of first, second
-    # reward model -> the token ids of its answers to `requests`
+    #: weights key -> summed log-probabilities of first and second, nats
+    reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    #: reward model -> token ids of the answers to its `requests`
     rationale_token_ids: dict[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Context:
-    """What `odds` needs beside the policy's log-probabilities; pairs along the last axis."""
+    """Inputs of `odds` beside the policy's log-probabilities; pairs along the last axis."""
 
-    n_tokens: Tensor  # (2, pairs) tokens of first and second
-    reference_logps: Tensor  # (2, pairs) under reward_reference, nats; NaN where unknown
-    external: Tensor  # (pairs,) fp64, as it is in the data, and on the CPU: it enters no loss; NaN: no verdict
+    #: (2, pairs) tokens of first and second
+    n_tokens: Tensor
+    #: (2, pairs) under the reward reference, nats; NaN if unknown
+    reference_logps: Tensor
+    #: (pairs,) log-odds in the data, nats; NaN: no verdict.
+    #: fp64 and on the CPU, because no loss uses it
+    external: Tensor
 
     @classmethod
     def of(
@@ -56,12 +62,17 @@ class Context:
         device: Any = "cpu",
         external: Tensor | None = None,
     ) -> Context:
-        """What is known of the pairs.  external: (pairs,) log-odds that came with the data; None: there are none"""
+        """The context of these pairs.
+
+        reward_reference: weights key of the model whose log-probabilities to use.
+        external: (pairs,) log-odds given in the data, or None.
+        """
         unknown = (float("nan"), float("nan"))
-        reference = [p.reference_logps.get(reward_reference or "", unknown) for p in pairs]
+        key = reward_reference or ""
+        reference = [pair.reference_logps.get(key, unknown) for pair in pairs]
         if external is None:
             external = torch.full((len(pairs),), torch.nan)
-        lengths = [[len(ids) for ids in p.response_ids] for p in pairs]
+        lengths = [[len(ids) for ids in pair.response_ids] for pair in pairs]
         return cls(
             torch.tensor(lengths, dtype=torch.float32, device=device).T,
             torch.tensor(reference, dtype=torch.float32, device=device).T,
@@ -70,7 +81,7 @@ class Context:
 
 
 def encode_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, list[Pair], Counter[str]]:
-    """The pairs of a table that can be tokenized, as rows and as `Pair`s, and the others by reason.
+    """The pairs that can be tokenized, as rows and as `Pair`s, and the number of drops by reason.
 
     Drops: as `tokenize_pairs`.
     """
@@ -79,24 +90,27 @@ def encode_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, list[Pair], Cou
 
 
 def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Counter[str]]:
-    """The pairs with the token ids of both responses, the token ids of each pair's prompt, and the drops.
+    """The pairs with token ids of both responses, token ids of the prompts, and drops by reason.
 
-    Token ids in the table are used as they are: sampled ids are never encoded again.
-    Neighbours with the same prompt share one rendering of it.
-    Drops: prompt_boundary (the chat template does not render a response as a continuation of its prompt).
+    Token ids in the table are used unchanged: sampled ids are never encoded again.
+    Neighbors with the same prompt share one rendering of it.
+    Drops: prompt_boundary (the chat template does not render a response as a continuation of its
+    prompt).
     """
-    fields = [
-        {f.name: pc.struct_field(table[side], f.name).combine_chunks() for f in schemas.RESPONSE}
-        for side in SIDES
-    ]
-    lacking = [
-        pc.list_value_length(side["token_ids"]).fill_null(0).to_numpy() == 0 for side in fields
-    ]
-    texts = [
-        side["text"].to_pylist() if lacks.any() else []
-        for side, lacks in zip(fields, lacking, strict=True)
-    ]
-    encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]  # row -> token ids
+    fields: list[dict[str, pa.Array]] = []
+    lacking: list[np.ndarray] = []
+    texts: list[list[str]] = []
+    for side in SIDES:
+        columns = {
+            field.name: pc.struct_field(table[side], field.name).combine_chunks()
+            for field in schemas.RESPONSE
+        }
+        lacks = pc.list_value_length(columns["token_ids"]).fill_null(0).to_numpy() == 0
+        fields.append(columns)
+        lacking.append(lacks)
+        texts.append(columns["text"].to_pylist() if lacks.any() else [])
+    # Row -> token ids, per side
+    encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]
     prompt_ids: PromptIds = []
     boundary = np.ones(len(table), bool)
     for row, messages in enumerate(table["messages"].to_pylist()):
@@ -116,7 +130,11 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
 
 
 def _with_token_ids(side: dict[str, pa.Array], encoded: dict[int, list[int]]) -> pa.Array:
-    """One side's responses, with these rows' token ids put in.  side: its fields, (pairs,) each"""
+    """The responses of one side with the token ids of some rows replaced.
+
+    side: its fields, (pairs,) each.
+    encoded: row -> token ids.
+    """
     ids = side["token_ids"].to_pylist()
     for row, tokens in encoded.items():
         ids[row] = tokens
@@ -125,19 +143,30 @@ def _with_token_ids(side: dict[str, pa.Array], encoded: dict[int, list[int]]) ->
 
 
 def make_pairs(table: pa.Table, prompt_ids: Sequence[tuple[int, ...]]) -> list[Pair]:
-    """The `Pair` of each row; the table holds the token ids of all responses.  prompt_ids: of each row"""
+    """The `Pair` of each row; the table has the token ids of all responses.
+
+    prompt_ids: token ids of the prompt of each row.
+    """
     rows = table.select(PAIR_COLUMNS).to_pylist()
     return [_make_pair(row, ids) for row, ids in zip(rows, prompt_ids, strict=True)]
 
 
 def _make_pair(row: Mapping[str, Any], prompt_ids: tuple[int, ...]) -> Pair:
-    first, second = (row[side] for side in SIDES)
+    first = row["first"]
+    second = row["second"]
+    reference_logps = {
+        entry["weights_key"]: (entry["first"], entry["second"]) for entry in row["reference_logps"]
+    }
+    rationales = {}
+    for reward in row["rewards"]:
+        if token_ids := reward.get("rationale_token_ids"):
+            rationales[reward["reward_model"]] = token_ids
     return Pair(
         row["pair_id"],
         row["messages"],
         prompt_ids,
         (tuple(first["token_ids"]), tuple(second["token_ids"])),
         (first["text"], second["text"]),
-        {r["weights_key"]: (r["first"], r["second"]) for r in row["reference_logps"]},
-        {r["reward_model"]: ids for r in row["rewards"] if (ids := r.get("rationale_token_ids"))},
+        reference_logps,
+        rationales,
     )

@@ -1,4 +1,4 @@
-"""Prompts of the generative reward models, and how their fields are filled."""
+"""Prompts of the generative reward models, and functions that fill them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ Answer A: {a}
 
 Answer B: {b}
 
-First explain in a few sentences which answer is better and why. Then write "Verdict:" and A or B."""
+First explain in a few sentences which answer is better and why. \
+Then write "Verdict:" and A or B."""
 
-#: The additive five-point rubric of Self-Rewarding Language Models (arXiv 2401.10020), in our words.
-RUBRIC = """Score how well a response answers a question. Start at 0 and add a point for each of these that holds:
-it is relevant to the question; it answers a good part of it; it answers the question usefully and completely; it is well written and clearly
+#: The additive five-point rubric of Self-Rewarding Language Models (arXiv 2401.10020), reworded.
+RUBRIC = """Score how well a response answers a question. \
+Start at 0 and add a point for each of these that holds:
+it is relevant to the question; it answers a good part of it; \
+it answers the question usefully and completely; it is well written and clearly
 meant for the asker; it could hardly be better.
 
 Question: {question}
@@ -42,21 +45,28 @@ Reply with the score, a single digit from 0 to 5."""
 
 
 def question_text(messages: Sequence[Message]) -> str:
-    """A conversation as a judge reads it: the bare text of a single user turn, else each turn with its role; the system turn is left out."""
-    turns = [m for m in messages if m["role"] != "system"]
+    """The conversation as the judge's prompt contains it, without the system turn.
+
+    A single user turn is its bare text; of several turns each one begins with its role.
+    """
+    turns = [message for message in messages if message["role"] != "system"]
     if len(turns) == 1:
         return turns[0]["content"]
-    return "\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in turns)
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+    return "\n".join(lines)
 
 
 def fill(template: str, **values: str) -> list[Message]:
-    """A judge prompt as a one-turn conversation. Values go in as they are: braces in them mean nothing."""
+    """The judge prompt as a one-turn conversation; braces inside the values have no meaning."""
     text = re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), template)
     return [{"role": "user", "content": text}]
 
 
 def load_template(path: Path | None, default: str, fields: Sequence[str]) -> str:
-    """The judge prompt in a text file, or the default; raises ConfigError where a field is missing."""
+    """The judge prompt in a text file, or the default if there is no path.
+
+    Raises ConfigError if the file cannot be read or lacks a field.
+    """
     if path is None:
         return default
     try:
@@ -65,7 +75,6 @@ def load_template(path: Path | None, default: str, fields: Sequence[str]) -> str
         raise ConfigError(f"the judge prompt {path} cannot be read: {error}") from error
     missing = [name for name in fields if "{" + name + "}" not in text]
     if missing:
-        raise ConfigError(
-            f"the judge prompt {path} has no {{{missing[0]}}}; it needs {', '.join('{' + f + '}' for f in fields)}"
-        )
+        required = ", ".join("{" + name + "}" for name in fields)
+        raise ConfigError(f"the judge prompt {path} has no {{{missing[0]}}}; it needs {required}")
     return text

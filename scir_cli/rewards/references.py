@@ -1,4 +1,4 @@
-"""Frozen models beside the policy: the reward reference, and log-probabilities of responses under any of them."""
+"""Frozen models beside the policy, and log-probabilities of responses under them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,25 @@ from scir_cli.settings import RewardSettings
 def open_reward_reference(
     settings: RewardSettings, model: LazyPolicy, needing: Sequence[str], **options: Any
 ) -> LazyPolicy:
-    """The model behind --reward-reference.  needing: the reward models that read it; options: more arguments of LazyPolicy
+    """The model of --reward-reference.
 
-    Raises ConfigError if it is missing, holds the policy's own weights, or has another tokenizer or template.
+    needing: the reward models that read it.
+    options: further arguments of LazyPolicy.
+    Raises ConfigError if it is missing, has the weights of the policy, or has another tokenizer
+    or chat template.
     """
     if settings.reward_reference is None:
         raise ConfigError(
-            f"the {' and '.join(needing)} reward needs --reward-reference MODEL (the SFT model the policy came from), "
+            f"the {' and '.join(needing)} reward needs --reward-reference MODEL "
+            "(the SFT model that the policy was trained from), "
             f"or leave '{needing[0]}' out of --reward-models"
         )
     reference = LazyPolicy(settings, settings.reward_reference, meter=model.meter, **options)
     if reference.weights_key == model.weights_key:
         raise ConfigError(
-            f"--reward-reference {settings.reward_reference} holds the same weights as --model {settings.model}: every "
-            "implicit log-odds would be 0. Name the model the policy was tuned from (M_0, or M_t-1)"
+            f"--reward-reference {settings.reward_reference} holds the same weights as "
+            f"--model {settings.model}: every implicit log-odds would be 0. "
+            "Name the model that the policy was trained from (M_0, or M_t-1)"
         )
     if reference.chat.template_digest() != model.chat.template_digest():
         raise ConfigError(
@@ -39,12 +44,16 @@ def open_reward_reference(
 
 
 def add_missing_logps(pairs: Sequence[Pair], reference: LazyPolicy, max_tokens: int) -> list[Pair]:
-    """The pairs with summed response log-probabilities under `reference`, nats, added to those that lack them.
+    """The pairs, with summed log-probabilities of both responses under `reference` (nats).
 
-    max_tokens: of one forward pass. With sharded weights all ranks have to call this at the same time.
+    Pairs that already have them are not scored again.
+    max_tokens: per forward pass.
+    With sharded weights all ranks have to call this at the same time.
     """
     missing = [pair for pair in pairs if reference.weights_key not in pair.reference_logps]
-    groups = [[continuation(pair.prompt_ids, ids) for ids in pair.response_ids] for pair in missing]
+    groups = []
+    for pair in missing:
+        groups.append([continuation(pair.prompt_ids, ids) for ids in pair.response_ids])
     scored = reference.load().score(groups, max_tokens) if missing or reference.sharded else []
     with reference.meter.timed():
         for pair, logps in zip(missing, scored, strict=True):

@@ -1,12 +1,11 @@
-"""The internal reward models: what each asks of the policy about a pair, and how the answer becomes log-odds.
+"""The internal reward models: token paths to score per pair, and log-odds from their scores.
 
-Each derives from `RewardModel`, as a user's own does, which `--reward-models module:Class` names: it then works in
-judging, training, evaluation, validation figures and reports.
+Each one derives from `RewardModel`. So does a user's own, named by `--reward-models module:Class`;
+it works in judging, training, evaluation, validation figures and reports.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -33,16 +32,17 @@ from scir_cli.rewards.prompts import (
 )
 from scir_cli.settings import RewardSettings
 
-#: Where a word of a class name begins, but for the first: brevity|Score, HTTP|Score
+#: The start of each further word in a class name: Brevity|Score, HTTP|Score
 WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 class RewardModel(ABC):
-    """The base class of every reward model, and of a user's own: `--reward-models judge,implicit,my_module:Brevity`.
+    """Base class of every reward model, also of a user's own.
 
-    A reward model names the token paths to score for a pair (`branches`), and turns their summed log-probabilities
-    under the policy into log-odds that the first response is better (`odds`, a pure function). In training the same two
-    methods are called, and gradients flow through `odds`. The smallest one needs no path at all:
+    A reward model names the token paths to score for a pair (`branches`), and turns their summed
+    log-probabilities under the policy into log-odds that the first response is better (`odds`, a
+    pure function). Training calls the same two methods, and gradients flow through `odds`.
+    The smallest one needs no path at all:
 
         from scir_cli.rewards.reward_models import RewardModel, RewardOutput
 
@@ -56,23 +56,26 @@ class RewardModel(ABC):
             def odds(self, logps, context):
                 return RewardOutput(context.n_tokens[1] - context.n_tokens[0])
 
-    Exchanging first and second must negate the log-odds. NaN is no verdict; in training each pair needs a number.
+    Exchanging the responses must negate the log-odds.
+    NaN means no verdict; training needs a number for every pair.
     """
 
-    #: Name of its verdicts in datasets, figures and `--rule`; by default the class name in snake case
+    #: Name of its verdicts in datasets, figures and `--rule`; default: class name in snake case
     name: ClassVar[str] = ""
     #: Number of token paths that `branches` returns, the same for each pair
     n_branches: ClassVar[int]
-    #: Each path ends in one target token; such a path enters no loss in `judge`, so a backend may score it
+    #: Each path ends in one target token and enters no loss in `judge`, so a backend may score it
     reads_verdicts: ClassVar[bool] = False
     #: `odds` returns `orders`: the responses are compared in both orders, as A and B
     has_seats: ClassVar[bool] = False
-    #: The first two paths are the two answers after their prompt; their log-probabilities are kept for the next iteration
+    #: The first two paths are the answers after their prompt; the next iteration reuses their
+    #: log-probabilities
     scores_answers: ClassVar[bool] = False
-    #: `odds` reads `context.reference_logps`, so --reward-reference has to be given
+    #: `odds` reads `context.reference_logps`, so --reward-reference is required
     needs_reference: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
+        """Set the default name: the class name in snake case."""
         if "name" not in vars(cls):
             cls.name = WORD_START.sub("_", cls.__name__).lower()
 
@@ -81,20 +84,26 @@ class RewardModel(ABC):
         self.settings = settings
 
     def requests(self, pair: Pair) -> list[list[int]]:
-        """Prompts (token ids) that have to be answered in text before `branches` is called; usually none."""
+        """Prompts (token ids) that need a written answer before `branches`; usually none."""
         return []
 
     @abstractmethod
     def branches(self, pair: Pair) -> list[Branch]:
-        """Token paths to score; if there are `requests`, their answers are in `pair.rationale_token_ids`."""
+        """Token paths to score; answers to `requests` are in `pair.rationale_token_ids`."""
 
     @abstractmethod
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        """Log-odds from summed log-probabilities.  logps: (branches, pairs), nats -> log_odds: (pairs,), nats"""
+        """Log-odds from summed log-probabilities.
+
+        logps: (branches, pairs), nats -> log_odds: (pairs,), nats
+        """
 
 
 class Judge(RewardModel):
-    """Pairwise verdict A or B at the first token of the answer, in both orders."""
+    """Pairwise verdict A or B at the first token of the answer, in both orders.
+
+    Branches: [first as A: "A", "B"; second as A: "A", "B"].
+    """
 
     n_branches = 4
     reads_verdicts = True
@@ -102,30 +111,31 @@ class Judge(RewardModel):
 
     @cached_property
     def template(self) -> str:
+        """The judge's prompt with the placeholders {question}, {a} and {b}."""
         return load_template(*self._prompt(), ("question", "a", "b"))
 
     def _prompt(self) -> tuple[Path | None, str]:
-        """The user's file, and ours."""
+        """The user's prompt file, if any, and the built-in prompt."""
         return self.settings.judge_prompt, PAIRWISE
 
     def _prompts(self, pair: Pair) -> list[list[int]]:
+        """Token ids of the judge's prompt in both orders."""
         first, second = pair.texts
-        orders = ((first, second), (second, first))
-        return [
-            self.chat.prompt_ids(
-                fill(self.template, question=question_text(pair.messages), a=a, b=b)
-            )
-            for a, b in orders
-        ]
+        question = question_text(pair.messages)
+        prompts = []
+        for a, b in ((first, second), (second, first)):
+            text = fill(self.template, question=question, a=a, b=b)
+            prompts.append(self.chat.prompt_ids(text))
+        return prompts
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        ask: list[Message] = [{"role": "user", "content": "Reply with A or B."}]
-        tokens = tuple(self.chat.answer_token(ask, word) for word in self.settings.verdict_tokens)
+        """Token ids of the two verdicts. Raises ConfigError if they are the same token."""
+        example: list[Message] = [{"role": "user", "content": "Reply with A or B."}]
+        words = self.settings.verdict_tokens
+        tokens = tuple(self.chat.answer_token(example, word) for word in words)
         if len(set(tokens)) == 1:
-            raise ConfigError(
-                f"the verdicts {self.settings.verdict_tokens} are the same token; choose two with --verdict-tokens"
-            )
+            raise _same_verdicts(words)
         return tokens
 
     def branches(self, pair: Pair) -> list[Branch]:
@@ -135,8 +145,14 @@ class Judge(RewardModel):
         return log_odds.average_orders(logps.unflatten(0, (2, 2)))
 
 
+def _same_verdicts(words: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"the verdicts {words} are the same token; choose two others with --verdict-tokens"
+    )
+
+
 class Rationale(Judge):
-    """The judge writes its reasons first; the verdict is then read as the judge's is."""
+    """The judge writes its reasons first; then its verdict is read as the judge's is."""
 
     def _prompt(self) -> tuple[Path | None, str]:
         return self.settings.rationale_prompt, PAIRWISE_RATIONALE
@@ -145,31 +161,37 @@ class Rationale(Judge):
         return self._prompts(pair)
 
     def branches(self, pair: Pair) -> list[Branch]:
-        cue = self._verdicts[0][:-1]
-        if not (reasons := pair.rationale_token_ids.get("rationale")):
+        reasons = pair.rationale_token_ids.get("rationale")
+        if not reasons:
             raise DataError(
-                "these pairs hold no rationales: have `scir judge --reward-models …,rationale` write them first"
+                "these pairs hold no rationales; write them first with "
+                "`scir judge --reward-models …,rationale`"
             )
-        prompts = [
-            [*p, *self._reasons(w), *cue] for p, w in zip(self._prompts(pair), reasons, strict=True)
-        ]
-        return [verdict(prompt, token) for prompt in prompts for token in self.tokens]
+        cue = self._verdicts[0][:-1]
+        branches = []
+        for prompt, written in zip(self._prompts(pair), reasons, strict=True):
+            path = [*prompt, *self._reasons(written), *cue]
+            branches += [verdict(path, token) for token in self.tokens]
+        return branches
 
     @cached_property
     def _verdicts(self) -> list[list[int]]:
-        """What is read after the reasons, ending in each verdict: the same ids but for the last one."""
-        ends = [
-            list(self.chat.tokenizer(f"\n\nVerdict: {w}", add_special_tokens=False)["input_ids"])
-            for w in self.settings.verdict_tokens
-        ]
+        """Token ids after the reasons, per verdict; only the last id differs.
+
+        Raises ConfigError if both are the same, ModelError if a verdict takes several tokens.
+        """
+        words = self.settings.verdict_tokens
+        ends = []
+        for word in words:
+            encoded = self.chat.tokenizer(f"\n\nVerdict: {word}", add_special_tokens=False)
+            ends.append(list(encoded["input_ids"]))
         if ends[0] == ends[1]:
-            raise ConfigError(
-                f"the verdicts {self.settings.verdict_tokens} are the same token; choose two with --verdict-tokens"
-            )
+            raise _same_verdicts(words)
         if ends[0][:-1] != ends[1][:-1]:
-            words = " and ".join(map(repr, self.settings.verdict_tokens))
+            quoted = " and ".join(map(repr, words))
             raise ModelError(
-                f"the verdicts {words} are not one token each for this tokenizer; choose others with --verdict-tokens"
+                f"this tokenizer splits the verdicts {quoted} into several tokens; "
+                "choose others with --verdict-tokens"
             )
         return ends
 
@@ -178,40 +200,40 @@ class Rationale(Judge):
         return tuple(end[-1] for end in self._verdicts)
 
     def _reasons(self, written: Sequence[int]) -> list[int]:
-        """What was written up to the verdict it may have given itself, which is read from probabilities instead."""
-        text = self.chat.tokenizer.decode([t for t in written if t not in self.chat.end_ids])
-        return list(
-            self.chat.tokenizer(text.split("Verdict:")[0].rstrip(), add_special_tokens=False)[
-                "input_ids"
-            ]
-        )
+        """Token ids of the reasons without the verdict that the model may have written.
+
+        The verdict is read from probabilities instead.
+        """
+        tokenizer = self.chat.tokenizer
+        text = tokenizer.decode([token for token in written if token not in self.chat.end_ids])
+        reasons = text.split("Verdict:")[0].rstrip()
+        return list(tokenizer(reasons, add_special_tokens=False)["input_ids"])
 
 
 class Rubric(RewardModel):
-    """Additive score 0-5 of each response, as its expectation over the score tokens (arXiv 2401.10020)."""
+    """Expected score (0 to 5) of each response over the score tokens (arXiv 2401.10020)."""
 
     n_branches = 12
     reads_verdicts = True
 
     @cached_property
     def template(self) -> str:
+        """The rubric's prompt with the placeholders {question} and {response}."""
         return load_template(self.settings.rubric_prompt, RUBRIC, ("question", "response"))
 
     def branches(self, pair: Pair) -> list[Branch]:
         question = question_text(pair.messages)
-        asks = [fill(self.template, question=question, response=text) for text in pair.texts]
-        tokens = [self.chat.answer_token(asks[0], str(score)) for score in range(6)]
-        prompts = [self.chat.prompt_ids(ask) for ask in asks]
+        filled = [fill(self.template, question=question, response=text) for text in pair.texts]
+        tokens = [self.chat.answer_token(filled[0], str(score)) for score in range(6)]
+        prompts = [self.chat.prompt_ids(text) for text in filled]
         return [verdict(prompt, token) for prompt in prompts for token in tokens]
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        scores, mass = log_odds.expected_score(
-            logps.unflatten(0, (2, 6)).transpose(0, 1)
-        )  # (2, pairs)
-        return RewardOutput(
-            log_odds.difference(scores, self.settings.rubric_scale).log_odds,
-            verdict_mass=mass.mean(0),
-        )
+        # Scores first, as expected_score expects: (6, 2, pairs) -> (2, pairs)
+        by_score = logps.unflatten(0, (2, 6)).transpose(0, 1)
+        scores, mass = log_odds.expected_score(by_score)
+        difference = log_odds.difference(scores, self.settings.rubric_scale)
+        return RewardOutput(difference.log_odds, verdict_mass=mass.mean(0))
 
 
 class Implicit(RewardModel):
@@ -225,10 +247,8 @@ class Implicit(RewardModel):
         return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        s = self.settings
-        return log_odds.difference(
-            logps - context.reference_logps, s.implicit_scale * s.implicit_beta
-        )
+        scale = self.settings.implicit_scale * self.settings.implicit_beta
+        return log_odds.difference(logps - context.reference_logps, scale)
 
 
 class Likelihood(RewardModel):
@@ -245,28 +265,30 @@ class Likelihood(RewardModel):
 
 
 class Pmi(RewardModel):
-    """Mean log-ratio per token of the answer with and without its prompt: pointwise mutual information (ours)."""
+    """Pointwise mutual information of prompt and answer per token (ours).
+
+    The mean over the answer's tokens of log p(token | prompt) - log p(token | empty prompt).
+    """
 
     n_branches = 4
     scores_answers = True
 
     def branches(self, pair: Pair) -> list[Branch]:
         nothing = self.chat.prompt_ids([{"role": "user", "content": ""}])
-        return [
-            continuation(prompt, ids)
-            for prompt in (pair.prompt_ids, nothing)
-            for ids in pair.response_ids
-        ]
+        branches = []
+        for prompt in (pair.prompt_ids, nothing):
+            branches += [continuation(prompt, ids) for ids in pair.response_ids]
+        return branches
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        with_prompt, without = logps.unflatten(0, (2, 2))  # (2, pairs) each
-        return log_odds.difference(
-            (with_prompt - without) / context.n_tokens, self.settings.likelihood_scale
-        )
+        # (2, pairs) each
+        with_prompt, without = logps.unflatten(0, (2, 2))
+        per_token = (with_prompt - without) / context.n_tokens
+        return log_odds.difference(per_token, self.settings.likelihood_scale)
 
 
 class External(RewardModel):
-    """Log-odds that came with the data."""
+    """Log-odds or scores given in the input dataset."""
 
     n_branches = 0
 
@@ -279,14 +301,17 @@ class External(RewardModel):
 
 BUILT_IN = (Judge, Implicit, Rubric, Rationale, Likelihood, Pmi, External)
 TABLE: dict[str, type[RewardModel]] = {model.name: model for model in BUILT_IN}
-#: Words that a rule of `filter` or a table uses beside the names of reward models
+#: Words with another meaning in `filter --rule` or in tables
 RESERVED = {*TABLE, "agree", "agreed", "all", "average", "gold", "majority", "none", "random"}
-#: In the penalty a model with seats is two, under these endings
+#: Endings of the two orders' names, if the penalty compares the orders of a model with seats
 ORDERS = ("_forward", "_swapped")
 
 
 def load(name: str) -> type[RewardModel]:
-    """The class of a built-in name or "module:Class"; raises ConfigError for one that cannot be used."""
+    """The class of a built-in name or of "module:Class".
+
+    Raises ConfigError if there is none, or if it lacks what a reward model needs.
+    """
     if name in TABLE:
         return TABLE[name]
     if not plugins.is_target(name):
@@ -294,100 +319,118 @@ def load(name: str) -> type[RewardModel]:
     model = plugins.load_class(name, RewardModel, "reward model")
     if not isinstance(getattr(model, "n_branches", None), int):
         raise ConfigError(
-            f"reward model '{name}' lacks n_branches, the number of token paths that `branches` returns"
+            f"reward model '{name}' lacks n_branches, "
+            "the number of token paths that `branches` returns"
         )
-    if (
-        model.name in RESERVED
-        or model.name.endswith(ORDERS)
-        or not re.fullmatch(r"[a-z]\w*", model.name)
-    ):
+    is_word = re.fullmatch(r"[a-z]\w*", model.name)
+    if not is_word or model.name in RESERVED or model.name.endswith(ORDERS):
         raise ConfigError(
-            f"reward model '{name}' cannot be called '{model.name}': set its attribute `name` to another one, of letters, "
-            f"digits and _ (reserved: {', '.join(sorted(RESERVED))}, and what ends in {' or '.join(ORDERS)})"
+            f"reward model '{name}' cannot be called '{model.name}': set its attribute `name` to "
+            f"letters, digits and _ (reserved: {', '.join(sorted(RESERVED))}, and names that end "
+            f"in {' or '.join(ORDERS)})"
         )
     return model
 
 
 def load_all(names: Sequence[str]) -> dict[str, type[RewardModel]]:
-    """The classes of these names under the name of their verdicts, in this order; raises as `load` does, and for a repeated name."""
+    """The classes of these names by the name of their verdicts, in this order.
+
+    Raises ConfigError as `load` does, and if two classes have one name.
+    """
     models: dict[str, type[RewardModel]] = {}
     for name in names:
         model = load(name)
         if model.name in models:
             raise ConfigError(
-                f"two of the reward models {', '.join(names)} are called '{model.name}'; set the attribute `name` of one"
+                f"two of the reward models {', '.join(names)} are called '{model.name}'; "
+                "set the attribute `name` of one"
             )
         models[model.name] = model
     return models
 
 
 def make(names: Sequence[str], chat: Chat, settings: RewardSettings) -> dict[str, RewardModel]:
-    """The reward models of these names, under the name of their verdicts, in this order; raises as `load_all` does."""
+    """The reward models by the name of their verdicts; raises as `load_all` does."""
     return {name: model(chat, settings) for name, model in load_all(names).items()}
 
 
 def all_branches(models: dict[str, RewardModel], pair: Pair) -> list[Branch]:
-    """All branches the models ask about a pair, one model after the other; raises ConfigError for one that breaks its promises."""
-    asked = []
+    """The branches of all models for a pair, one model after the other.
+
+    Raises ConfigError if a user's model does not return what its attributes promise.
+    """
+    every = []
     for name, model in models.items():
         branches = model.branches(pair)
         if name not in TABLE:
             _check(model, pair, branches)
-        asked += branches
-    return asked
+        every += branches
+    return every
 
 
 def _check(model: RewardModel, pair: Pair, branches: list[Branch]) -> None:
-    """Raises ConfigError if a user's model does not return the branches that its attributes promise."""
+    """Raises ConfigError if a user's model does not return what its attributes promise."""
     if len(branches) != model.n_branches:
         raise ConfigError(
-            f"reward model '{model.name}' returned {len(branches)} branches for a pair; its n_branches is {model.n_branches}"
+            f"reward model '{model.name}' returned {len(branches)} branches for a pair; "
+            f"its n_branches is {model.n_branches}"
         )
     if model.reads_verdicts and any(len(branch.target_tokens) != 1 for branch in branches):
         raise ConfigError(
-            f"reward model '{model.name}' sets reads_verdicts, but one of its branches has not one target token"
+            f"reward model '{model.name}' sets reads_verdicts, "
+            "but one of its branches has not one target token"
         )
     answers = [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
     if model.scores_answers and branches[:2] != answers:
         raise ConfigError(
-            f"reward model '{model.name}' sets scores_answers, but its first two branches are not continuation(pair.prompt_ids, "
-            "ids) for ids in pair.response_ids"
+            f"reward model '{model.name}' sets scores_answers, but its first two branches are not "
+            "continuation(pair.prompt_ids, ids) for ids in pair.response_ids"
         )
 
 
 def answer_logps(models: dict[str, RewardModel], logps: Tensor) -> Tensor | None:
-    """The policy's log-probabilities of both answers, if a model scores them.  logps: (pairs, branches) -> (pairs, 2)"""
+    """The policy's log-probabilities of both answers; None if no model scores them.
+
+    logps: (pairs, branches), nats -> (pairs, 2), nats
+    """
     parts = branch_slices(models)
-    return next(
-        (logps[:, parts[name]][:, :2] for name, model in models.items() if model.scores_answers),
-        None,
-    )
+    for name, model in models.items():
+        if model.scores_answers:
+            return logps[:, parts[name]][:, :2]
+    return None
 
 
 def branch_slices(models: dict[str, RewardModel]) -> dict[str, slice]:
-    """Where each model's branches are among those of `ask`."""
-    ends = list(itertools.accumulate(model.n_branches for model in models.values()))
-    return {
-        name: slice(end - model.n_branches, end)
-        for (name, model), end in zip(models.items(), ends, strict=True)
-    }
+    """The positions of each model's branches in the result of `all_branches`."""
+    slices = {}
+    start = 0
+    for name, model in models.items():
+        slices[name] = slice(start, start + model.n_branches)
+        start += model.n_branches
+    return slices
 
 
 def all_outputs(
     models: dict[str, RewardModel], logps: Tensor, context: Context
 ) -> dict[str, RewardOutput]:
-    """Each model's log-odds.  logps: (pairs, branches), as scored from `ask`"""
-    answers = {
-        name: models[name].odds(logps[:, part].T, context)
-        for name, part in branch_slices(models).items()
-    }
-    for name, answer in answers.items():
-        if not isinstance(answer, RewardOutput) or answer.log_odds.shape != context.external.shape:
+    """The output of each model by name.
+
+    logps: (pairs, branches), nats, in the order of `all_branches`.
+    Raises ConfigError if an output lacks a log-odds per pair, or has `orders` without seats.
+    """
+    outputs = {}
+    for name, part in branch_slices(models).items():
+        outputs[name] = models[name].odds(logps[:, part].T, context)
+    for name, output in outputs.items():
+        is_output = isinstance(output, RewardOutput)
+        if not is_output or output.log_odds.shape != context.external.shape:
             raise ConfigError(
-                f"reward model '{name}' has to return RewardOutput with one log-odds per pair, a tensor of {len(context.external)}"
+                f"reward model '{name}' has to return RewardOutput with one log-odds per pair, "
+                f"a tensor of {len(context.external)}"
             )
-        if models[name].has_seats != (answer.orders is not None):
+        if models[name].has_seats != (output.orders is not None):
             raise ConfigError(
-                f"reward model '{name}': its RewardOutput have `orders` if, and only if, its attribute has_seats is True"
+                f"reward model '{name}': its RewardOutput must have `orders` if, and only if, "
+                "its attribute has_seats is True"
             )
-    return answers
+    return outputs
