@@ -55,7 +55,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ----------------------------------------------------------------------------------- running
+# ------------------------------ running
 
 
 def run_part(name: str, options: Json, seconds: float, log: Path) -> Json:
@@ -138,7 +138,7 @@ def write_json(result: Json, path: Path) -> None:
     shutil.move(temporary, path)
 
 
-# ----------------------------------------------------------------------------------- tables
+# ------------------------------ tables
 
 
 def records_of(result: Json, part: str) -> list[Json]:
@@ -246,16 +246,24 @@ def page(result: Json) -> str:
         if part == "train" and records_of(result, part):
             blocks.append(FORMULA)
     blocks += section("TRL's own trainer", trl_rows(records_of(result, "trl")))
-    names = "name size seconds pairs_per_second tokens_computed sequence_tokens peak_gb".split()
+    names = [
+        "name",
+        "size",
+        "seconds",
+        "pairs_per_second",
+        "tokens_computed",
+        "sequence_tokens",
+        "peak_gb",
+    ]
     judged = columns(records_of(result, "judge"), names)
     blocks += section("Judging all pairs of 5 answers, seconds per prompt", judged)
-    names = "batch_size requests seconds tokens_sampled sampled_per_second peak_gb".split()
+    names = ["batch_size", "requests", "seconds", "tokens_sampled", "sampled_per_second", "peak_gb"]
     blocks += section(
         "`generate` with transformers", columns(records_of(result, "generate"), names)
     )
-    names = "name log2_chunk_elements log2_keep_bytes ms peak_gb".split()
+    names = ["name", "log2_chunk_elements", "log2_keep_bytes", "ms", "peak_gb"]
     blocks += section("The head, forward and backward", columns(records_of(result, "head"), names))
-    names = "kind tokens prompt_tokens first_call_seconds ms".split()
+    names = ["kind", "tokens", "prompt_tokens", "first_call_seconds", "ms"]
     kinds = [r for r in records_of(result, "attention") if "ms" in r]
     blocks += section("One layer's attention, forward and backward", columns(kinds, names))
     blocks += section("What failed or was left out", failures(result))

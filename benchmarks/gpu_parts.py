@@ -1,4 +1,4 @@
-"""The parts of first_gpu_hour.py. Each runs in a process of its own and writes one record at a time.
+"""The parts of first_gpu_hour.py: each is a process and writes one record at a time.
 
     python benchmarks/gpu_parts.py PART RECORDS '{"tiny": true, "seconds": 60}'
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -103,7 +104,7 @@ def median_ms(work: Callable[[], Any], warmup: int = 3, counted: int = 5) -> flo
     return statistics.median(times)
 
 
-# ----------------------------------------------------------------------------------- environment
+# ------------------------------ environment
 
 
 def environment(part: Part) -> None:
@@ -165,7 +166,7 @@ def varlen_signature() -> Json:
 
 
 def tree_inputs(part: Part, heads: int, key_heads: int, size: int, tokens: int) -> Any:
-    """A forest of two prompts with three answers each, its layout, and bf16 q, k, v that need gradients."""
+    """A forest of two prompts with three answers each, its layout, and q, k, v with gradients."""
     import numpy as np
     import torch
 
@@ -193,7 +194,7 @@ def tree_inputs(part: Part, heads: int, key_heads: int, size: int, tokens: int) 
 
 
 def attention_error(kind: str, part: Part) -> Json:
-    """Largest difference to a plain masked softmax in fp32, forward and backward. Needs no pydantic."""
+    """Differences to a plain masked softmax in fp32, forward and backward. Needs no pydantic."""
     import torch
 
     from scir_cli.engine import trees
@@ -237,7 +238,7 @@ def attention_function(kind: str) -> Callable[..., Any]:
     }[kind]
 
 
-# ----------------------------------------------------------------------------------- tests
+# ------------------------------ tests
 
 
 def tests(part: Part) -> None:
@@ -263,7 +264,7 @@ def tests(part: Part) -> None:
         part.record(name=case.get("name"), outcome=outcome, seconds=seconds, error=text)
 
 
-# ----------------------------------------------------------------------------------- models
+# ------------------------------ models
 
 
 def load_policy(shape: str, dtype: str, lora_rank: int = 0, seed: int = 0) -> Any:
@@ -307,14 +308,14 @@ def train_settings(values: Json, folder: str) -> Any:
     return engine.settings({**defaults, **values}, folder)
 
 
-# ----------------------------------------------------------------------------------- training
+# ------------------------------ training
 
 WARMUP, COUNTED = 3, 5
 
 
 @contextmanager
 def without_sharing(policy: Any) -> Iterator[None]:
-    """Within it every branch is laid out by itself: packed sequences as other trainers pack them."""
+    """Within it every branch is laid out by itself: packed sequences without sharing."""
     from scir_cli.engine import policy as policy_module
     from scir_cli.engine import trees
 
@@ -363,7 +364,7 @@ def joined(forests: Sequence[Any]) -> Any:
 
 
 def engine_steps(policy: Any, rows: list[Json], values: Json, length: str) -> Json:
-    """Steps of the package's own trainer; `values`: settings, and `shared` False for plain packs."""
+    """Steps of the package's own trainer; values: settings; `shared` False for plain packs."""
     import engine
 
     from scir_cli.training import objectives
@@ -403,8 +404,9 @@ def engine_steps(policy: Any, rows: list[Json], values: Json, length: str) -> Js
                 trainer.train(see)
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     log = [record for record in map(json.loads, lines) if record["kind"] == "train"]
-    policy.model.gradient_checkpointing_disable()
-    policy.model.eval()
+    if settings.gradient_checkpointing:
+        policy.model.gradient_checkpointing_disable()
+        policy.model.eval()
     kept = {key: [record[key] for record in log] for key in ("packs", "memory_splits", "tokens")}
     return figures_of(policy, meter, counts, [r["loss"] for r in log]) | kept | {"length": length}
 
@@ -423,7 +425,7 @@ def plain_counts(objective: Any, batch: Sequence[Any], everywhere: bool) -> Json
 
 
 def figures_of(policy: Any, meter: Meter, counts: list[Json], losses: list[float]) -> Json:
-    """Medians over the counted steps. Weights that are frozen need no gradient of their own: 2 passes of 3."""
+    """Medians over the counted steps. Frozen weights need no gradient: 2 passes instead of 3."""
     import engine
 
     measured = meter.result()
@@ -509,10 +511,7 @@ def padded_logps(policy: Any, objective: Any, batch: Sequence[Any], everywhere: 
     core = policy.scorer.core
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     sums = []
-    if everywhere:
-        states = core(**inputs).logits
-    else:
-        states = core.base_model(**inputs).last_hidden_state
+    states = core(**inputs).logits if everywhere else core.base_model(**inputs).last_hidden_state
     for row, branch in zip(states, branches, strict=True):
         at = torch.tensor(branch.target_positions, device=row.device)
         token = torch.tensor(branch.target_tokens, device=row.device)
@@ -552,26 +551,30 @@ def measure_training(
     part: Part, policy: Any, lengths: list[str], extra: Json, pairs: int | None = None
 ) -> None:
     """Every way of taking a step at each length; recomputation of activations at the first."""
-    for length in lengths:
+    for length in lengths[:1] if part.tiny else lengths:
         rows = train_rows(part, policy, length, pairs)
-        for name, values in (
-            ("scir train, DPO", {"objective": "dpo"}),
-            ("scir train, SCIR", {"objective": "scir"}),
-            ("packed without sharing, DPO", {"objective": "dpo", "shared": False}),
-        ):
-            part.attempt(
-                name,
-                lambda values=values: engine_steps(policy, rows, extra | values, length),
-                checkpointing=False,
-            )
-        for name, everywhere in (("padded, all logits", True), ("padded, response logits", False)):
-            part.attempt(
-                name,
-                lambda every=everywhere: padded_steps(policy, rows, length, everywhere=every),
-                checkpointing=False,
-            )
+        at_length(part, policy, rows, length, extra)
         if length == lengths[0]:
             with_recomputation(part, policy, rows, length, extra)
+
+
+def at_length(part: Part, policy: Any, rows: list[Json], length: str, extra: Json) -> None:
+    for name, values in (
+        ("scir train, DPO", {"objective": "dpo"}),
+        ("scir train, SCIR", {"objective": "scir"}),
+        ("packed without sharing, DPO", {"objective": "dpo", "shared": False}),
+    ):
+        part.attempt(
+            name,
+            lambda values=values: engine_steps(policy, rows, extra | values, length),
+            checkpointing=False,
+        )
+    for name, everywhere in (("padded, response logits", False), ("padded, all logits", True)):
+        part.attempt(
+            name,
+            lambda every=everywhere: padded_steps(policy, rows, length, everywhere=every),
+            checkpointing=False,
+        )
 
 
 def with_recomputation(part: Part, policy: Any, rows: list[Json], length: str, extra: Json) -> None:
@@ -589,7 +592,7 @@ def with_recomputation(part: Part, policy: Any, rows: list[Json], length: str, e
     )
 
 
-# ----------------------------------------------------------------------------------- head, profile
+# ------------------------------ head, profile
 
 
 def head(part: Part) -> None:
@@ -678,11 +681,11 @@ def profiled(policy: Any, rows: list[Json], values: Json) -> Json:
     return {"steps": WARMUP + COUNTED, "total_ms": total, "top": top}
 
 
-# ----------------------------------------------------------------------------------- judge, generate
+# ------------------------------ judge, generate
 
 
 def judge(part: Part) -> None:
-    """All pairs of 5 answers in both orders with the implicit reward, by trees, one by one, padded."""
+    """All pairs of 5 answers, both orders, implicit reward: by trees, padded, one by one."""
     from functools import partial
 
     import engine
@@ -775,11 +778,11 @@ def generate(part: Part) -> None:
         part.attempt("generate", work, batch_size=batch_size)
 
 
-# ----------------------------------------------------------------------------------- attention
+# ------------------------------ attention
 
 
 def attention(part: Part) -> None:
-    """One layer's attention of a 1.5B model on the trees of DPO steps, by kind: forward and backward."""
+    """One layer's attention of a 1.5B model on trees, by kind: forward and backward."""
     import torch
 
     heads, key_heads, size = (4, 2, 16) if part.tiny else (12, 2, 128)
@@ -825,7 +828,7 @@ def flex_recompiles(part: Part) -> Json:
     return {"first_call_seconds": seconds}
 
 
-# ----------------------------------------------------------------------------------- TRL
+# ------------------------------ TRL
 
 
 def trl(part: Part) -> None:
