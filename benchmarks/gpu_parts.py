@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -242,26 +243,50 @@ def attention_function(kind: str) -> Callable[..., Any]:
 
 
 def tests(part: Part) -> None:
-    """The tests that need a GPU; with --tiny one of those that do not."""
+    """The tests that need a GPU, several at a time if xdist is there; with --tiny another one."""
     chosen = ["-k", "variable_length_call and llama"] if part.tiny else ["-m", "gpu"]
     files = ["tests/test_attention.py"] + ([] if part.tiny else ["tests/test_on_a_gpu.py"])
-    report = part.path.with_suffix(".xml")
-    options = ["-q", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--tb=short"]
+    several = not part.tiny and importlib.util.find_spec("xdist") is not None
+    options = ["-v", "-o", "filterwarnings=default", "-p", "no:cacheprovider", "--tb=short"]
+    options += ["-n", "6"] if several else []
+    report, output = part.path.with_suffix(".xml"), part.path.with_suffix(".txt")
     command = [sys.executable, "-m", "pytest", *chosen, *options, f"--junitxml={report}", *files]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    print(done.stdout[-12_000:], done.stderr[-2000:])
-    if not report.exists():
-        part.record(name="pytest", error=(done.stdout + done.stderr)[-3000:])
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=HERE.parent, stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            process.wait(timeout=max(1.0, part.seconds - 10))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    text = output.read_text(errors="replace")
+    print(text[-40_000:])
+    if report.exists():
+        for record in test_outcomes(report):
+            part.record(**record)
         return
-    import xml.etree.ElementTree as ElementTree
+    part.record(name="pytest", error=text[-1500:])
+    for line in text.splitlines():
+        outcome = next((o for o in ("PASSED", "FAILED", "SKIPPED", "ERROR") if o in line), None)
+        if outcome and "::" in line:
+            name = line.partition("::")[2].split(" ")[0]
+            part.record(name=name, outcome=outcome.lower().replace("error", "failed"))
 
+
+def test_outcomes(report: Path) -> Iterator[Json]:
+    """A record per test of a JUnit report."""
     for case in ElementTree.parse(report).iter("testcase"):
         bad = [child for child in case if child.tag in ("failure", "error")]
         skipped = case.find("skipped") is not None
         outcome = "failed" if bad else "skipped" if skipped else "passed"
-        text = (bad[0].text or "")[-1800:] if bad else ""
-        seconds = float(case.get("time", 0))
-        part.record(name=case.get("name"), outcome=outcome, seconds=seconds, error=text)
+        record = {
+            "name": case.get("name"),
+            "outcome": outcome,
+            "seconds": float(case.get("time", 0)),
+        }
+        yield record | ({"error": (bad[0].text or "")[-1800:]} if bad else {})
 
 
 # ------------------------------ models
@@ -740,42 +765,51 @@ def judge(part: Part) -> None:
 
 
 def generate(part: Part) -> None:
-    """Sampling with the transformers backend: 5 answers per prompt, several batch sizes."""
+    """Sampling with the transformers backend.
+
+    Random weights make flat distributions, whose nucleus takes a full sort; at temperature 0.05
+    they are as peaked as a trained model's.
+    """
+    policy = load_policy("tiny" if part.tiny else "1.5b", "bf16")
+    sizes = (4,) if part.tiny else (64, 16, 256)
+    for batch_size, temperature in [*((n, 0.05) for n in sizes), (sizes[0], 0.0), (sizes[0], 0.8)]:
+        part.attempt(
+            "generate",
+            lambda n=batch_size, t=temperature: sampled(part, policy, n, t),
+            batch_size=batch_size,
+            temperature=temperature,
+        )
+
+
+def sampled(part: Part, policy: Any, batch_size: int, temperature: float) -> Json:
+    """One batch of answers, four per prompt."""
     from types import SimpleNamespace
 
     from scir_cli.backends import Request, Sampling
     from scir_cli.backends.transformers import TransformersBackend
 
-    policy = load_policy("tiny" if part.tiny else "1.5b", "bf16")
     prompt, response, _ = part.lengths()["short"]
-    new_tokens = 8 if part.tiny else 128
-    for batch_size in (2, 4) if part.tiny else (16, 64, 256):
-        n_prompts = max(1, batch_size // 4)
-        rows = make_pairs(n_prompts, policy.model.config.vocab_size, prompt, response)
-        ids = [tuple(row["prompt_ids"]) for row in rows]
-        requests = [Request(x, 5 * i + k) for i, x in enumerate(ids) for k in range(4)]
-        sampling = Sampling(0.8, 0.95, new_tokens, batch_size)
-        model = SimpleNamespace(load=lambda: policy)
-        backend = TransformersBackend(model, sampling)
-
-        def work(backend: Any = backend, requests: Any = requests) -> Json:
-            backend.generate(requests[:1])
-            meter = Meter()
-            meter.start()
-            done = backend.generate(requests)
-            meter.tick()
-            figures = meter.result()
-            sampled = sum(len(completion.token_ids) for completion in done)
-            seconds = figures["seconds"][0]
-            return {
-                "seconds": seconds,
-                "requests": len(requests),
-                "tokens_sampled": sampled,
-                "sampled_per_second": sampled / seconds,
-                "peak_gb": (figures["peak_mb"] + figures["resident_mb"]) / 1024,
-            }
-
-        part.attempt("generate", work, batch_size=batch_size)
+    rows = make_pairs(batch_size // 4, policy.model.config.vocab_size, prompt, response)
+    ids = [tuple(row["prompt_ids"]) for row in rows]
+    requests = [Request(x, 4 * i + k) for i, x in enumerate(ids) for k in range(4)]
+    model = SimpleNamespace(load=lambda: policy)
+    TransformersBackend(model, Sampling(temperature, 0.95, 4, batch_size)).generate(requests)
+    sampling = Sampling(temperature, 0.95, 8 if part.tiny else 128, batch_size)
+    backend = TransformersBackend(model, sampling)
+    meter = Meter()
+    meter.start()
+    done = backend.generate(requests)
+    meter.tick()
+    figures = meter.result()
+    n_tokens = sum(len(completion.token_ids) for completion in done)
+    seconds = figures["seconds"][0]
+    return {
+        "seconds": seconds,
+        "requests": len(requests),
+        "tokens_sampled": n_tokens,
+        "sampled_per_second": n_tokens / seconds,
+        "peak_gb": (figures["peak_mb"] + figures["resident_mb"]) / 1024,
+    }
 
 
 # ------------------------------ attention
