@@ -66,24 +66,30 @@ ENDS: Json = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 # ---------------------------------------------------------------------------------------------------------------------- inputs
 
 
-def make_model(
-    folder: Path, shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any
-) -> Path:
-    """Writes a model of random weights and a word-level tokenizer whose every id is one word of text."""
+def random_model(shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any) -> Any:
+    """A model of random weights, made on the GPU if there is one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
     kind, settings = SHAPES[shape]
     config = AutoConfig.for_model(kind, **(COMMON | ENDS | settings | overrides))
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32
         )
+
+
+def make_model(
+    folder: Path, shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any
+) -> Path:
+    """Writes a model of random weights and a word-level tokenizer whose every id is one word of text."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = random_model(shape, dtype, seed, **overrides)
     model.save_pretrained(folder)
-    make_tokenizer(config.vocab_size).save_pretrained(folder)
+    make_tokenizer(model.config.vocab_size).save_pretrained(folder)
     return folder
 
 

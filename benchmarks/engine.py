@@ -35,6 +35,8 @@ def settings(a: Json, folder: str) -> TrainSettings:
         "schedule": "constant", "warmup_ratio": 0.0, "reward_reference": EARLIER, "implicit_scale": IMPLICIT_SCALE,
         "gradient_checkpointing": a.get("gradient_checkpointing", False),
     }  # fmt: skip
+    if a.get("lora_rank"):
+        values["lora"] = {"rank": a["lora_rank"]}
     if a.get("max_tokens_per_pack"):
         values["max_tokens_per_pack"] = a["max_tokens_per_pack"]
     return config.build(TrainSettings, values, where="benchmark")

@@ -58,7 +58,8 @@ def plain_logps(model: Any, asked: Asked) -> Tensor:
     """Summed log-probability of each answer after its context, one sequence at a time through the whole model."""
     sums = []
     for context, answer in asked.sequences:
-        logits = model(input_ids=torch.tensor([context + answer]), use_cache=False).logits[0]
+        ids = torch.tensor([context + answer], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0]
         logps = torch.log_softmax(logits.float(), dim=-1)
         sums.append(sum(logps[len(context) + i - 1, token] for i, token in enumerate(answer)))
     return torch.stack(sums)
@@ -66,7 +67,7 @@ def plain_logps(model: Any, asked: Asked) -> Tensor:
 
 def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
     """Gradient of a random weighted sum of the branches, by parameter."""
-    weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(7))
+    weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(7)).to(logps.device)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(
         zip(named, torch.autograd.grad((weights * logps).sum(), list(named.values())), strict=True)
