@@ -314,7 +314,7 @@ def load_policy(shape: str, dtype: str, lora_rank: int = 0, seed: int = 0) -> An
     chat = Chat(make_tokenizer(model.config.vocab_size), frozenset({ENDS["eos_token_id"]}))
     policy = Policy(model, chat, "start", Path("random"), attention)
     register()
-    policy.tree_attention = loading._tree_attention(policy)
+    policy.tree_attention = loading.select_tree_attention(policy)
     return policy
 
 

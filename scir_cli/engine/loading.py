@@ -78,7 +78,7 @@ def load(
         policy.scorer = ranks.shard(policy.scorer, policy.scorer.blocks, cpu_offload)
 
     tree_attention.register()
-    policy.tree_attention = _select_tree_attention(policy)
+    policy.tree_attention = select_tree_attention(policy)
     policy.reshard()
     if not policy.takes_trees:
         warn(
@@ -182,7 +182,7 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 @torch.no_grad()
-def _select_tree_attention(policy: Policy) -> str | None:
+def select_tree_attention(policy: Policy) -> str | None:
     """The first tree attention that scores a small forest like the model's plain attention.
 
     Sets it on the model. Returns None, and leaves the plain attention, if there is no such one.
