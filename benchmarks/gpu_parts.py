@@ -230,13 +230,13 @@ def relative(got: Any, want: Any) -> float:
 
 
 def attention_function(kind: str) -> Callable[..., Any]:
+    """The tree attention of this kind as transformers calls it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     from scir_cli.engine import tree_attention
 
-    return {
-        "scir_tree_varlen": tree_attention.varlen_tree_attention,
-        "scir_tree_flex": tree_attention.flex_tree_attention,
-        "scir_tree": tree_attention.tree_attention,
-    }[kind]
+    tree_attention.register()
+    return ALL_ATTENTION_FUNCTIONS[kind]
 
 
 # ------------------------------ tests
