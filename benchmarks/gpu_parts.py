@@ -659,7 +659,8 @@ def chunked(linear: Any, hidden: Any, tokens: Any, chunk: int, keep: int) -> Any
     from scir_cli.engine import lm_head
 
     before = lm_head.CHUNK_ELEMENTS, lm_head.KEEP_BYTES
-    lm_head.CHUNK_ELEMENTS, lm_head.KEEP_BYTES = chunk, keep
+    lm_head.CHUNK_ELEMENTS = {"cpu": chunk, "cuda": chunk}
+    lm_head.KEEP_BYTES = {"cpu": keep, "cuda": keep}
     rows = np.arange(len(tokens))
     forest: Any = SimpleNamespace(target_hidden=rows, target_token=tokens.cpu().numpy())
     try:
@@ -693,6 +694,7 @@ def profiled(policy: Any, rows: list[Json], values: Json) -> Json:
     from torch.profiler import profile as torch_profile
 
     cuda = torch.cuda.is_available()
+    plain = engine_steps(policy, rows, dict(values), "medium")
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
     with torch_profile(activities=activities) as found:
         engine_steps(policy, rows, dict(values), "medium")
@@ -703,7 +705,18 @@ def profiled(policy: Any, rows: list[Json], values: Json) -> Json:
         {"name": e.key[:100], "ms": getattr(e, attribute) / 1000, "calls": e.count}
         for e in events[:40]
     ]
-    return {"steps": WARMUP + COUNTED, "total_ms": total, "top": top}
+    host = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    host_top = [
+        {"name": e.key[:100], "ms": e.self_cpu_time_total / 1000, "calls": e.count}
+        for e in host[:25]
+    ]
+    return {
+        "steps": WARMUP + COUNTED,
+        "seconds_per_step": plain["seconds"],
+        "total_ms": total,
+        "top": top,
+        "host_top": host_top,
+    }
 
 
 # ------------------------------ judge, generate

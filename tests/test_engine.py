@@ -292,9 +292,9 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
         "logits_of_rows",
         lambda h, *rest, **out: (sizes.append(len(h)), original(h, *rest, **out))[1],
     )
-    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", 1)  # 16 rows a chunk, the least there is
-    for keep in (0, KEEP_BYTES):
-        monkeypatch.setattr(lm_head, "KEEP_BYTES", keep)
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cpu": 1})  # the least: 16 rows per chunk
+    for keep in (0, KEEP_BYTES["cpu"]):
+        monkeypatch.setattr(lm_head, "KEEP_BYTES", {"cpu": keep})
         sizes.clear()
         chunked = packed.branch_logps(asked.branches)
         n_forward = len(sizes)

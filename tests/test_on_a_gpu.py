@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toy import make_model
 
 from scir_cli.data import dataset
-from scir_cli.engine import lm_head, loading, tree_attention, trees
+from scir_cli.engine import lm_head, tree_attention, trees
 from scir_cli.engine.lm_head import LogitTransform
 from scir_cli.training import losses
 from scir_cli.training.optimizer import MasterAdamW
@@ -38,7 +38,7 @@ def test_each_attention_in_bf16_is_as_near_to_fp32_as_the_model_itself(
     arch: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Flash attention cannot cap scores, so a soft-capped model refuses it."""
-    monkeypatch.setattr(loading, "candidates", lambda device, dtype: [kind])
+    monkeypatch.setattr(tree_attention, "candidates", lambda device, dtype: [kind])
     folder, asked = make_model(tmp_path / "model", arch, **WIDE), questions()
     packed = load_fp32(folder, dtype="bf16", device="cuda")
     if arch == "gemma2" and kind == tree_attention.VARLEN:
@@ -63,13 +63,13 @@ def test_in_fp32_trees_score_like_one_sequence_at_a_time(arch: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize("keep_bytes", [0, lm_head.KEEP_BYTES])
+@pytest.mark.parametrize("keep_bytes", [0, 2**30])
 def test_the_head_in_bf16_is_near_to_plain_autograd_in_fp64(
     cap: float | None, keep_bytes: int, monkeypatch: pytest.MonkeyPatch
 ):
     """Chunks of 16 rows, with probabilities kept and computed again, soft-capped and not."""
-    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(lm_head, "KEEP_BYTES", keep_bytes)
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", {"cuda": 1, "cpu": 1})
+    monkeypatch.setattr(lm_head, "KEEP_BYTES", {"cuda": keep_bytes, "cpu": keep_bytes})
     torch.manual_seed(0)
     head = nn.Linear(64, 1000, bias=False, device="cuda", dtype=torch.bfloat16)
     hidden = torch.randn(50, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -158,7 +158,7 @@ def test_train_on_a_gpu_takes_its_steps_and_writes_a_model(objective: str, judge
     out = root / objective
     run("train", model=str(judged["policy"]), reward_reference=str(judged["base"]),
         input=str(root / "preferences"), output_dir=out, objective=objective, batch_size=4,
-        max_steps=2, learning_rate=1e-4, device="cuda", dtype="bf16")  # fmt: skip
+        max_steps=2, num_epochs=2, learning_rate=1e-4, device="cuda", dtype="bf16")  # fmt: skip
     lines = (out / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     assert len(steps) == 2

@@ -28,11 +28,11 @@ from torch.utils.checkpoint import checkpoint
 
 from scir_cli.engine.trees import Forest
 
-#: Logits in memory at once: 64 MiB in fp32.
-CHUNK_ELEMENTS = 2**24
+#: Logits in memory at once: 64 MiB in fp32 on a CPU, 256 MiB on a GPU (docs/performance.md).
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
 
-#: Bytes of probabilities kept for the backward pass: 256 MiB.
-KEEP_BYTES = 2**28
+#: Bytes of probabilities kept for the backward pass: 256 MiB on a CPU, 1 GiB on a GPU.
+KEEP_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 #: Bounds of a chunk: (first row, end row, first pair, end pair).
 Bounds = tuple[int, int, int, int]
@@ -86,7 +86,8 @@ def target_logps(hidden: Tensor, head: Any, transform: LogitTransform, forest: F
     token = torch.from_numpy(pairs[:, 1]).to(hidden.device)
     h = hidden.index_select(0, index)  # (rows, width)
 
-    rows_per_chunk = max(16, CHUNK_ELEMENTS // head.weight.shape[0])
+    chunk_elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cpu"])
+    rows_per_chunk = max(16, chunk_elements // head.weight.shape[0])
     bounds = _chunks(row_of_pair, len(rows), rows_per_chunk)
     if type(head) is nn.Linear:
         logps = _TargetLogps.apply(h, head.weight, head.bias, row, token, transform, bounds)
@@ -215,7 +216,8 @@ def _probabilities_suffice(h: Tensor, weight: Tensor, transform: LogitTransform)
     """
     if transform.cap is not None:
         return False
-    return len(h) * len(weight) * weight.element_size() <= KEEP_BYTES
+    keep_bytes = KEEP_BYTES.get(h.device.type, KEEP_BYTES["cpu"])
+    return len(h) * len(weight) * weight.element_size() <= keep_bytes
 
 
 class _Gradients:
