@@ -28,7 +28,7 @@ from common import HERE, Json, table
 PARTS = {
     "environment": 75,
     "tests": 150,
-    "train": 130,
+    "train": 180,
     "head": 40,
     "judge": 70,
     "train-large": 90,

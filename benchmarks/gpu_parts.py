@@ -558,7 +558,16 @@ def train(part: Part) -> None:
     """Steps at the shape of Qwen2.5-1.5B, all weights trained: trees, SCIR, packed, padded."""
     policy = load_policy("tiny" if part.tiny else "1.5b", "bf16")
     part.record(name="loaded", kind=policy.tree_attention, parameters=parameters(policy))
-    measure_training(part, policy, ["medium", "short", "long"], {})
+    measure_training(part, policy, ["medium", "long", "short"], {})
+    rows = train_rows(part, policy, "medium")
+    # Last, because the compiled layers stay compiled.
+    for objective in ("dpo", "scir"):
+        values = {"objective": objective, "compile": True}
+        part.attempt(
+            f"scir train, {objective.upper()}, compiled",
+            lambda values=values: engine_steps(policy, rows, dict(values), "medium"),
+            checkpointing=False,
+        )
 
 
 def train_large(part: Part) -> None:
