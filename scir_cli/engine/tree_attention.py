@@ -265,7 +265,8 @@ def flex_tree_attention(
 
     Blocks of keys that no query of a block may see are skipped.
     """
-    softcap = options.softcap or 0.0
+    # A tensor, because a compiled kernel with dynamic shapes refuses a float (torch 2.11).
+    softcap = torch.tensor(options.softcap or 0.0, device=query.device)
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
