@@ -101,7 +101,7 @@ def fit_penalty_weight(trainer: Trainer, ratio: float) -> float:
 
     Both norms are taken at the first weights, over the pairs of the first steps.
     """
-    norms = trainer.term_norms(("preference", "penalty"), N_FITTING_STEPS)
+    norms = trainer.gradient_norms_by_term(("preference", "penalty"), N_FITTING_STEPS)
     if not all(norms.values()):
         warn(
             f"--penalty-ratio: the gradient norms of the first {N_FITTING_STEPS} steps are {norms}; lambda is {ratio:g}"
