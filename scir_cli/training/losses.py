@@ -210,7 +210,7 @@ def scir(
     entropy_weight: float,
     min_confidence: float = 0.5,
 ) -> Scir:
-    """SCIR's objective (arXiv 2502.08922; the form is reconstructed, docs/method.md section 3).
+    """SCIR's objective (arXiv 2502.08922), as reconstructed in docs/method.md section 3.
 
         m = 1[all voters have one sign] 1[min_i max(p_i, 1 - p_i) >= tau]
         L = sum(m L_pref) / max(1, sum m) + lambda ( mean L_sym + alpha mean L_conf )

@@ -153,7 +153,7 @@ class Trainer:
         self.on_log: OnLog = _ignore
 
     def _prepare_model(self) -> None:
-        """Compiles blocks and enables gradient checkpointing, if the settings request it."""
+        """Compiles blocks and enables gradient checkpointing, as the settings request."""
         policy = self.policy
         if self.settings.compile:
             for block in policy.scorer.blocks:
@@ -237,7 +237,7 @@ class Trainer:
         return metrics
 
     def _steps(self) -> Iterator[OptimizerStep]:
-        """The steps from `self.step` on; the next is prepared while one is computed."""
+        """The steps from `self.step` on; one is computed while the next is prepared."""
         with ThreadPoolExecutor(1) as pool:
             upcoming: Future[OptimizerStep] | None = None
             for number in range(self.step, self.n_steps):
