@@ -237,7 +237,7 @@ class Trainer:
         return metrics
 
     def _steps(self) -> Iterator[OptimizerStep]:
-        """The steps from `self.step` on; one is computed while the next is prepared."""
+        """The steps from `self.step` on; the next is prepared during one."""
         with ThreadPoolExecutor(1) as pool:
             upcoming: Future[OptimizerStep] | None = None
             for number in range(self.step, self.n_steps):
