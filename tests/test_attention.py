@@ -19,7 +19,7 @@ from plain_scorer import (
 from torch import Tensor
 from toy import make_model
 
-from scir_cli.engine import tree_attention
+from scir_cli.engine import loading, tree_attention
 
 
 def varlen_attn(
@@ -53,7 +53,7 @@ def test_one_variable_length_call_scores_and_differentiates_like_one_sequence_at
     arch: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(tree_attention, "candidates", lambda device, dtype: [tree_attention.VARLEN])
+    monkeypatch.setattr(loading, "candidates", lambda device, dtype: [tree_attention.VARLEN])
     folder, asked = make_model(tmp_path / "model", arch), questions()
     packed, plain = load_fp32(folder), plain_model(folder)
     assert packed.tree_attention == tree_attention.VARLEN
@@ -81,7 +81,7 @@ def test_one_flex_call_scores_like_one_sequence_at_a_time(
     arch: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
     """Its block mask is the inequality of trees.py; grouped heads, windows and capped scores with it. Forward only: a CPU refuses the rest."""
-    monkeypatch.setattr(tree_attention, "candidates", lambda device, dtype: [tree_attention.FLEX])
+    monkeypatch.setattr(loading, "candidates", lambda device, dtype: [tree_attention.FLEX])
     folder, asked = make_model(tmp_path / "model", arch), questions()
     packed = load_fp32(folder)
     assert packed.tree_attention == tree_attention.FLEX
@@ -96,7 +96,7 @@ def test_one_flex_call_scores_like_one_sequence_at_a_time(
 def test_on_a_gpu_flex_scores_and_differentiates_like_one_sequence_at_a_time(
     arch: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tree_attention, "candidates", lambda device, dtype: [tree_attention.FLEX])
+    monkeypatch.setattr(loading, "candidates", lambda device, dtype: [tree_attention.FLEX])
     folder, asked = make_model(tmp_path / "model", arch, hidden_size=128, head_dim=32), questions()
     packed, plain = load_fp32(folder, device="cuda"), plain_model(folder).to("cuda")
     assert packed.tree_attention == tree_attention.FLEX

@@ -144,11 +144,17 @@ def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machi
         match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished",
     ):
         generate(
-            tiny_llama, prompts, tmp_path / "fails", "test_workers:DiesAtSeven", workers_on="ray"
+            tiny_llama,
+            prompts,
+            tmp_path / "fails",
+            "failing_backends:DiesAtSeven",
+            workers_on="ray",
         )
     assert (tmp_path / "fails" / "data-00002.arrow").exists()
     with pytest.raises(DataError, match="^these data are wrong$"):
-        generate(tiny_llama, prompts, tmp_path / "wrong", "test_workers:IsWrong", workers_on="ray")
+        generate(
+            tiny_llama, prompts, tmp_path / "wrong", "failing_backends:IsWrong", workers_on="ray"
+        )
 
 
 def test_a_lost_cluster_ends_the_run_with_one_line_and_the_next_goes_on(
@@ -179,7 +185,8 @@ def test_without_ray_one_line_names_the_extra(
 ):
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"^--workers-on ray needs the package ray: pip install 'scir-cli\[ray\]'$"
+        ConfigError,
+        match=r"^--workers-on ray needs the package ray: pip install 'scir-cli\[ray\]'$",
     ):
         generate(tiny_llama, prompts, tmp_path / "out", "fake", workers_on="ray")
 

@@ -176,7 +176,7 @@ def test_what_a_file_of_pairs_has_beside_its_texts_is_in_the_preferences_made_of
         "model": str(tiny_llama),
         "device": "cpu",
         "reward_models": ["external"],
-        "external": "score",
+        "score_column": "score",
     }
     run(
         "judge",
@@ -190,7 +190,7 @@ def test_what_a_file_of_pairs_has_beside_its_texts_is_in_the_preferences_made_of
         input=str(tmp_path / "judged"),
         output_dir=tmp_path / "out",
         rule="external",
-        format="trl",
+        trl_jsonl=True,
     )
     table = dataset.read_dataset(tmp_path / "out", "preferences")
     carried = {

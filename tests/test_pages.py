@@ -281,7 +281,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(
     common = {"input": "x", "output_dir": tmp_path / "o"}
     with pytest.raises(ConfigError, match="folder"):
         config.build(settings.CheckConsistencySettings, common, {"report": tmp_path}, where="test")
-    monkeypatch.setattr(config, "find_spec", lambda name: None)
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'scir-cli\[report\]'"):
         config.build(
             settings.CheckConsistencySettings, common, {"report": "page.html"}, where="test"

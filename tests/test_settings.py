@@ -21,6 +21,7 @@ from scir_cli.settings import (
     JudgeSettings,
 )
 from scir_cli.stages import overwrite
+from scir_cli.stages.filter import Rule
 from scir_cli.training import fitting
 
 #: Outputs: --overwrite protects what a command reads.
@@ -202,6 +203,33 @@ def test_evaluators_read_one_response_and_have_no_n(stage: str):
 def test_train_has_no_setting_that_only_judging_needs(name: str):
     assert name not in config.fields(settings.TrainSettings)
     assert name in config.fields(settings.EvalRewardsSettings)
+
+
+@pytest.mark.parametrize(
+    ("rule", "model"), [("random:0.7", "judge"), ("random:0.7:implicit", "implicit")]
+)
+def test_a_random_share_is_labelled_by_the_model_in_the_rule_or_by_the_judge(rule: str, model: str):
+    chosen = config.build(
+        settings.FilterSettings, {"input": "i", "output_dir": "o", "rule": rule}, where="test"
+    )
+    found = Rule.of(chosen, ["judge", "implicit"])
+    assert (found.models, found.rate) == ([model], 0.7)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("random:0.7:judg", "no verdicts of 'judg'. Did you mean 'judge'?"),
+        ("random:1.5:judge", "a rate above 0 and at most 1"),
+    ],
+)
+def test_a_random_rule_with_an_unknown_model_or_rate_is_refused(rule: str, message: str):
+    chosen = config.build(
+        settings.FilterSettings, {"input": "i", "output_dir": "o", "rule": rule}, where="test"
+    )
+    with pytest.raises(ConfigError) as caught:
+        Rule.of(chosen, ["judge", "implicit"])
+    assert message in str(caught.value)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- overwrite

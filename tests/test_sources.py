@@ -582,7 +582,7 @@ def test_columns_that_nothing_uses_are_carried_along_and_those_that_are_stored_a
     }
     left = {name: value for name, value in source.items() if value is not None}
     prompt = {"prompt": "Why?", "subset": "math", "dataset": "gsm", **source}
-    table, _ = readers.load_prompts(jsonl(tmp_path / "prompts.jsonl", [prompt]))
+    table, _ = load_prompts(jsonl(tmp_path / "prompts.jsonl", [prompt]))
     assert extra(table) == {"dataset": "gsm", **left}  # `subset` is the subset, so `dataset` is not
     scored = {
         "prompt": "Why?",
@@ -607,9 +607,7 @@ def test_columns_that_nothing_uses_are_carried_along_and_those_that_are_stored_a
         **left,
     }  # without --external nobody has used the scores
     instruction = {"instruction": "Translate.", "input": "bleu", "output": "blue"}
-    assert extra(readers.load_prompts(jsonl(tmp_path / "i.jsonl", [instruction]))[0]) == {
-        "output": "blue"
-    }
+    assert extra(load_prompts(jsonl(tmp_path / "i.jsonl", [instruction]))[0]) == {"output": "blue"}
 
 
 def test_values_that_json_lacks_are_carried_along_as_text_and_nan_as_null(tmp_path: Path) -> None:
@@ -623,7 +621,7 @@ def test_values_that_json_lacks_are_carried_along_as_text_and_nan_as_null(tmp_pa
         "pairs": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
     }
     pq.write_table(pa.table({"prompt": ["Why?"], **values}), tmp_path / "p.parquet")
-    assert extra(readers.load_prompts(str(tmp_path / "p.parquet"))[0]) == {
+    assert extra(load_prompts(str(tmp_path / "p.parquet"))[0]) == {
         "day": "2026-11-25",
         "moment": "2026-11-25T08:30:00+00:00",
         "price": "1.50",
@@ -636,7 +634,7 @@ def test_values_that_json_lacks_are_carried_along_as_text_and_nan_as_null(tmp_pa
 
 def test_half_a_character_in_a_carried_column_stays_as_it_was_escaped(tmp_path: Path) -> None:
     spec = jsonl(tmp_path / "p.jsonl", [{"prompt": "Zürich", "note": "\ud83d", "city": "Zürich"}])
-    table, _ = readers.load_prompts(spec)
+    table, _ = load_prompts(spec)
     assert extra(table) == {"note": "\ud83d", "city": "Zürich"}
     table["extra"][0].as_py().encode()  # the column itself is UTF-8
 
@@ -682,7 +680,7 @@ def test_a_consistency_folder_is_refused_and_the_judged_dataset_is_named(tmp_pat
     for stage, values in (
         ("filter", {}),
         ("eval rewards", {}),
-        ("check-consistency", {"against": [str(out)]}),
+        ("check-consistency", {"compare_to": [str(out)]}),
     ):
         given = {
             "input": judged if values else str(out),

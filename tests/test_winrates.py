@@ -413,8 +413,8 @@ def test_annotations_of_another_form_are_one_clear_line(tmp_path: Path, rows: An
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give --responses"),
-        ({"annotations": ["a"], "responses": ["b"]}, "not both"),
+        ({}, "give either --responses"),
+        ({"annotations": ["a"], "responses": ["b"]}, "give either --responses"),
         ({"responses": ["a"], "baseline": "b"}, "give --model"),
         ({"responses": ["a"], "model": "m"}, "needs a --baseline"),
     ],

@@ -323,7 +323,11 @@ def courses(
 
 def document(svg: str, size: tuple[float, float]) -> str:
     """An element of a page as a file of its own: sizes, paper, and the colours and font that the page's light style sheet gives."""
-    css = (files("scir_cli") / "page" / "page.css").read_text(encoding="utf-8").split("@media")[0]
+    css = (
+        (files("scir_cli.report") / "template" / "page.css")
+        .read_text(encoding="utf-8")
+        .split("@media")[0]
+    )
     palette = dict(re.findall(r"--(\w+): ([^;]+);", css))
     svg = re.sub(r' transform="rotate\(-?0 [^"]*"|font-family: [^;"]*; ?', "", svg)
     svg = re.sub(r"var\(--(\w+)\)", lambda m: palette[m[1]], svg)

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scir_cli.backends import Backend, Completion
+
 Json = dict[str, Any]
 Draw = random.Random
 Sentences = tuple[str, ...]
@@ -250,7 +252,7 @@ def write(folder: Path, size: Size, seed: int) -> None:
     (folder / "judge.txt").write_text(PAIRWISE, encoding="utf-8")
 
 
-class Given:
+class Given(Backend):
     """A backend that answers a prompt with the answers that its file has for it, one after the other."""
 
     def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
@@ -261,8 +263,6 @@ class Given:
             self.answers[tuple(model.chat.prompt_ids(messages))] = itertools.cycle(ids)
 
     def generate(self, requests: Sequence[Any]) -> list[Any]:
-        from scir_cli.backends import Completion
-
         return [Completion(next(self.answers[request.prompt_ids]), "stop") for request in requests]
 
     def close(self) -> None:
