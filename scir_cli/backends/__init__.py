@@ -70,7 +70,7 @@ class Backend(ABC):
     In `judge` it writes rationales; the engine scores the verdicts.
     """
 
-    #: It computes on this machine's GPUs, so each worker gets GPUs of its own
+    #: It computes on this machine's GPUs, so each worker gets separate GPUs
     uses_gpus: ClassVar[bool] = True
     #: It scores verdicts itself: see `VerdictBackend`
     reads_verdicts: ClassVar[bool] = False
@@ -130,7 +130,7 @@ def resolve(name: str) -> str:
 def load(name: str) -> type[Backend]:
     """The class of the backend of this name or "module:Class".
 
-    Raises ConfigError if there is no such backend or if it cannot be loaded.
+    Raises ConfigError if the backend does not exist or cannot be loaded.
     """
     target = TABLE.get(name, name)
     if not plugins.is_target(target):

@@ -32,7 +32,7 @@ def serve(
     """
     exit_with_parent(parent, signal.SIGKILL)
     _redirect_output(log)
-    # vLLM's engine runs in this process: another one would have to be found and ended.
+    # vLLM's engine runs in this process: another process would have to be ended, too.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:

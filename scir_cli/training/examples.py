@@ -21,7 +21,7 @@ LABEL = {"first": 1, "second": -1, None: 0}
 def load_training_rows(spec: str, limit: int | None) -> tuple[pa.Table, Counter[str]]:
     """The pairs of --input, and the number of dropped rows by reason.
 
-    Raises DataError if there is no pair.
+    Raises DataError if no pair is left.
     """
     path = to_path(spec)
     dropped: Counter[str] = Counter()

@@ -51,7 +51,7 @@ def write_model_folder(
 
 
 def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str, out: Path) -> None:
-    """Writes the adapter (if there is one), the full weights and the tokenizer."""
+    """Writes the adapter of a LoRA run, the full weights and the tokenizer."""
     model = policy.model
     if settings.lora.rank:
         adapters.save_adapter(policy, out / "adapter", weights_digest)

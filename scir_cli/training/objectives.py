@@ -2,7 +2,7 @@
 
     sft    labelled pairs: negative log-likelihood of the chosen response and of the judge's verdict
     dpo    labelled pairs: a preference loss against the model that training starts from
-    scir   unlabelled pairs: SCIR's penalty, and the preference loss where the reward models agree
+    scir   unlabelled pairs: SCIR's penalty; the preference loss of pairs on which the models agree
 
 An objective gets all pairs of an optimizer step at once, because SCIR's mask normalizes over the
 step. `separable` means that the loss is a plain mean over pairs, so the parts of a step can be
@@ -291,8 +291,8 @@ class Scir(_Base):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        given = self.settings.penalty_weight
-        self.penalty_weight = 1.0 if given is None else given
+        weight = self.settings.penalty_weight
+        self.penalty_weight = 1.0 if weight is None else weight
         self.collapse_warning = CollapseWarning(COLLAPSE_WINDOW)
 
     def branches(self, example: Example) -> list[Branch]:
@@ -389,7 +389,7 @@ class Scir(_Base):
         return penalized
 
     def _voters(self, outputs: Mapping[str, RewardOutput], averaged: Tensor) -> Tensor:
-        """The log-odds that must agree, detached; NaN where the verdict mass is too small.
+        """The log-odds that must agree, detached; NaN if the verdict mass is too small.
 
         averaged: (reward models, pairs) -> (voters, pairs), nats
         """

@@ -237,7 +237,10 @@ class Trainer:
         return metrics
 
     def _steps(self) -> Iterator[OptimizerStep]:
-        """The steps from `self.step` on; the next is prepared during one."""
+        """The steps from `self.step` on.
+
+        A thread prepares the next step while the caller computes one.
+        """
         with ThreadPoolExecutor(1) as pool:
             upcoming: Future[OptimizerStep] | None = None
             for number in range(self.step, self.n_steps):
@@ -424,7 +427,7 @@ class Trainer:
         return trees.size(step.branches_of(pack))
 
     def _packs(self, step: OptimizerStep) -> Packs:
-        """This rank's packs, made anew if their limit has been halved since `_prepare`.
+        """This rank's packs, computed again if their limit was halved after `_prepare`.
 
         Sharded ranks work in step, so those with fewer packs get empty ones.
         """
@@ -492,9 +495,9 @@ class Trainer:
         """
         loss, _ = self.objective.loss(logps, step.batch)
         (gradient,) = torch.autograd.grad(loss, logps)
-        kept = torch.zeros_like(gradient)
-        kept[:, columns] = gradient[:, columns]
-        return kept
+        through = torch.zeros_like(gradient)
+        through[:, columns] = gradient[:, columns]
+        return through
 
     def gradient_norms_by_term(self, names: Sequence[str], n_steps: int) -> dict[str, float]:
         """The norm of the gradient of each of these loss terms, at the present weights.
@@ -580,13 +583,13 @@ class Trainer:
         log = self.out / "metrics.jsonl"
         if not log.exists() or not self.ranks.is_main:
             return
-        kept = []
+        lines = []
         for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
             # An interrupted run can leave a last line without an end.
             if line.endswith("\n") and _precedes(json.loads(line), self.step):
-                kept.append(line)
+                lines.append(line)
         with files.atomic_write(log) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
