@@ -592,7 +592,7 @@ def _subsets(v: Verdicts, agreement: Json) -> Section:
     figures = list(consistency.by_subset(v, **agreement).items())[:SUBSETS]
     left_out = f" {len(names) - SUBSETS} more subsets are left out." if len(names) > SUBSETS else ""
     agree = [(name, *_ends(f["agreed"], "rate")) for name, f in figures]
-    pictures = [plots.rates("All agree, by subset", agree, f"Bars: 95 %.{left_out}", of="agreed")]
+    pictures = [plots.rates("All agree, by subset", agree, f"Bars: 95 %.{left_out}", model="agreed")]
     for model in v.names[:4]:
         right = [(name, *_ends(f["models"][model], "accuracy")) for name, f in figures]
         if any(row[1] is not None for row in right):
