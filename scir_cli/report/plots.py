@@ -10,6 +10,7 @@ mathematics or markup. Pictures are not interactive: the tables show exact value
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Row = Sequence[Any]  # text, numbers, None
 Points = Sequence[Mapping[str, Any]]
+#: A rate, and the ends of its 95 % interval; None: unknown
+Rate = tuple[float | None, float | None, float | None]
+#: A name, then its rate as in `Rate`
+NamedRate = tuple[str, float | None, float | None, float | None]
+#: Name -> (steps, values) of a curve
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 #: Inches; about 340 px wide, so text is readable on a phone. A screen enlarges it by a third.
 SIZE = (4.7, 3.2)
@@ -31,13 +38,27 @@ DOTS = 500
 BINS = 28
 #: Points of a curve; in a longer one each point is a mean of neighbors
 POINTS = 300
+#: A curve with more points than this is smoothed as well
+SMOOTHED_ABOVE = 40
 TABLE_ROWS = 60
 #: The levels of the five quantiles that `spread` draws
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
-COLOR_NAMES = ("ink", "muted", "grid", "paper", "s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7")
 #: CSS variable -> the color that stands for it while matplotlib draws
-STAND_IN = {name: f"#fe00{i:02x}" for i, name in enumerate(COLOR_NAMES)}
+STAND_IN = {
+    "ink": "#fe0000",
+    "muted": "#fe0001",
+    "grid": "#fe0002",
+    "paper": "#fe0003",
+    "s0": "#fe0004",
+    "s1": "#fe0005",
+    "s2": "#fe0006",
+    "s3": "#fe0007",
+    "s4": "#fe0008",
+    "s5": "#fe0009",
+    "s6": "#fe000a",
+    "s7": "#fe000b",
+}
 VARIABLE_OF = {color: name for name, color in STAND_IN.items()}
 #: Name -> number of its color: a reward model has the same color in every picture
 SERIES = {
@@ -153,8 +174,15 @@ def _inline(svg: str, label: str) -> str:
 
 
 def _without_unused_ids(svg: str) -> str:
+    """The SVG without the ids that nothing in it refers to."""
     used = set(re.findall(r"#(\w+)[\")]", svg))
-    return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
+
+    def replace(attribute: re.Match[str]) -> str:
+        if attribute[1] in used:
+            return attribute[0]
+        return ""
+
+    return re.sub(r' id="([^"]*)"', replace, svg)
 
 
 def _rounded(tag: str) -> str:
@@ -163,6 +191,7 @@ def _rounded(tag: str) -> str:
 
 
 def _attribute(text: str) -> str:
+    """The text as the value of an attribute in double quotes."""
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
@@ -170,6 +199,7 @@ def _attribute(text: str) -> str:
 
 
 def _short(name: str, most: int = 22) -> str:
+    """The name, cut after at most `most` characters."""
     if len(name) <= most:
         return name
     return name[: most - 1] + "…"
@@ -183,12 +213,15 @@ def _size(n_rows: int) -> tuple[float, float]:
 
 def _rows(ax: Any, names: Sequence[str]) -> None:
     """One line per name, the first on top."""
-    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-    ax.set_yticklabels([_short(name, 28) for name in names])
+    n = len(names)
+    labels = [_short(name, 28) for name in names]
+    ax.set(yticks=range(n), ylim=(n - 0.5, -0.5))
+    ax.set_yticklabels(labels)
     ax.grid(axis="y", visible=False)
 
 
 def _percent_axis(axis: Any) -> None:
+    """Writes the numbers of an axis as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -211,7 +244,13 @@ def _line_style(name: str, index: int) -> dict[str, Any]:
     }
 
 
+def _bar(ax: Any, y: float, low: float, high: float, color: str, **style: Any) -> None:
+    """A horizontal bar with round ends."""
+    ax.plot([low, high], [y, y], color=color, solid_capstyle="round", **style)
+
+
 def _values(points: Points, key: str) -> list[Any]:
+    """The figure `key` of each point."""
     return [point[key] for point in points]
 
 
@@ -226,6 +265,7 @@ def _point_rows(curves: Mapping[str, Points], keys: Sequence[str]) -> list[Row]:
 
 
 def _rectangle(x: float, y: float, width: float, height: float, **style: Any) -> Any:
+    """A rectangle without an edge, in the coordinates of the data."""
     from matplotlib.patches import Rectangle
 
     return Rectangle((x, y), width, height, linewidth=0, **style)
@@ -300,21 +340,42 @@ def _matrix_cells(ax: Any, names: Sequence[str], between: Points) -> None:
     """Both cells of each two reward models, then the diagonal."""
     index = {name: i for i, name in enumerate(names)}
     fontsize = 10 if len(names) < 5 else 7
-    cells = [(index[figures["first"]], index[figures["second"]], figures) for figures in between]
-    mirrored = [(column, row, figures) for row, column, figures in cells]
 
-    for row, column, figures in cells + mirrored:
-        rate = figures["agreement"]
-        opacity = 0.0 if rate is None else 0.06 + 0.6 * max(0.0, 2 * rate - 1)
-        ax.add_patch(_square(column, row, STAND_IN["s0"], opacity))
-        text = _matrix_text(rate, figures["kappa"])
-        ax.text(column, row, text, ha="center", va="center", fontsize=fontsize)
+    for figures in between:
+        row = index[figures["first"]]
+        column = index[figures["second"]]
+        _matrix_cell(ax, row, column, figures, fontsize)
+
+    for figures in between:
+        row = index[figures["second"]]
+        column = index[figures["first"]]
+        _matrix_cell(ax, row, column, figures, fontsize)
 
     for i in range(len(names)):
         ax.add_patch(_square(i, i, STAND_IN["muted"], 0.08))
 
 
+def _matrix_cell(
+    ax: Any,
+    row: int,
+    column: int,
+    figures: Mapping[str, Any],
+    fontsize: int,
+) -> None:
+    """A square that is the more opaque, the more the rate exceeds a half, and its text."""
+    rate = figures["agreement"]
+    opacity = 0.0
+    if rate is not None:
+        opacity = 0.06 + 0.6 * max(0.0, 2 * rate - 1)
+    square = _square(column, row, STAND_IN["s0"], opacity)
+    ax.add_patch(square)
+
+    text = _matrix_text(rate, figures["kappa"])
+    ax.text(column, row, text, ha="center", va="center", fontsize=fontsize)
+
+
 def _matrix_text(rate: float | None, kappa: float | None) -> str:
+    """The rate, and kappa below it if it is known."""
     if rate is None:
         return "–"
     if kappa is None:
@@ -323,7 +384,10 @@ def _matrix_text(rate: float | None, kappa: float | None) -> str:
 
 
 def _square(x: float, y: float, color: str, alpha: float) -> Any:
-    return _rectangle(x - 0.47, y - 0.47, 0.94, 0.94, facecolor=color, alpha=alpha)
+    """A square around (x, y), with a small gap to its neighbors."""
+    left = x - 0.47
+    bottom = y - 0.47
+    return _rectangle(left, bottom, 0.94, 0.94, facecolor=color, alpha=alpha)
 
 
 def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
@@ -335,22 +399,28 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     known = ~(np.isnan(a) | np.isnan(b))
     a = a[known]
     b = b[known]
+    few = len(a) <= DOTS
+
     reach_a = _reach(a)
     reach_b = _reach(b)
     shown_a = np.clip(a, -reach_a, reach_a)
     shown_b = np.clip(b, -reach_b, reach_b)
     span = [(-reach_a, reach_a), (-reach_b, reach_b)]
     counts, x, y = np.histogram2d(shown_a, shown_b, bins=BINS, range=span)
+    # The shares of the quadrants need space above and below.
+    height = reach_b * 1.16
 
     def paint(ax: Any) -> None:
         _zero_line(ax.axhline)
         _zero_line(ax.axvline)
-        if len(a) <= DOTS:
+        if few:
             _agreement_dots(ax, shown_a, shown_b)
         else:
             _density(ax, x, y, counts)
-        # The shares of the quadrants need space above and below.
-        ax.set(xlim=(-reach_a, reach_a), ylim=(-reach_b * 1.16, reach_b * 1.16))
+        ax.set(
+            xlim=(-reach_a, reach_a),
+            ylim=(-height, height),
+        )
         ax.set(
             xlabel=f"{_short(first)}, log-odds that the first is better",
             ylabel=f"{_short(second)}, log-odds",
@@ -363,7 +433,7 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
         "the shares are of each quadrant. The outermost 0.5 % lie on the edge."
     )
     svg = draw(paint, title)
-    if len(a) <= DOTS:
+    if few:
         headings: Row = (f"{first}, nats", f"{second}, nats")
         dots = sorted(zip(a.tolist(), b.tolist(), strict=True))
         return Picture(title, svg, headings, dots, caption)
@@ -378,14 +448,30 @@ def _reach(values: Array) -> float:
     """How far an axis reaches each way: 5 % beyond the 99.5th percentile of the sizes."""
     if not len(values):
         return 1.0
-    return max(1e-6, float(np.quantile(np.abs(values), 0.995))) * 1.05
+    most = float(np.quantile(np.abs(values), 0.995))
+    return max(1e-6, most) * 1.05
 
 
 def _agreement_dots(ax: Any, x: Array, y: Array) -> None:
     """One dot per pair, in the color of agreement or of disagreement."""
     agree = np.sign(x) == np.sign(y)
-    for part, series in ((agree, "s2"), (~agree, "s4")):
-        ax.scatter(x[part], y[part], s=13, color=STAND_IN[series], alpha=0.55, linewidths=0)
+    _dots(ax, x[agree], y[agree], STAND_IN["s2"])
+    _dots(ax, x[~agree], y[~agree], STAND_IN["s4"])
+
+
+def _dots(ax: Any, x: Array, y: Array, color: str) -> None:
+    """Small translucent dots.
+
+    x, y: (dots,)
+    """
+    ax.scatter(
+        x,
+        y,
+        s=13,
+        color=color,
+        alpha=0.55,
+        linewidths=0,
+    )
 
 
 def _quadrant_shares(ax: Any, a: Array, b: Array) -> None:
@@ -396,8 +482,9 @@ def _quadrant_shares(ax: Any, a: Array, b: Array) -> None:
     for sign_a, sign_b in ((1, 1), (-1, 1), (-1, -1), (1, -1)):
         share = 0.0
         if len(a):
-            inside = (np.sign(a) == sign_a) & (np.sign(b) == sign_b)
-            share = float(inside.mean())
+            same_a = np.sign(a) == sign_a
+            same_b = np.sign(b) == sign_b
+            share = float((same_a & same_b).mean())
         ax.text(
             0.5 + 0.485 * sign_a,
             0.5 + 0.485 * sign_b,
@@ -416,23 +503,42 @@ def _density(ax: Any, x: Array, y: Array, counts: Array) -> None:
     counts: (BINS, BINS) pairs
     """
     most = counts.max()
-    for i, j in zip(*np.nonzero(counts), strict=True):
-        agree = (x[i] + x[i + 1]) * (y[j] + y[j + 1]) > 0
-        color = STAND_IN["s2" if agree else "s4"]
-        alpha = 0.08 + 0.85 * float(np.sqrt(counts[i, j] / most))
-        width = x[i + 1] - x[i]
-        height = y[j + 1] - y[j]
-        ax.add_patch(_rectangle(x[i], y[j], width, height, color=color, alpha=alpha))
+    for i, j in _filled_cells(counts):
+        left, right = x[i], x[i + 1]
+        bottom, top = y[j], y[j + 1]
+        agree = (left + right) * (bottom + top) > 0
+        color = STAND_IN["s2"] if agree else STAND_IN["s4"]
+        fullness = float(np.sqrt(counts[i, j] / most))
+        cell = _rectangle(
+            left,
+            bottom,
+            right - left,
+            top - bottom,
+            color=color,
+            alpha=0.08 + 0.85 * fullness,
+        )
+        ax.add_patch(cell)
+
+
+def _filled_cells(counts: Array) -> list[tuple[int, int]]:
+    """The indices (i, j) of the cells with pairs, row by row."""
+    rows, columns = np.nonzero(counts)
+    return list(zip(rows, columns, strict=True))
 
 
 def _density_rows(x: Array, y: Array, counts: Array) -> list[Row]:
     """The cells with the most pairs, the fullest first: their edges and counts."""
-    filled = zip(*np.nonzero(counts), strict=True)
-    fullest = sorted(filled, key=lambda cell: -counts[cell])[: 2 * TABLE_ROWS]
+    fullest = sorted(_filled_cells(counts), key=lambda cell: -counts[cell])
     rows: list[Row] = []
-    for i, j in fullest:
-        edges = (float(x[i]), float(x[i + 1]), float(y[j]), float(y[j + 1]))
-        rows.append((*edges, int(counts[i, j])))
+    for i, j in fullest[: 2 * TABLE_ROWS]:
+        row = (
+            float(x[i]),
+            float(x[i + 1]),
+            float(y[j]),
+            float(y[j + 1]),
+            int(counts[i, j]),
+        )
+        rows.append(row)
     return rows
 
 
@@ -448,7 +554,7 @@ def distributions(
     for name, values in groups.items():
         present = values[~np.isnan(values)]
         if len(present):
-            quantiles[name] = [float(q) for q in np.quantile(present, QUANTILES)]
+            quantiles[name] = np.quantile(present, QUANTILES).tolist()
     return spread(title, quantiles, caption, label)
 
 
@@ -463,11 +569,12 @@ def spread(
     """
 
     def paint(ax: Any) -> None:
-        for y, (name, (low, q1, median, q3, high)) in enumerate(quantiles.items()):
-            color = colour(name.rsplit(" ", 1)[-1], y)
-            bar = {"color": color, "solid_capstyle": "round"}
-            ax.plot([low, high], [y, y], linewidth=1.6, **bar)
-            ax.plot([q1, q3], [y, y], linewidth=6.5, alpha=0.55, **bar)
+        for y, (name, values) in enumerate(quantiles.items()):
+            low, lower_quartile, median, upper_quartile, high = values
+            reward_model = name.rsplit(" ", 1)[-1]
+            color = colour(reward_model, y)
+            _bar(ax, y, low, high, color, linewidth=1.6)
+            _bar(ax, y, lower_quartile, upper_quartile, color, linewidth=6.5, alpha=0.55)
             ax.plot([median], [y], "o", color=color, markersize=5.5)
         _rows(ax, list(quantiles))
         ax.set_xlabel(label)
@@ -485,7 +592,7 @@ def spread(
 
 def rates(
     title: str,
-    rows: Sequence[tuple[str, float | None, float | None, float | None]],
+    rows: Sequence[NamedRate],
     caption: str,
     chance: float | None = None,
     model: str | None = None,
@@ -493,25 +600,28 @@ def rates(
 ) -> Picture:
     """Rates with their intervals, one line each.
 
-    rows: (name, rate, low, high); None: unknown
+    rows: (name, rate, low, high); a row without a rate is only in the table
     chance: a dashed line is drawn at this rate
     model: the reward model that all rows are about, whose color they have
     span: least and largest possible value, if the values are not rates
     """
     drawn = [row for row in rows if row[1] is not None]
+    names = [row[0] for row in drawn]
 
     def paint(ax: Any) -> None:
         for y, (name, rate, low, high) in enumerate(drawn):
             color = colour(model or name, 0)
             if low is not None and high is not None:
-                ax.plot([low, high], [y, y], color=color, linewidth=1.8, solid_capstyle="round")
+                _bar(ax, y, low, high, color, linewidth=1.8)
             ax.plot([rate], [y], "o", color=color, markersize=6)
         if chance is not None:
             _zero_line(ax.axvline, chance, linestyle="--")
-        _rows(ax, [row[0] for row in drawn])
-        ax.set_xlim(*(span or (-0.02, 1.02)))
+        _rows(ax, names)
         if span is None:
+            ax.set_xlim(-0.02, 1.02)
             _percent_axis(ax.xaxis)
+        else:
+            ax.set_xlim(*span)
 
     svg = draw(paint, title, _size(len(drawn)))
     headings = ("", "mean" if span else "rate", "95 % from", "to")
@@ -629,25 +739,30 @@ def _wins_by_length(odds: Mapping[str, Array], difference: Array) -> list[Row]:
     odds: name -> (pairs,) nats; difference: (pairs,) tokens
     """
     n_bins = min(9, max(2, len(difference) // 15))
-    edges = np.unique(np.quantile(difference, np.linspace(0, 1, n_bins + 1)))
+    levels = np.linspace(0, 1, n_bins + 1)
+    edges = np.unique(np.quantile(difference, levels))
     last_bin = max(0, len(edges) - 2)
-    bin_of_pair = np.clip(np.searchsorted(edges, difference, side="right") - 1, 0, last_bin)
+    edges_below = np.searchsorted(edges, difference, side="right")
+    bin_of_pair = np.clip(edges_below - 1, 0, last_bin)
 
     rows: list[Row] = []
     for name, log_odds in odds.items():
+        present = ~np.isnan(log_odds)
         for number in range(last_bin + 1):
-            inside = (bin_of_pair == number) & ~np.isnan(log_odds)
-            if inside.any():
-                mean_difference = float(difference[inside].mean())
-                wins = float((0.5 + 0.5 * np.sign(log_odds[inside])).mean())
-                rows.append((name, mean_difference, int(inside.sum()), wins))
+            inside = present & (bin_of_pair == number)
+            if not inside.any():
+                continue
+            mean_difference = float(difference[inside].mean())
+            # A tie counts as half a win.
+            wins = 0.5 + 0.5 * np.sign(log_odds[inside])
+            rows.append((name, mean_difference, int(inside.sum()), float(wins.mean())))
     return rows
 
 
 def iterations(
     title: str,
     names: Sequence[str],
-    series: Mapping[str, Sequence[tuple[float | None, float | None, float | None]]],
+    series: Mapping[str, Sequence[Rate]],
     caption: str,
 ) -> Picture:
     """Rates from one dataset to the next.
@@ -656,14 +771,23 @@ def iterations(
     series: name -> (rate, low, high) per dataset; None: unknown
     """
 
+    n = len(names)
+    slanted = n > 4 or any(len(name) > 12 for name in names)
+    labels = [_short(name) for name in names]
+
     def paint(ax: Any) -> None:
         for index, (name, values) in enumerate(series.items()):
             # Neighboring series are moved aside so that their intervals do not overlap.
-            shift = 0.06 * (index - (len(series) - 1) / 2)
-            _iteration_line(ax, name, values, shift, _line_style(name, index))
-        ax.set(ylim=(-0.03, 1.03), xticks=range(len(names)), xlim=(-0.4, len(names) - 0.6))
-        labels = [_short(name) for name in names]
-        if len(names) > 4 or any(len(name) > 12 for name in names):
+            middle = (len(series) - 1) / 2
+            shift = 0.06 * (index - middle)
+            style = _line_style(name, index)
+            _iteration_line(ax, name, values, shift, style)
+        ax.set(
+            ylim=(-0.03, 1.03),
+            xticks=range(n),
+            xlim=(-0.4, n - 0.6),
+        )
+        if slanted:
             ax.set_xticklabels(labels, rotation=25, ha="right")
         else:
             ax.set_xticklabels(labels, rotation=0, ha="center")
@@ -681,7 +805,7 @@ def iterations(
 def _iteration_line(
     ax: Any,
     name: str,
-    values: Sequence[tuple[float | None, float | None, float | None]],
+    values: Sequence[Rate],
     shift: float,
     style: Mapping[str, Any],
 ) -> None:
@@ -689,26 +813,32 @@ def _iteration_line(
 
     values: (rate, low, high) per dataset; None: unknown
     """
-    points = [(i + shift, *value) for i, value in enumerate(values) if value[0] is not None]
-    x = [point[0] for point in points]
-    y = [point[1] for point in points]
+    x = []
+    y = []
+    for i, (rate, _, _) in enumerate(values):
+        if rate is not None:
+            x.append(i + shift)
+            y.append(rate)
     ax.plot(x, y, label=name, **style)
-    for position, _, low, high in points:
-        if low is not None:
-            color = style["color"]
+
+    color = style["color"]
+    for i, (rate, low, high) in enumerate(values):
+        if rate is not None and low is not None:
+            position = i + shift
             ax.plot([position, position], [low, high], color=color, linewidth=1, alpha=0.6)
 
 
 def steps(
     title: str,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Curves,
     unit: str = "",
     rate: bool = False,
     caption: str = "",
 ) -> Picture:
     """Figures over optimizer steps.
 
-    A long curve is drawn as means of neighbors; one with more than 40 points is smoothed as well.
+    A long curve is drawn as means of neighbors; one with more than SMOOTHED_ABOVE points is
+    smoothed as well.
     series: name -> (steps, values)
     rate: the values are rates, so the axis reaches from 0 to 100 %
     """
@@ -716,6 +846,7 @@ def steps(
     for name, (x, y) in series.items():
         curves[name] = _thin(np.asarray(x, float), np.asarray(y, float))
     longest = max((len(x) for x, _ in series.values()), default=0)
+    title_names_all = all(name.replace("_", " ") in title.lower() for name in curves)
 
     def paint(ax: Any) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -730,34 +861,42 @@ def steps(
         if rate:
             ax.set_ylim(-0.03, 1.03)
             _percent_axis(ax.yaxis)
-        title_names_all = all(name.replace("_", " ") in title.lower() for name in curves)
         if len(curves) > 1 or not title_names_all:
             ax.legend(loc="best")
 
+    svg = draw(paint, title)
+    headings = ("step", *curves)
+    return Picture(title, svg, headings, _step_rows(series), _step_caption(caption, longest))
+
+
+def _step_caption(caption: str, longest: int) -> str:
+    """The caption of a picture of curves, with how they were thinned and smoothed.
+
+    longest: points of the longest curve
+    """
     notes = [caption] if caption else []
     if longest > POINTS:
-        steps_per_point = -(-longest // POINTS)
+        steps_per_point = math.ceil(longest / POINTS)
         notes.append(f"Each point is a mean over about {steps_per_point} steps.")
-    if longest > 40:
+    if longest > SMOOTHED_ABOVE:
         notes.append("Faint: as measured; strong: smoothed.")
-    headings = ("step", *curves)
-    return Picture(title, draw(paint, title), headings, _step_rows(series), " ".join(notes))
+    return " ".join(notes)
 
 
 def _step_line(ax: Any, name: str, index: int, x: Array, y: Array) -> None:
-    """One curve; if it has more than 40 points, faint, with a smoothed one above it.
+    """One curve; if it has more than SMOOTHED_ABOVE points, faint, below a smoothed one.
 
     x, y: (points,) steps and values
     """
     style = _line_style(name, index)
     style["marker"] = "o" if len(y) < 12 else None
-    if len(y) > 40:
+    if len(y) > SMOOTHED_ABOVE:
         ax.plot(x, y, color=style["color"], alpha=0.3, linewidth=0.8)
         y = _smooth(y)
     ax.plot(x, y, label=_short(name), **style)
 
 
-def _step_rows(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[Row]:
+def _step_rows(series: Curves) -> list[Row]:
     """Rows (step, value of each series): at most TABLE_ROWS, evenly from the first to the last."""
     by_step: dict[float, dict[str, float]] = {}
     for name, (x, y) in series.items():
@@ -766,12 +905,14 @@ def _step_rows(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) ->
 
     chosen = sorted(by_step)
     if len(chosen) > TABLE_ROWS:
-        spaced = np.linspace(0, len(chosen) - 1, TABLE_ROWS).astype(int)
+        last = len(chosen) - 1
+        spaced = np.linspace(0, last, TABLE_ROWS).astype(int)
         chosen = [chosen[i] for i in np.unique(spaced)]
 
     rows: list[Row] = []
     for step in chosen:
-        values = [by_step[step].get(name) for name in series]
+        at_step = by_step[step]
+        values = [at_step.get(name) for name in series]
         rows.append((int(step), *values))
     return rows
 
@@ -797,6 +938,7 @@ def _smooth(y: Array) -> Array:
     half = max(1, len(y) // 20)
     total = np.concatenate([[0.0], np.cumsum(y)])
     index = np.arange(len(y))
-    low = np.maximum(index - half, 0)
-    high = np.minimum(index + half + 1, len(y))
-    return (total[high] - total[low]) / (high - low)
+    first = np.maximum(index - half, 0)
+    end = np.minimum(index + half + 1, len(y))
+    sums = total[end] - total[first]
+    return sums / (end - first)
