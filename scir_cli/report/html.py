@@ -250,7 +250,7 @@ def _checked(title: str, out: Path, judged: Path, across: Json | None = None) ->
         "min_confidence": settings.get("min_confidence", statistics.MIN_CONFIDENCE),
     }
     shown = verdict_tables({**manifest, "across": across})
-    tables = [one for one in shown if isinstance(one, Table)]
+    tables = [item for item in shown if isinstance(item, Table)]
     sections = [
         _agreement(verdicts, summary),
         _confidence(verdicts, agreement),
@@ -501,7 +501,7 @@ def _bradley_terry(models: Sequence[Json], last: str) -> list[Picture]:
 
 
 @dataclass(frozen=True)
-class _Finished:
+class _StageResult:
     """A finished folder of a run."""
 
     stage: str
@@ -522,33 +522,33 @@ def run_page(folders: Sequence[tuple[str, Path]]) -> Page:
     folders: (stage, folder) in the order of the run
     """
     short = _short_names([out for _, out in folders])
-    finished = [
-        _Finished(stage, out, short[out], *_plan_and_manifest(out)) for stage, out in folders
+    results = [
+        _StageResult(stage, out, short[out], *_plan_and_manifest(out)) for stage, out in folders
     ]
-    checks = [one for one in finished if registry.STAGES[one.stage].shows_agreement]
+    checks = [result for result in results if registry.STAGES[result.stage].shows_agreement]
     groups = _groups(checks)
 
     sections = []
     if checks:
-        rows = [(one.name, one.manifest["summary"]) for one in checks]
+        rows = [(result.name, result.manifest["summary"]) for result in checks]
         sections.append(Section("Agreement", tables=[iterations_table(rows)]))
     sections += [_iterations(group, members) for group, members in groups.items()]
-    sections += _training_sections(finished)
-    for one in finished:
-        target = registry.STAGES[one.stage].story
+    sections += _training_sections(results)
+    for result in results:
+        target = registry.STAGES[result.stage].story
         if target:
-            sections += registry.load(target)(one.name, one.manifest)
-    stages = _stages(finished)
+            sections += registry.load(target)(result.name, result.manifest)
+    stages = _stages(results)
     sections.append(Section("Stages", "Rows in = rows out + drops.", tables=[stages]))
 
     parents = {str(out.parent) for _, out in folders}
     return Page(
         "The story of a run",
         ", ".join(sorted(parents)),
-        _run_tiles(groups, finished),
+        _run_tiles(groups, results),
         sections,
         browsers=_run_browsers(groups),
-        facts={"versions": finished[-1].manifest.get("versions", {})},
+        facts={"versions": results[-1].manifest.get("versions", {})},
     )
 
 
@@ -560,22 +560,22 @@ def _short_names(folders: Sequence[Path]) -> dict[Path, str]:
     return {folder: str(folder) for folder in folders}
 
 
-def _groups(checks: Iterable[_Finished]) -> dict[str, list[_Finished]]:
+def _groups(checks: Iterable[_StageResult]) -> dict[str, list[_StageResult]]:
     """The checks whose names differ only in numbers: m1-heldout and m2-heldout are one group."""
-    groups: dict[str, list[_Finished]] = {}
+    groups: dict[str, list[_StageResult]] = {}
     for check in checks:
         group = re.sub(r"\d+", "…", check.name)
         groups.setdefault(group, []).append(check)
     return groups
 
 
-def _training_sections(finished: Sequence[_Finished]) -> list[Section]:
+def _training_sections(results: Sequence[_StageResult]) -> list[Section]:
     """One section per objective: the curves that matter for a run, with a line per training."""
     by_objective: dict[str, dict[str, Series]] = {}
-    for one in finished:
-        if one.manifest.get("kind") == "model":
-            runs = by_objective.setdefault(one.objective, {})
-            runs[one.name] = logged(one.out)
+    for result in results:
+        if result.manifest.get("kind") == "model":
+            runs = by_objective.setdefault(result.objective, {})
+            runs[result.name] = logged(result.out)
     sections = []
     for objective, runs in by_objective.items():
         pictures: list[Picture] = []
@@ -586,7 +586,7 @@ def _training_sections(finished: Sequence[_Finished]) -> list[Section]:
     return sections
 
 
-def _run_browsers(groups: Mapping[str, Sequence[_Finished]]) -> list[Browser]:
+def _run_browsers(groups: Mapping[str, Sequence[_StageResult]]) -> list[Browser]:
     """Pairs of the newest check of each group whose verdicts still exist."""
     browsers = []
     for members in groups.values():
@@ -619,7 +619,7 @@ def _verdicts_of(out: Path) -> Path | None:
     return judged
 
 
-def _iterations(group: str, checks: Sequence[_Finished]) -> Section:
+def _iterations(group: str, checks: Sequence[_StageResult]) -> Section:
     """Agreement, accuracy and confidence of each group, from one dataset to the next."""
     names = [check.name for check in checks]
     summaries = [check.manifest["summary"] for check in checks]
@@ -643,21 +643,21 @@ def _iterations(group: str, checks: Sequence[_Finished]) -> Section:
             "“agreed”: share of pairs on which all reward models agree. Bars: 95 %.",
         )
     ]
-    known = _known_rates(accuracy)
-    if known:
+    accuracy = _known_rates(accuracy)
+    if accuracy:
         caption = "Against gold labels; “agreed”: the label where all agree. Bars: 95 %."
-        pictures.append(plots.iterations("Accuracy", names, known, caption))
+        pictures.append(plots.iterations("Accuracy", names, accuracy, caption))
     pictures.append(_spread_by_dataset(names, models))
     return Section(group, f"{', '.join(names)}: one after the other", pictures)
 
 
 def _known_rates(series: Mapping[str, list[Rate]]) -> dict[str, list[Rate]]:
     """The series with at least one known rate."""
-    known = {}
+    nonempty = {}
     for name, rates in series.items():
         if any(rate is not None for rate, _, _ in rates):
-            known[name] = rates
-    return known
+            nonempty[name] = rates
+    return nonempty
 
 
 def _spread_by_dataset(names: Sequence[str], models: Sequence[Json]) -> Picture:
@@ -671,15 +671,15 @@ def _spread_by_dataset(names: Sequence[str], models: Sequence[Json]) -> Picture:
     return plots.spread("How sure they are", spread, "Size of the log-odds.", "|log-odds|, nats")
 
 
-def _stages(finished: Iterable[_Finished]) -> Table:
+def _stages(results: Iterable[_StageResult]) -> Table:
     """Rows, drops and seconds of each stage."""
     table = Table("stage", "folder", "in", "out", "dropped", "seconds")
-    for one in finished:
-        manifest = one.manifest
+    for result in results:
+        manifest = result.manifest
         drops = [f"{count} {reason}" for reason, count in sorted(manifest["drops"].items())]
         table.add_row(
-            one.stage,
-            one.name,
+            result.stage,
+            result.name,
             f"{manifest['rows_in']:,}",
             f"{manifest['rows_out']:,}",
             ", ".join(drops) or "0",
@@ -689,7 +689,7 @@ def _stages(finished: Iterable[_Finished]) -> Table:
 
 
 def _run_tiles(
-    groups: Mapping[str, Sequence[_Finished]], finished: Sequence[_Finished]
+    groups: Mapping[str, Sequence[_StageResult]], results: Sequence[_StageResult]
 ) -> list[Tile]:
     """Agreement and accuracy at the end of each group, and the time of all stages."""
     tiles = []
@@ -704,8 +704,8 @@ def _run_tiles(
             accuracy = percent(last["accuracy"])
             note = f"{note.split(':')[0]}, at the end"
             tiles.append(Tile("accuracy where all agree", accuracy, note))
-    seconds = sum(one.manifest.get("seconds", 0) for one in finished)
-    tiles.append(Tile("time", duration(seconds), f"{len(finished)} stages"))
+    seconds = sum(result.manifest.get("seconds", 0) for result in results)
+    tiles.append(Tile("time", duration(seconds), f"{len(results)} stages"))
     return tiles
 
 
@@ -763,9 +763,8 @@ def _agreement(v: Verdicts, summary: Json) -> Section:
     pictures = []
     if summary["between"]:
         pictures.append(plots.matrix(v.names, summary["between"]))
-    first = v.names[0]
     for k, other in enumerate(v.names[1:4], 1):
-        pictures.append(plots.quadrants(first, other, v.log_odds[0], v.log_odds[k]))
+        pictures.append(plots.quadrants(v.names[0], other, v.log_odds[0], v.log_odds[k]))
     caption = "Log-odds of each reward model."
     pictures.append(plots.distributions("Distribution of verdicts", _by_name(v), caption))
     text = "Log-odds are in nats, positive where the first response is the better one."
@@ -965,9 +964,9 @@ def surest_disagreement(log_odds: Array) -> Array:
     Above 0 if two reward models disagree.
     log_odds: (reward models, pairs) nats; NaN: no verdict -> (pairs,)
     """
-    known = np.where(np.isnan(log_odds), 0.0, log_odds)
-    for_first = known.max(0)
-    for_second = (-known).max(0)
+    verdicts = np.where(np.isnan(log_odds), 0.0, log_odds)
+    for_first = verdicts.max(0)
+    for_second = (-verdicts).max(0)
     return np.minimum(for_first, for_second)
 
 

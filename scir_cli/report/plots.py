@@ -396,9 +396,9 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     Agreement is the upper right and the lower left.
     a, b: (pairs,) nats; NaN: no verdict
     """
-    known = ~(np.isnan(a) | np.isnan(b))
-    a = a[known]
-    b = b[known]
+    both = ~(np.isnan(a) | np.isnan(b))
+    a = a[both]
+    b = b[both]
     few = len(a) <= DOTS
 
     reach_a = _reach(a)
