@@ -227,7 +227,7 @@ def consistency_page(out: Path, judged: Path, across: Json | None = None) -> Pag
     judged: the dataset with the verdicts that the folder's figures are computed from
     across: the comparison with the verdicts of other datasets, which the folder does not contain
     """
-    return _checked("How far the internal reward models agree", out, judged, across)
+    return _checked("Agreement of the internal reward models", out, judged, across)
 
 
 def rewards_page(out: Path, judged: Path) -> Page:
@@ -287,7 +287,7 @@ def grades_page(out: Path) -> Page:
     summary = manifest["summary"]
     total = summary["all"]
     tiles = [
-        Tile("mean grade", number(total["grade"]), "of 1 to 10"),
+        Tile("mean grade", number(total["grade"]), "on a scale of 1 to 10"),
         Tile("grades", f"{total['grades']:,}"),
     ]
     pictures = [
@@ -314,7 +314,7 @@ def training_page(out: Path) -> Page:
     plan, manifest = _plan_and_manifest(out)
     records = logged(out)
     last = manifest["summary"]
-    steps = Tile("optimiser steps", f"{manifest['steps']:,}", f"on {manifest['rows_out']:,} pairs")
+    steps = Tile("optimizer steps", f"{manifest['steps']:,}", f"on {manifest['rows_out']:,} pairs")
     tiles = [steps]
     for key in ("loss", "scir/mask_rate", "rewards/accuracies", "validation/agreement"):
         if key in last:
@@ -479,16 +479,16 @@ def _wins_by_subset(by_subset: Json) -> list[Picture]:
     if len(rows) < 2:
         return []
     caption = "The line is a draw; bars: 95 %."
-    return [plots.rates("Wins counted, by subset", rows, caption, 0.5)]
+    return [plots.rates("Discrete win rate, by subset", rows, caption, 0.5)]
 
 
 def _bradley_terry(models: Sequence[Json], last: str) -> list[Picture]:
     """Expected win rates over the model `last`, as fitted and with style controlled."""
     kinds = {
         "win_rate": "Bradley-Terry",
-        "style_controlled_win_rate": "Bradley-Terry, length and style taken out",
+        "style_controlled_win_rate": "Bradley-Terry, length and style controlled",
     }
-    caption = f"Expected wins over {last}; the line is a draw. Bars: 95 %."
+    caption = f"Expected win rate over {last}. The line is a draw; bars: 95 %."
     pictures = []
     for key, title in kinds.items():
         rows = [(row["model"], *_rate(row, key)) for row in models]
@@ -543,7 +543,7 @@ def run_page(folders: Sequence[tuple[str, Path]]) -> Page:
 
     parents = {str(out.parent) for _, out in folders}
     return Page(
-        "The story of a run",
+        "Summary of a run",
         ", ".join(sorted(parents)),
         _run_tiles(groups, results),
         sections,
@@ -645,10 +645,10 @@ def _iterations(group: str, checks: Sequence[_StageResult]) -> Section:
     ]
     accuracy = _known_rates(accuracy)
     if accuracy:
-        caption = "Against gold labels; “agreed”: the label where all agree. Bars: 95 %."
+        caption = "Against gold labels; “agreed”: pairs on which all agree. Bars: 95 %."
         pictures.append(plots.iterations("Accuracy", names, accuracy, caption))
     pictures.append(_spread_by_dataset(names, models))
-    return Section(group, f"{', '.join(names)}: one after the other", pictures)
+    return Section(group, f"{', '.join(names)}, in this order", pictures)
 
 
 def _known_rates(series: Mapping[str, list[Rate]]) -> dict[str, list[Rate]]:
@@ -668,7 +668,7 @@ def _spread_by_dataset(names: Sequence[str], models: Sequence[Json]) -> Picture:
             if figures["verdicts"]:
                 quantiles = figures["abs_log_odds_quantiles"]
                 spread[f"{name} {model}"] = list(quantiles.values())
-    return plots.spread("How sure they are", spread, "Size of the log-odds.", "|log-odds|, nats")
+    return plots.spread("Confidence", spread, "Absolute log-odds.", "|log-odds|, nats")
 
 
 def _stages(results: Iterable[_StageResult]) -> Table:
@@ -703,7 +703,7 @@ def _run_tiles(
         if last.get("labelled"):
             accuracy = percent(last["accuracy"])
             note = f"{note.split(':')[0]}, at the end"
-            tiles.append(Tile("accuracy where all agree", accuracy, note))
+            tiles.append(Tile("accuracy on agreed pairs", accuracy, note))
     seconds = sum(result.manifest.get("seconds", 0) for result in results)
     tiles.append(Tile("time", duration(seconds), f"{len(results)} stages"))
     return tiles
@@ -746,7 +746,7 @@ def _agreement_tiles(summary: Json) -> list[Tile]:
         tiles.append(Tile("order-flip rate", percent(flip_rate), note))
     if agreed.get("labelled"):
         interval = _interval(agreed, "accuracy")
-        tiles.append(Tile("accuracy where all agree", percent(agreed["accuracy"]), interval))
+        tiles.append(Tile("accuracy on agreed pairs", percent(agreed["accuracy"]), interval))
     return tiles
 
 
@@ -764,10 +764,17 @@ def _agreement(v: Verdicts, summary: Json) -> Section:
     if summary["between"]:
         pictures.append(plots.matrix(v.names, summary["between"]))
     for k, other in enumerate(v.names[1:4], 1):
-        pictures.append(plots.quadrants(v.names[0], other, v.log_odds[0], v.log_odds[k]))
+        pictures.append(
+            plots.quadrants(
+                v.names[0],
+                other,
+                v.log_odds[0],
+                v.log_odds[k],
+            )
+        )
     caption = "Log-odds of each reward model."
     pictures.append(plots.distributions("Distribution of verdicts", _by_name(v), caption))
-    text = "Log-odds are in nats, positive where the first response is the better one."
+    text = "Log-odds are in nats, positive if the first response is better."
     return Section("Agreement", text, pictures)
 
 
@@ -782,7 +789,7 @@ def _confidence(v: Verdicts, agreement: Json) -> Section:
         present = {name: points for name, points in curves[kind].items() if points}
         if present:
             pictures.append(plot(present))
-    return Section("Are they right when they are sure?", "Against the gold labels.", pictures)
+    return Section("Calibration and coverage", "Against the gold labels.", pictures)
 
 
 def _bias(v: Verdicts, summary: Json) -> Section:
@@ -795,25 +802,25 @@ def _bias(v: Verdicts, summary: Json) -> Section:
         pictures.append(plots.rates("Order-flip rate", flips, caption))
     biases = summary.get("biases") or {}
     for model, figures in list(biases.items())[:5]:
-        pictures += _leanings(model, figures)
+        pictures += _preferences(model, figures)
     if np.ptp(v.length_difference):
         pictures.append(plots.length_bias(_by_name(v), v.length_difference))
     text = (
-        "A verdict should not depend on the seat, nor on length or format for its own sake; "
-        "where labels lean too, that part is no bias."
+        "A verdict should not depend on the seat, or on length or format as such. "
+        "If the gold labels have the same preference, that part is not a bias."
     )
     return Section("Position, length, format", text, pictures)
 
 
-def _leanings(model: str, biases: Json) -> list[Picture]:
+def _preferences(model: str, biases: Json) -> list[Picture]:
     """How often one reward model, or the gold labels, prefer each feature; [] without pairs.
 
     biases: feature -> {pairs, rate, rate_low, rate_high}
     """
     named = {
         "position": "seat A",
-        "longer": "the longer",
-        "own": "its own",
+        "longer": "longer response",
+        "own": "own response",
     }
     rows: list[NamedRate] = []
     for feature, figures in biases.items():
@@ -822,12 +829,12 @@ def _leanings(model: str, biases: Json) -> list[Picture]:
             rows.append((name, *_rate(figures, "rate")))
     if not rows:
         return []
-    title = f"What {model} leans to"
+    title = f"Preferences of {model}"
     if model == "gold":
-        title = "How the gold labels lean"
+        title = "Preferences of the gold labels"
     caption = (
-        "Of pairs where one response has it and the other has not. "
-        "The line is no leaning; bars: 95 %."
+        "Share of verdicts for a feature, over pairs in which only one response has it. "
+        "The line is no preference; bars: 95 %."
     )
     return [plots.rates(title, rows, caption, 0.5, model)]
 
@@ -931,7 +938,7 @@ def browser(
 ) -> Browser:
     """Some pairs with every verdict.
 
-    These are the pairs with the surest disagreement, those with the most confident mistakes, and
+    These are the pairs with the most confident disagreement, those with the most confident mistakes, and
     some at random. They end early if their texts are long.
     table: the pairs of `v`, in the same order
     """
@@ -952,8 +959,8 @@ def browser(
             break
         pairs.append(pair)
     text = (
-        f"{len(pairs)} of {len(v.pair_ids):,} pairs: those the reward models disagree about most "
-        "surely, the most confident mistakes where labels exist, and others at random."
+        f"{len(pairs)} of {len(v.pair_ids):,} pairs: those with the most confident disagreement, "
+        "the most confident mistakes if labels exist, and others at random."
     )
     return Browser(title, text, pairs)
 

@@ -246,7 +246,13 @@ def _line_style(name: str, index: int) -> dict[str, Any]:
 
 def _bar(ax: Any, y: float, low: float, high: float, color: str, **style: Any) -> None:
     """A horizontal bar with round ends."""
-    ax.plot([low, high], [y, y], color=color, solid_capstyle="round", **style)
+    ax.plot(
+        [low, high],
+        [y, y],
+        color=color,
+        solid_capstyle="round",
+        **style,
+    )
 
 
 def _values(points: Points, key: str) -> list[Any]:
@@ -295,7 +301,7 @@ def matrix(names: Sequence[str], between: Points) -> Picture:
         "spearman",
     )
     headings = (
-        "of",
+        "reward model",
         "and",
         "pairs",
         "agreement",
@@ -306,11 +312,10 @@ def matrix(names: Sequence[str], between: Points) -> Picture:
     )
     rows = [tuple(figures[key] for key in keys) for figures in between]
     caption = (
-        "Share of pairs on which both prefer the same response; "
-        "κ: Cohen's kappa, 0 is what chance gives."
+        "Share of pairs on which both prefer the same response; κ: Cohen's kappa, 0 at chance."
     )
-    svg = draw(paint, "Agreement of each two reward models")
-    return Picture("Agreement of each two", svg, headings, rows, caption)
+    svg = draw(paint, "Pairwise agreement of the reward models")
+    return Picture("Pairwise agreement", svg, headings, rows, caption)
 
 
 def _matrix_axes(ax: Any, names: Sequence[str]) -> None:
@@ -430,7 +435,7 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     title = f"{first} against {second}"
     caption = (
         f"{len(a):,} pairs. They agree in the upper right and the lower left; "
-        "the shares are of each quadrant. The outermost 0.5 % lie on the edge."
+        "each quadrant shows its share of the pairs. The outermost 0.5 % are drawn at the edge."
     )
     svg = draw(paint, title)
     if few:
@@ -440,7 +445,7 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
 
     headings = (f"{first} from", "to", f"{second} from", "to", "pairs")
     rows = _density_rows(x, y, counts)
-    caption = f"{caption} The table has the {len(rows)} fullest cells."
+    caption = f"{caption} The table lists the {len(rows)} cells with the most pairs."
     return Picture(title, svg, headings, rows, caption)
 
 
@@ -456,7 +461,12 @@ def _agreement_dots(ax: Any, x: Array, y: Array) -> None:
     """One dot per pair, in the color of agreement or of disagreement."""
     agree = np.sign(x) == np.sign(y)
     _dots(ax, x[agree], y[agree], STAND_IN["s2"])
-    _dots(ax, x[~agree], y[~agree], STAND_IN["s4"])
+    _dots(
+        ax,
+        x[~agree],
+        y[~agree],
+        STAND_IN["s4"],
+    )
 
 
 def _dots(ax: Any, x: Array, y: Array, color: str) -> None:
@@ -638,29 +648,47 @@ def reliability(curves: Mapping[str, Points]) -> Picture:
     """
 
     def paint(ax: Any) -> None:
-        ax.plot([0.5, 1], [0.5, 1], color=STAND_IN["muted"], linewidth=0.9, linestyle="--")
+        ax.plot(
+            [0.5, 1],
+            [0.5, 1],
+            color=STAND_IN["muted"],
+            linewidth=0.9,
+            linestyle="--",
+        )
         for index, (name, bins) in enumerate(curves.items()):
             x = _values(bins, "confidence")
             low = _values(bins, "accuracy_low")
             high = _values(bins, "accuracy_high")
             style = _line_style(name, index)
-            ax.vlines(x, low, high, color=style["color"], linewidth=0.9, alpha=0.5)
-            ax.plot(x, _values(bins, "accuracy"), label=_short(name), **style)
+            ax.vlines(
+                x,
+                low,
+                high,
+                color=style["color"],
+                linewidth=0.9,
+                alpha=0.5,
+            )
+            ax.plot(
+                x,
+                _values(bins, "accuracy"),
+                label=_short(name),
+                **style,
+            )
         ax.set(
             xlim=(0.49, 1.01),
             ylim=(-0.02, 1.02),
             xlabel="confidence max(p, 1 − p)",
-            ylabel="right",
+            ylabel="accuracy",
         )
         _percent_axis(ax.xaxis)
         _percent_axis(ax.yaxis)
         ax.legend(loc="best")
 
     keys = ("pairs", "confidence", "accuracy", "accuracy_low", "accuracy_high")
-    headings = ("", "pairs", "mean confidence", "right", "95 % from", "to")
+    headings = ("", "pairs", "mean confidence", "accuracy", "95 % from", "to")
     caption = (
-        "On the dashed line a reward model is right as often as it claims; "
-        "below it, it is too sure of itself. Bars: 95 %."
+        "On the dashed line, accuracy equals confidence; "
+        "below it, the reward model is overconfident. Bars: 95 %."
     )
     svg = draw(paint, "Reliability")
     return Picture("Reliability", svg, headings, _point_rows(curves, keys), caption)
@@ -680,23 +708,35 @@ def risk_coverage(curves: Mapping[str, Points]) -> Picture:
             style = _line_style(name, index)
             # A single point would be an invisible line.
             style["marker"] = "o" if len(x) == 1 else None
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)
-            ax.plot(x, _values(points, "accuracy"), label=_short(name), **style)
+            ax.fill_between(
+                x,
+                low,
+                high,
+                color=style["color"],
+                alpha=0.1,
+                linewidth=0,
+            )
+            ax.plot(
+                x,
+                _values(points, "accuracy"),
+                label=_short(name),
+                **style,
+            )
         ax.set(
             xlim=(0, 1.02),
             ylim=(None, 1.02),
-            xlabel="labelled pairs kept, surest first",
-            ylabel="right",
+            xlabel="coverage, most confident pairs first",
+            ylabel="accuracy",
         )
         _percent_axis(ax.xaxis)
         _percent_axis(ax.yaxis)
         ax.legend(loc="best")
 
     keys = ("coverage", "pairs", "accuracy", "accuracy_low", "accuracy_high")
-    headings = ("", "coverage", "pairs", "right", "95 % from", "to")
+    headings = ("", "coverage", "pairs", "accuracy", "95 % from", "to")
     caption = (
-        "What selecting buys: accuracy when only the surest pairs are kept. "
-        "“agreed”: pairs on which all agree, by their smallest margin. Bands: 95 %."
+        "Accuracy on the most confident labelled pairs, by their share. "
+        "“agreed”: pairs on which all agree, ordered by their smallest margin. Bands: 95 %."
     )
     svg = draw(paint, "Risk and coverage")
     return Picture("Risk and coverage", svg, headings, _point_rows(curves, keys), caption)
@@ -716,7 +756,12 @@ def length_bias(odds: Mapping[str, Array], difference: Array) -> Picture:
             points = [row for row in rows if row[0] == name]
             x = [row[1] for row in points]
             y = [row[3] for row in points]
-            ax.plot(x, y, label=_short(name), **_line_style(name, index))
+            ax.plot(
+                x,
+                y,
+                label=_short(name),
+                **_line_style(name, index),
+            )
         ax.set(
             ylim=(-0.02, 1.02),
             xlabel="length of first minus length of second, tokens",
@@ -727,7 +772,8 @@ def length_bias(odds: Mapping[str, Array], difference: Array) -> Picture:
 
     headings = ("", "mean difference", "pairs", "first preferred")
     caption = (
-        "A rising line prefers the longer response. Each point is an equal share of the pairs."
+        "A rising line is a preference for longer responses. "
+        "Each point has an equal share of the pairs."
     )
     return Picture("Length", draw(paint, "Length bias"), headings, rows, caption)
 
@@ -825,7 +871,13 @@ def _iteration_line(
     for i, (rate, low, high) in enumerate(values):
         if rate is not None and low is not None:
             position = i + shift
-            ax.plot([position, position], [low, high], color=color, linewidth=1, alpha=0.6)
+            ax.plot(
+                [position, position],
+                [low, high],
+                color=color,
+                linewidth=1,
+                alpha=0.6,
+            )
 
 
 def steps(
@@ -853,7 +905,7 @@ def steps(
 
         for index, (name, (x, y)) in enumerate(curves.items()):
             _step_line(ax, name, index, x, y)
-        ax.set(xlabel="optimiser step", ylabel=unit)
+        ax.set(xlabel="optimizer step", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if longest == 1:
             left, right = ax.get_xlim()
@@ -879,7 +931,7 @@ def _step_caption(caption: str, longest: int) -> str:
         steps_per_point = math.ceil(longest / POINTS)
         notes.append(f"Each point is a mean over about {steps_per_point} steps.")
     if longest > SMOOTHED_ABOVE:
-        notes.append("Faint: as measured; strong: smoothed.")
+        notes.append("Faint: raw values; strong: smoothed.")
     return " ".join(notes)
 
 

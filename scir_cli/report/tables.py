@@ -161,17 +161,16 @@ def _models_remarks(summary: Figures) -> list[str]:
     if silent:
         remarks.append(
             f"{' and '.join(silent)}: little probability on the verdicts (mass); "
-            "it hardly answers the question"
+            "other answers are more likely"
         )
     for name, count in summary.get("beyond_top_logprobs", {}).items():
         remarks.append(
-            f"{name}: {count} verdicts unknown, their tokens are not among the endpoint's likeliest"
+            f"{name}: {count} verdicts unknown: "
+            "their tokens are not among the endpoint's top log-probabilities"
         )
     optional = ("flip_rate", "verdict_mass", "length_correlation")
     if any(m[key] is None for m in models.values() for key in optional):
-        remarks.append(
-            "–: no order to flip, no verdict tokens, or lengths or verdicts that are all equal"
-        )
+        remarks.append("–: no order to flip, no verdict tokens, or all lengths or verdicts equal")
     return remarks
 
 
@@ -190,9 +189,15 @@ def _between_table(summary: Figures) -> Table:
     if _is_labelled(summary):
         accuracy = _rate(agreed, "accuracy")
         table.caption = (
-            f"accuracy where all agree: {accuracy} of {agreed['labelled']} labelled pairs"
+            f"accuracy on agreed pairs: {accuracy} of {agreed['labelled']} labelled pairs"
         )
-    table.add_row("all", str(agreed["pairs"]), _rate(agreed, "rate"), "", "")
+    table.add_row(
+        "all",
+        str(agreed["pairs"]),
+        _rate(agreed, "rate"),
+        "",
+        "",
+    )
     return table
 
 
@@ -212,7 +217,7 @@ def _coverage_table(curves: Figures, models: Figures) -> Table:
     curves: name -> points {coverage, accuracy, ...}, by ascending coverage
     """
     headings = [f"{share:.0%}" for share in SHOWN_COVERAGE]
-    title = "accuracy on the surest pairs, by their share"
+    title = "accuracy by coverage, most confident pairs first"
     table = table_of("accuracy of", *headings, "ECE", title=title)
     for name, points in curves.items():
         cells = [_accuracy_at(points, share) for share in SHOWN_COVERAGE]
@@ -220,7 +225,7 @@ def _coverage_table(curves: Figures, models: Figures) -> Table:
         table.add_row(name, *cells, number(error))
     if "agreed" in curves:
         most = curves["agreed"][-1]["coverage"]
-        table.caption = f"agreed: at most {most:.0%} of the pairs; –: not so many are covered"
+        table.caption = f"agreed covers at most {most:.0%} of the pairs; –: not reached"
     return table
 
 
@@ -237,12 +242,12 @@ def bias_tables(biases: Figures | None) -> list[Table]:
     """How often verdicts go to seat A, the longer response, a format, the judge's own."""
     if not biases:
         return []
-    table = _frameless("verdicts for", title="what verdicts lean to")
+    table = _frameless("verdicts for", title="preferences of the verdicts")
     _add_figures(table, ("pairs", *biases), no_wrap=True)
     named = {
         "position": "seat A",
-        "longer": "the longer",
-        "own": "the judge's own",
+        "longer": "longer",
+        "own": "judge's own",
     }
     # Four columns with intervals are wider than 80 columns.
     intervals = len(biases) < 4
@@ -300,7 +305,7 @@ def _stability_table(other: Figures) -> Table:
     if prompts:
         table.caption = f"ranks: {prompts} prompts with 3 or more responses, every pair judged"
     else:
-        table.caption = "no prompt with 3 responses to rank"
+        table.caption = "no ranks: no prompt with 3 or more responses"
     return table
 
 
@@ -361,10 +366,10 @@ def _benchmark_caption(columns: Sequence[Figures]) -> str | None:
     missing = columns[0]["missing"]
     if missing:
         more = " …" if len(missing) > 4 else ""
-        remarks.append(f"no score: nothing of {', '.join(missing[:4])}{more}")
+        remarks.append(f"no score: no examples of {', '.join(missing[:4])}{more}")
     incomplete = sum(figures.get("incomplete", 0) for figures in columns)
     if incomplete:
-        remarks.append(f"{incomplete} examples without all verdicts are left out")
+        remarks.append(f"{incomplete} examples with missing verdicts are left out")
     return " ".join(remarks) or None
 
 
@@ -374,11 +379,11 @@ def iterations_table(rows: list[tuple[str, Figures]]) -> Table:
     rows: (name, summary) of each dataset
     """
     table = _frameless(
-        title="how far the internal reward models agree",
+        title="agreement of the internal reward models",
         caption=(
-            "order flips: share of the judge's verdicts that change when the two answers change "
-            "places; accuracy against gold labels: of the judge, of the implicit reward, and "
-            "where all agree"
+            "order flips: share of the judge's verdicts that change when the two responses swap "
+            "seats; accuracy against gold labels: of the judge, of the implicit reward, and on "
+            "agreed pairs"
         ),
         caption_justify="left",
         # Otherwise the table is wider than 80 columns.
@@ -464,7 +469,7 @@ def _bradley_terry_table(models: Sequence[Figures], last: str) -> Table:
     """Expected win rates over the model `last`, one row per model."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Bradley-Terry", overflow="fold")
-    _add_figures(table, (f"beats {last}\n(95 %)", "length and style\ntaken out (95 %)"))
+    _add_figures(table, (f"beats {last}\n(95 %)", "length and style\ncontrolled (95 %)"))
     for row in models:
         table.add_row(
             row["model"],
@@ -490,9 +495,7 @@ def grade_table(summary: Figures) -> Table:
         table.add_row(name, str(m["grades"]), grade)
     mass = summary["mean_mass"]
     if mass is not None and mass < LITTLE_MASS:
-        table.caption = (
-            f"the judge gives a grade with probability {mass:.2f}: it hardly answers the question"
-        )
+        table.caption = f"probability of any grade: {mass:.2f}; other answers are more likely"
     return table
 
 
@@ -504,7 +507,7 @@ def plan_tables(estimate: Figures) -> list[Table]:
 def _cost_table(estimate: Figures) -> Table:
     """Steps, tokens, packs, memory and time, one row each."""
     table = Table(
-        title="what this run will take, on one process",
+        title="estimate of this run, on one process",
         title_justify="left",
         show_header=False,
     )
@@ -515,7 +518,7 @@ def _cost_table(estimate: Figures) -> Table:
     weights = estimate["weights_bytes"] / 2**30
     minutes = estimate["seconds"] / 60
 
-    table.add_row("optimiser steps", f"{estimate['steps']:,} of {estimate['pairs']:,} pairs")
+    table.add_row("optimizer steps", f"{estimate['steps']:,} on {estimate['pairs']:,} pairs")
     table.add_row("tokens", f"{tokens:,}; {unshared:,} without sharing ({saved:.0%} saved)")
     table.add_row("packs", f"{estimate['packs']:,}, {estimate['packing_efficiency']:.0%} full")
     table.add_row("peak memory", f"about {peak:.1f} GiB (weights {weights:.1f})")
@@ -529,7 +532,7 @@ def _lengths_table(counts: Sequence[tuple[int, int]]) -> Table:
     counts: (largest number of tokens, number of pairs) per bin
     """
     table = Table(
-        "tokens of a pair, up to",
+        "tokens per pair, up to",
         "pairs",
         "",
         title="all branches, shared tokens once",
@@ -594,7 +597,7 @@ def summary_line(stage: str, out: str, manifest: Figures) -> str:
     """One line: rows in, rows out, drops by reason, nulls, and seconds."""
     if manifest.get("dry_run"):
         rows = manifest.get("rows_in", "all")
-        return f"{stage}: dry run, nothing written; {rows} rows would go to {out}"
+        return f"{stage}: dry run, nothing written; {rows} rows would be written to {out}"
 
     drops = [f"{count} {reason}" for reason, count in sorted(manifest["drops"].items())]
     counts = f"{manifest['rows_in']} in = {manifest['rows_out']} out"

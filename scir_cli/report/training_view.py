@@ -69,7 +69,7 @@ class View:
         parts = []
         if "tokens_per_second" in self.recent:
             parts.append(f"{self.mean('tokens_per_second'):,.0f} tokens/s")
-        parts.append(f"{peak_memory() / 2**30:.1f} GiB at most")
+        parts.append(f"{peak_memory() / 2**30:.1f} GiB peak")
 
         n_done = self.step - self.first_step
         if n_done:
@@ -97,7 +97,12 @@ class View:
         """A bar, a table of every figure, and the machine's figures."""
         head = Table.grid(padding=(0, 1))
         bar = ProgressBar(self.n_steps, self.step, width=24)
-        head.add_row(self.title, bar, f"{self.step}/{self.n_steps}", style="bold")
+        head.add_row(
+            self.title,
+            bar,
+            f"{self.step}/{self.n_steps}",
+            style="bold",
+        )
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         table.add_column("", no_wrap=True, max_width=30)
