@@ -63,6 +63,9 @@ SUBSETS = 40
 MARKUP_BYTES = 1500
 VERDICT_BYTES = 600
 
+#: Caption of win rates
+DRAW_CAPTION = "The line is a draw; bars: 95 %."
+
 C0_CONTROLS = [code for code in range(32) if chr(code) not in "\t\n"]
 C1_CONTROLS = range(0x7F, 0xA0)
 SURROGATES = range(0xD800, 0xE000)
@@ -314,12 +317,17 @@ def training_page(out: Path) -> Page:
     plan, manifest = _plan_and_manifest(out)
     records = logged(out)
     last = manifest["summary"]
-    steps = Tile("optimizer steps", f"{manifest['steps']:,}", f"on {manifest['rows_out']:,} pairs")
+    steps = Tile(
+        "optimizer steps",
+        f"{manifest['steps']:,}",
+        f"on {manifest['rows_out']:,} pairs",
+    )
     tiles = [steps]
     for key in ("loss", "scir/mask_rate", "rewards/accuracies", "validation/agreement"):
         if key in last:
             tiles.append(_metric_tile(key, last[key]))
-    tiles.append(Tile("time", duration(manifest["seconds"]), _speed(records)))
+    time = duration(manifest["seconds"])
+    tiles.append(Tile("time", time, _speed(records)))
     objective = plan["settings"].get("objective", "")
     return Page(
         f"Training, objective {objective}",
@@ -436,31 +444,46 @@ def win_rates(summary: Json) -> dict[str, list[NamedRate]]:
     rates: dict[str, list[NamedRate]] = {}
     others = {match["other"] for match in summary["matches"]}
     for match in summary["matches"]:
-        name = match["model"] if len(others) == 1 else f"{match['model']} / {match['other']}"
-        rate = match["win_rate"]
-        error = match["standard_error"]
-        if rate is not None:
-            low = None if error is None else max(0.0, rate - 1.96 * error)
-            high = None if error is None else min(1.0, rate + 1.96 * error)
-            rates.setdefault("Win rate", []).append((name, rate, low, high))
+        name = match["model"]
+        if len(others) > 1:
+            name = f"{name} / {match['other']}"
 
-        controlled = match["length_controlled_win_rate"]
-        if controlled is not None:
-            low = match["length_controlled_low"]
-            high = match["length_controlled_high"]
-            row = (name, controlled, low, high)
-            rates.setdefault("Length-controlled win rate", []).append(row)
+        if match["win_rate"] is not None:
+            rows = rates.setdefault("Win rate", [])
+            rows.append((name, *_with_error(match["win_rate"], match["standard_error"])))
+
+        if match["length_controlled_win_rate"] is not None:
+            row = (
+                name,
+                match["length_controlled_win_rate"],
+                match["length_controlled_low"],
+                match["length_controlled_high"],
+            )
+            rows = rates.setdefault("Length-controlled win rate", [])
+            rows.append(row)
     return rates
+
+
+def _with_error(rate: float, error: float | None) -> Rate:
+    """The rate with an interval of 1.96 standard errors each way, within 0 and 1."""
+    if error is None:
+        return rate, None, None
+    low = max(0.0, rate - 1.96 * error)
+    high = min(1.0, rate + 1.96 * error)
+    return rate, low, high
 
 
 def _wins(summary: Json) -> list[Picture]:
     """The win rates of all matches, those by subset of a single match, and Bradley-Terry."""
     matches = summary["matches"]
     other = matches[0]["other"]
-    caption = "The line is a draw; bars: 95 %."
+    caption = DRAW_CAPTION
     if all(match["other"] == other for match in matches):
         caption = f"Against {other}. {caption}"
-    pictures = [plots.rates(kind, rows, caption, 0.5) for kind, rows in win_rates(summary).items()]
+    pictures = []
+    for kind, rows in win_rates(summary).items():
+        picture = plots.rates(kind, rows, caption, chance=0.5)
+        pictures.append(picture)
 
     if len(matches) == 1:
         pictures += _wins_by_subset(matches[0]["by_subset"])
@@ -474,12 +497,17 @@ def _wins_by_subset(by_subset: Json) -> list[Picture]:
     """One picture if there are several subsets, otherwise none."""
     rows: list[NamedRate] = []
     for name, part in list(by_subset.items())[:SUBSETS]:
-        rate = part["discrete_win_rate"]
-        rows.append((name, rate, part["discrete_low"], part["discrete_high"]))
+        row = (
+            name,
+            part["discrete_win_rate"],
+            part["discrete_low"],
+            part["discrete_high"],
+        )
+        rows.append(row)
     if len(rows) < 2:
         return []
-    caption = "The line is a draw; bars: 95 %."
-    return [plots.rates("Discrete win rate, by subset", rows, caption, 0.5)]
+    title = "Discrete win rate, by subset"
+    return [plots.rates(title, rows, DRAW_CAPTION, chance=0.5)]
 
 
 def _bradley_terry(models: Sequence[Json], last: str) -> list[Picture]:
@@ -492,8 +520,9 @@ def _bradley_terry(models: Sequence[Json], last: str) -> list[Picture]:
     pictures = []
     for key, title in kinds.items():
         rows = [(row["model"], *_rate(row, key)) for row in models]
-        if any(rate is not None for _, rate, _, _ in rows):
-            pictures.append(plots.rates(title, rows, caption, 0.5))
+        if _any_known(rows):
+            picture = plots.rates(title, rows, caption, chance=0.5)
+            pictures.append(picture)
     return pictures
 
 
@@ -512,7 +541,18 @@ class _StageResult:
     manifest: Json
 
     @property
+    def entry(self) -> registry.Stage:
+        """The stage as the registry describes it."""
+        return registry.STAGES[self.stage]
+
+    @property
+    def summary(self) -> Json:
+        """The figures of a stage that measures something."""
+        return self.manifest["summary"]
+
+    @property
     def objective(self) -> str:
+        """The objective of a training."""
         return self.plan["settings"].get("objective", "")
 
 
@@ -521,23 +561,21 @@ def run_page(folders: Sequence[tuple[str, Path]]) -> Page:
 
     folders: (stage, folder) in the order of the run
     """
-    short = _short_names([out for _, out in folders])
-    results = [
-        _StageResult(stage, out, short[out], *_plan_and_manifest(out)) for stage, out in folders
-    ]
-    checks = [result for result in results if registry.STAGES[result.stage].shows_agreement]
+    results = _stage_results(folders)
+    checks = [result for result in results if result.entry.shows_agreement]
     groups = _groups(checks)
 
     sections = []
     if checks:
-        rows = [(result.name, result.manifest["summary"]) for result in checks]
+        rows = [(result.name, result.summary) for result in checks]
         sections.append(Section("Agreement", tables=[iterations_table(rows)]))
     sections += [_iterations(group, members) for group, members in groups.items()]
     sections += _training_sections(results)
     for result in results:
-        target = registry.STAGES[result.stage].story
+        target = result.entry.story
         if target:
-            sections += registry.load(target)(result.name, result.manifest)
+            sections_of = registry.load(target)
+            sections += sections_of(result.name, result.manifest)
     stages = _stages(results)
     sections.append(Section("Stages", "Rows in = rows out + drops.", tables=[stages]))
 
@@ -550,6 +588,19 @@ def run_page(folders: Sequence[tuple[str, Path]]) -> Page:
         browsers=_run_browsers(groups),
         facts={"versions": results[-1].manifest.get("versions", {})},
     )
+
+
+def _stage_results(folders: Sequence[tuple[str, Path]]) -> list[_StageResult]:
+    """The stages of a run with their plans and manifests.
+
+    folders: (stage, folder) in the order of the run
+    """
+    names = _short_names([out for _, out in folders])
+    results = []
+    for stage, out in folders:
+        plan, manifest = _plan_and_manifest(out)
+        results.append(_StageResult(stage, out, names[out], plan, manifest))
+    return results
 
 
 def _short_names(folders: Sequence[Path]) -> dict[Path, str]:
@@ -576,13 +627,15 @@ def _training_sections(results: Sequence[_StageResult]) -> list[Section]:
         if result.manifest.get("kind") == "model":
             runs = by_objective.setdefault(result.objective, {})
             runs[result.name] = logged(result.out)
+
     sections = []
     for objective, runs in by_objective.items():
         pictures: list[Picture] = []
         for section in _curves(runs):
             if section.title in metrics.RUN_SECTIONS:
                 pictures += section.pictures
-        sections.append(Section(f"Training, objective {objective}", pictures=pictures))
+        title = f"Training, objective {objective}"
+        sections.append(Section(title, pictures=pictures))
     return sections
 
 
@@ -592,11 +645,16 @@ def _run_browsers(groups: Mapping[str, Sequence[_StageResult]]) -> list[Browser]
     for members in groups.values():
         newest = members[-1]
         judged = _verdicts_of(newest.out)
-        if judged:
-            table = _checked_pairs(newest.out, judged)
-            title = f"Read some pairs: {newest.name}"
-            most = PAIRS // len(groups)
-            browsers.append(browser(table, from_table(table), title, most))
+        if judged is None:
+            continue
+        table = _checked_pairs(newest.out, judged)
+        shown = browser(
+            table,
+            from_table(table),
+            title=f"Read some pairs: {newest.name}",
+            most=PAIRS // len(groups),
+        )
+        browsers.append(shown)
     return browsers
 
 
@@ -622,17 +680,17 @@ def _verdicts_of(out: Path) -> Path | None:
 def _iterations(group: str, checks: Sequence[_StageResult]) -> Section:
     """Agreement, accuracy and confidence of each group, from one dataset to the next."""
     names = [check.name for check in checks]
-    summaries = [check.manifest["summary"] for check in checks]
-    agreed = [summary["agreed"] for summary in summaries]
-    models = [summary["models"] for summary in summaries]
+    agreed = [check.summary["agreed"] for check in checks]
+    models = [check.summary["models"] for check in checks]
 
     agreement = {
         "agreed": [_rate(figures, "rate") for figures in agreed],
-        "order-flip rate": [_rate(m.get("judge", {}), "flip_rate") for m in models],
+        "order-flip rate": _rates_of("judge", "flip_rate", models),
     }
-    accuracy = {}
-    for name in dict.fromkeys(name for m in models for name in m):
-        accuracy[name] = [_rate(m.get(name, {}), "accuracy") for m in models]
+    all_names: dict[str, None] = {}
+    for by_model in models:
+        all_names |= dict.fromkeys(by_model)
+    accuracy = {name: _rates_of(name, "accuracy", models) for name in all_names}
     accuracy["agreed"] = [_rate(figures, "accuracy") for figures in agreed]
 
     pictures = [
@@ -645,10 +703,27 @@ def _iterations(group: str, checks: Sequence[_StageResult]) -> Section:
     ]
     accuracy = _known_rates(accuracy)
     if accuracy:
-        caption = "Against gold labels; “agreed”: pairs on which all agree. Bars: 95 %."
-        pictures.append(plots.iterations("Accuracy", names, accuracy, caption))
+        picture = plots.iterations(
+            "Accuracy",
+            names,
+            accuracy,
+            "Against gold labels; “agreed”: pairs on which all agree. Bars: 95 %.",
+        )
+        pictures.append(picture)
     pictures.append(_spread_by_dataset(names, models))
     return Section(group, f"{', '.join(names)}, in this order", pictures)
+
+
+def _rates_of(model: str, key: str, summaries: Sequence[Json]) -> list[Rate]:
+    """The rate `key` of one reward model in each dataset; None for a missing one.
+
+    summaries: reward model -> figures, one per dataset
+    """
+    rates = []
+    for by_model in summaries:
+        figures = by_model.get(model, {})
+        rates.append(_rate(figures, key))
+    return rates
 
 
 def _known_rates(series: Mapping[str, list[Rate]]) -> dict[str, list[Rate]]:
@@ -668,7 +743,12 @@ def _spread_by_dataset(names: Sequence[str], models: Sequence[Json]) -> Picture:
             if figures["verdicts"]:
                 quantiles = figures["abs_log_odds_quantiles"]
                 spread[f"{name} {model}"] = list(quantiles.values())
-    return plots.spread("Confidence", spread, "Absolute log-odds.", "|log-odds|, nats")
+    return plots.spread(
+        "Confidence",
+        spread,
+        "Absolute log-odds.",
+        "|log-odds|, nats",
+    )
 
 
 def _stages(results: Iterable[_StageResult]) -> Table:
@@ -694,18 +774,29 @@ def _run_tiles(
     """Agreement and accuracy at the end of each group, and the time of all stages."""
     tiles = []
     for group, members in groups.items():
-        first = members[0].manifest["summary"]["agreed"]
-        last = members[-1].manifest["summary"]["agreed"]
-        note = group
-        if len(members) > 1:
-            note = f"{group}: from {percent(first['rate'])} in {len(members)} checks"
-        tiles.append(Tile("all agree", percent(last["rate"]), note))
-        if last.get("labelled"):
-            accuracy = percent(last["accuracy"])
-            note = f"{note.split(':')[0]}, at the end"
-            tiles.append(Tile("accuracy on agreed pairs", accuracy, note))
+        tiles += _group_tiles(group, members)
     seconds = sum(result.manifest.get("seconds", 0) for result in results)
     tiles.append(Tile("time", duration(seconds), f"{len(results)} stages"))
+    return tiles
+
+
+def _group_tiles(group: str, members: Sequence[_StageResult]) -> list[Tile]:
+    """Agreement of the last check of a group, and its accuracy if it has labels."""
+    first = members[0].summary["agreed"]
+    last = members[-1].summary["agreed"]
+    note = group
+    if len(members) > 1:
+        start = percent(first["rate"])
+        note = f"{group}: from {start} in {len(members)} checks"
+    tiles = [Tile("all agree", percent(last["rate"]), note)]
+    if last.get("labelled"):
+        name = note.split(":")[0]
+        tile = Tile(
+            "accuracy on agreed pairs",
+            percent(last["accuracy"]),
+            f"{name}, at the end",
+        )
+        tiles.append(tile)
     return tiles
 
 
@@ -724,6 +815,11 @@ def _named_rates(groups: Json, key: str) -> list[NamedRate]:
     return [(name, *_rate(figures, key)) for name, figures in groups.items()]
 
 
+def _any_known(rows: Iterable[NamedRate]) -> bool:
+    """Whether at least one of the rows has a rate."""
+    return any(rate is not None for _, rate, _, _ in rows)
+
+
 def _by_name(v: Verdicts) -> dict[str, Array]:
     """Reward model -> its log-odds, (pairs,) nats."""
     return dict(zip(v.names, v.log_odds, strict=True))
@@ -737,16 +833,21 @@ def _agreement_tiles(summary: Json) -> list[Tile]:
         Tile("all agree", percent(agreed["rate"]), _interval(agreed, "rate")),
     ]
     for between in summary["between"][:1]:
-        if between.get("kappa") is not None:
+        kappa = between.get("kappa")
+        if kappa is not None:
             names = f"{between['first']} and {between['second']}"
-            tiles.append(Tile("Cohen's kappa", number(between["kappa"]), names))
-    flip_rate = summary["models"].get("judge", {}).get("flip_rate")
+            tiles.append(Tile("Cohen's kappa", number(kappa), names))
+
+    judge = summary["models"].get("judge", {})
+    flip_rate = judge.get("flip_rate")
     if flip_rate is not None:
         note = "verdicts of the judge that change with the order"
         tiles.append(Tile("order-flip rate", percent(flip_rate), note))
+
     if agreed.get("labelled"):
+        accuracy = percent(agreed["accuracy"])
         interval = _interval(agreed, "accuracy")
-        tiles.append(Tile("accuracy on agreed pairs", percent(agreed["accuracy"]), interval))
+        tiles.append(Tile("accuracy on agreed pairs", accuracy, interval))
     return tiles
 
 
@@ -844,23 +945,50 @@ def _subsets(v: Verdicts, agreement: Json) -> Section:
     n_subsets = len(set(v.subset))
     if n_subsets < 2:
         return Section("")
-    by_subset = dict(list(consistency.by_subset(v, **agreement).items())[:SUBSETS])
+    figures = consistency.by_subset(v, **agreement)
+    by_subset = dict(list(figures.items())[:SUBSETS])
+    more = n_subsets - SUBSETS
     left_out = ""
-    if n_subsets > SUBSETS:
-        left_out = f" {n_subsets - SUBSETS} more subsets are left out."
+    if more > 0:
+        left_out = f" {more} more subsets are left out."
 
-    agreed = {name: figures["agreed"] for name, figures in by_subset.items()}
-    rows = _named_rates(agreed, "rate")
-    caption = f"Bars: 95 %.{left_out}"
-    pictures = [plots.rates("All agree, by subset", rows, caption, model="agreed")]
+    pictures = [_agreement_by_subset(by_subset, left_out)]
     for model in v.names[:4]:
-        of_model = {name: figures["models"][model] for name, figures in by_subset.items()}
-        rows = _named_rates(of_model, "accuracy")
-        if any(row[1] is not None for row in rows):
-            title = f"Accuracy of {model}, by subset"
-            caption = f"Bars: 95 %; the line is chance.{left_out}"
-            pictures.append(plots.rates(title, rows, caption, 0.5, model))
+        pictures += _accuracy_by_subset(model, by_subset, left_out)
     return Section("Subsets", pictures=pictures)
+
+
+def _agreement_by_subset(by_subset: Json, left_out: str) -> Picture:
+    """The share of pairs on which all reward models agree, one row per subset.
+
+    left_out: end of the caption
+    """
+    agreed = {name: figures["agreed"] for name, figures in by_subset.items()}
+    return plots.rates(
+        "All agree, by subset",
+        _named_rates(agreed, "rate"),
+        f"Bars: 95 %.{left_out}",
+        model="agreed",
+    )
+
+
+def _accuracy_by_subset(model: str, by_subset: Json, left_out: str) -> list[Picture]:
+    """The accuracy of one reward model, one row per subset; [] without labels.
+
+    left_out: end of the caption
+    """
+    of_model = {name: figures["models"][model] for name, figures in by_subset.items()}
+    rows = _named_rates(of_model, "accuracy")
+    if not _any_known(rows):
+        return []
+    picture = plots.rates(
+        f"Accuracy of {model}, by subset",
+        rows,
+        f"Bars: 95 %; the line is chance.{left_out}",
+        chance=0.5,
+        model=model,
+    )
+    return [picture]
 
 
 # Training curves
@@ -875,9 +1003,9 @@ def logged(out: Path) -> Series:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         for name, value in record.items():
-            if name in ("step", "kind") or not isinstance(value, int | float):
+            if name in ("step", "kind"):
                 continue
-            if math.isfinite(value):
+            if isinstance(value, int | float) and math.isfinite(value):
                 steps, values = series.setdefault(name, ([], []))
                 steps.append(record["step"])
                 values.append(value)
@@ -890,16 +1018,11 @@ def _curves(runs: Mapping[str, Series]) -> list[Section]:
     Figures without an entry in metrics.py are drawn last, under their keys.
     runs: name of a training -> its figures
     """
-    keys = list(dict.fromkeys(key for series in runs.values() for key in series))
-    entries = dict(metrics.present(keys))
-    for key in keys:
-        if key not in entries:
-            entries[key] = Metric(key, key, "More", key)
-
     groups: dict[tuple[str, str], dict[str, Metric]] = {}
-    for key, metric in entries.items():
+    for key, metric in _entries(runs).items():
         if metric.picture is not None:
-            group = groups.setdefault((metric.section, metric.picture), {})
+            place = (metric.section, metric.picture)
+            group = groups.setdefault(place, {})
             group[key] = metric
 
     sections: dict[str, list[Picture]] = {}
@@ -909,8 +1032,22 @@ def _curves(runs: Mapping[str, Series]) -> list[Section]:
     return [Section(title, pictures=pictures) for title, pictures in sections.items()]
 
 
+def _entries(runs: Mapping[str, Series]) -> dict[str, Metric]:
+    """The entry of every figure: those of metrics.py in its order, then the others."""
+    keys: dict[str, None] = {}
+    for series in runs.values():
+        keys |= dict.fromkeys(series)
+    entries = dict(metrics.present(keys))
+    for key in keys:
+        if key not in entries:
+            entries[key] = Metric(key, key, "More", key)
+    return entries
+
+
 def _curve_pictures(
-    title: str, group: Mapping[str, Metric], runs: Mapping[str, Series]
+    title: str,
+    group: Mapping[str, Metric],
+    runs: Mapping[str, Series],
 ) -> Iterator[Picture]:
     """The figures of one group: one picture for a single run, else one per figure.
 
@@ -918,12 +1055,18 @@ def _curve_pictures(
     """
     if len(runs) == 1:
         (series,) = runs.values()
+        curves = {}
+        for key, metric in group.items():
+            curves[metric.short_label(key)] = series[key]
         first = next(iter(group.values()))
-        curves = {metric.short_label(key): series[key] for key, metric in group.items()}
         yield plots.steps(title, curves, first.unit, first.is_rate)
         return
+
     for key, metric in group.items():
-        curves = {run: series[key] for run, series in runs.items() if key in series}
+        curves = {}
+        for run, series in runs.items():
+            if key in series:
+                curves[run] = series[key]
         label = title
         if len(group) > 1:
             label = f"{title}: {metric.short_label(key)}"
@@ -1011,18 +1154,24 @@ def _pair(v: Verdicts, i: int, row: Json) -> Json:
 
     i: index of the pair in `v`
     """
-    present = [k for k in range(len(v.names)) if not np.isnan(v.log_odds[k, i])]
-    verdicts = [_verdict(v, k, i) for k in present]
-    messages = row["messages"]
-    prompt = ""
-    for message in messages:
-        if message["role"] == "user":
-            prompt = message["content"]
+    verdicts = []
+    for k in range(len(v.names)):
+        if not np.isnan(v.log_odds[k, i]):
+            verdicts.append(_verdict(v, k, i))
+
+    messages = []
+    last_prompt = ""
+    for message in row["messages"]:
+        role = message["role"]
+        content = message["content"]
+        messages.append({"role": role, "text": _cut(content)})
+        if role == "user":
+            last_prompt = content
     return {
         "id": row["pair_id"],
         "subset": row["subset"],
-        "line": prompt[:160],
-        "messages": [{"role": m["role"], "text": _cut(m["content"])} for m in messages],
+        "line": last_prompt[:160],
+        "messages": messages,
         "sides": [_side(row, "first"), _side(row, "second")],
         "verdicts": verdicts,
         "tags": _tags(verdicts),
@@ -1044,13 +1193,18 @@ def _side(row: Json, name: str) -> Json:
 
 def _tags(verdicts: Sequence[Json]) -> list[str]:
     """What the filter of the page can select a pair by."""
+    signs = {np.sign(verdict["log_odds"]) for verdict in verdicts}
+    mistake = any(verdict["right"] is False for verdict in verdicts)
+    flips = any(verdict["flips"] for verdict in verdicts)
+
     tags = []
-    if len(verdicts) > 1:
-        signs = {np.sign(verdict["log_odds"]) for verdict in verdicts}
-        tags.append("disagree" if len(signs) > 1 else "agree")
-    if any(verdict["right"] is False for verdict in verdicts):
+    if len(signs) > 1:
+        tags.append("disagree")
+    elif len(verdicts) > 1:
+        tags.append("agree")
+    if mistake:
         tags.append("mistake")
-    if any(verdict["flips"] for verdict in verdicts):
+    if flips:
         tags.append("flips")
     return tags
 
@@ -1062,8 +1216,9 @@ def _verdict(v: Verdicts, k: int, i: int) -> Json:
     bounded = max(-500.0, min(500.0, log_odds))
     gold = v.gold[i]
     right = None
-    if not np.isnan(gold) and log_odds != 0:
+    if log_odds != 0 and not np.isnan(gold):
         right = bool(log_odds * gold > 0)
+
     forward = v.forward[k, i]
     swapped = v.swapped[k, i]
     return {
@@ -1088,10 +1243,9 @@ def _cut(text: str) -> str:
 
 def _size(pair: Json) -> int:
     """Bytes of the pair's HTML, estimated from above."""
-    texts = [message["text"] for message in pair["messages"]]
-    texts += [side["text"] for side in pair["sides"]]
-    n_bytes = MARKUP_BYTES + VERDICT_BYTES * len(pair["verdicts"])
-    for text in texts:
-        shown = escape(text.translate(CONTROLS))
-        n_bytes += len(shown.encode("utf-8"))
+    n_bytes = MARKUP_BYTES
+    n_bytes += VERDICT_BYTES * len(pair["verdicts"])
+    for part in pair["messages"] + pair["sides"]:
+        visible = part["text"].translate(CONTROLS)
+        n_bytes += len(escape(visible).encode("utf-8"))
     return n_bytes
