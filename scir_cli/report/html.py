@@ -37,6 +37,7 @@ from scir_cli.data.storage import to_path
 from scir_cli.report import plots
 from scir_cli.report.plots import NamedRate, Picture, Rate
 from scir_cli.report.tables import (
+    drops_by_reason,
     duration,
     grade_table,
     iterations_table,
@@ -159,6 +160,7 @@ def _template() -> Any:
     folder = resources.files("scir_cli.report") / "template"
     css = (folder / "page.css").read_text(encoding="utf-8")
     script = (folder / "page.js").read_text(encoding="utf-8").strip()
+    page = (folder / "page.html").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
 
     environment = Environment(
@@ -174,7 +176,7 @@ def _template() -> Any:
     environment.globals["css"] = Markup(css)
     environment.globals["script"] = Markup(script)
     environment.globals["script_hash"] = base64.b64encode(digest).decode()
-    return environment.from_string((folder / "page.html").read_text(encoding="utf-8"))
+    return environment.from_string(page)
 
 
 def _visible(value: Any) -> Any:
@@ -189,7 +191,8 @@ def _visible(value: Any) -> Any:
 
 def _with_unique_ids(svg: str, suffix: str) -> Markup:
     """The picture with this suffix on its ids, so that two pictures never share one."""
-    return Markup(re.sub(r'(id="|#)([mp][0-9a-f]{10})(?=["\)])', rf"\1\2-{suffix}", svg))
+    identifier = r'(id="|#)([mp][0-9a-f]{10})(?=["\)])'
+    return Markup(re.sub(identifier, rf"\1\2-{suffix}", svg))
 
 
 def cell(value: Any) -> str:
@@ -252,6 +255,7 @@ def _checked(title: str, out: Path, judged: Path, across: Json | None = None) ->
         "agree_on": settings.get("agree_on"),
         "min_confidence": settings.get("min_confidence", statistics.MIN_CONFIDENCE),
     }
+    # The headings between the tables of subsets are for the terminal only.
     shown = verdict_tables({**manifest, "across": across})
     tables = [item for item in shown if isinstance(item, Table)]
     sections = [
@@ -297,19 +301,26 @@ def grades_page(out: Path) -> Page:
         _grades("By turn", summary["turns"]),
         _grades("By category", summary["categories"]),
     ]
+    tables = [grade_table(summary)]
+    section = Section("Grades", pictures=pictures, tables=tables)
     return Page(
         "Graded answers",
         str(out),
         tiles,
-        [Section("Grades", "", pictures, [grade_table(summary)])],
+        [section],
         facts=_provenance(plan, manifest),
         notes=summary["notes"],
     )
 
 
 def _grades(title: str, groups: Json) -> Picture:
-    rows = _named_rates(groups, "grade")
-    return plots.rates(title, rows, "Mean grade; bars: 95 %.", span=(1, 10))
+    """The mean grade of each group of answers."""
+    return plots.rates(
+        title,
+        _named_rates(groups, "grade"),
+        "Mean grade; bars: 95 %.",
+        span=(1, 10),
+    )
 
 
 def training_page(out: Path) -> Page:
@@ -368,7 +379,7 @@ def _plan_and_manifest(out: Path) -> tuple[Json, Json]:
 
 def _provenance(plan: Json, manifest: Json) -> Json:
     """Counts, versions, digests of inputs and settings of a finished folder."""
-    facts = {}
+    facts: Json = {}
     for name in ("rows_in", "rows_out", "drops", "nulls", "seconds", "versions", "digest"):
         if name in manifest:
             facts[name] = manifest[name]
@@ -386,7 +397,12 @@ def win_rate_page(out: Path) -> Page:
     plan, manifest = _plan_and_manifest(out)
     summary = manifest["summary"]
     judged = out / "judged"
-    sections = [Section("Wins", "", _wins(summary), winrate_tables(summary))]
+    wins = Section(
+        "Wins",
+        pictures=_wins(summary),
+        tables=winrate_tables(summary),
+    )
+    sections = [wins]
     browsers = []
     if is_dataset(judged):
         table = dataset.read_dataset(judged, "judged")
@@ -433,7 +449,12 @@ def _match_tiles(match: Json) -> list[Tile]:
 def win_rate_sections(name: str, manifest: Json) -> list[Section]:
     """The sections about one `eval winrate` on the page of a whole run."""
     summary = manifest["summary"]
-    return [Section(f"Win rate: {name}", pictures=_wins(summary), tables=winrate_tables(summary))]
+    section = Section(
+        f"Win rate: {name}",
+        pictures=_wins(summary),
+        tables=winrate_tables(summary),
+    )
+    return [section]
 
 
 def win_rates(summary: Json) -> dict[str, list[NamedRate]]:
@@ -487,9 +508,11 @@ def _wins(summary: Json) -> list[Picture]:
 
     if len(matches) == 1:
         pictures += _wins_by_subset(matches[0]["by_subset"])
+
     scale = summary.get("bradley_terry")
     if scale and len(scale["models"]) > 2:
-        pictures += _bradley_terry(scale["models"], matches[-1]["other"])
+        last = matches[-1]["other"]
+        pictures += _bradley_terry(scale["models"], last)
     return pictures
 
 
@@ -569,15 +592,20 @@ def run_page(folders: Sequence[tuple[str, Path]]) -> Page:
     if checks:
         rows = [(result.name, result.summary) for result in checks]
         sections.append(Section("Agreement", tables=[iterations_table(rows)]))
-    sections += [_iterations(group, members) for group, members in groups.items()]
+    for group, members in groups.items():
+        sections.append(_iterations(group, members))
     sections += _training_sections(results)
     for result in results:
         target = result.entry.story
         if target:
             sections_of = registry.load(target)
             sections += sections_of(result.name, result.manifest)
-    stages = _stages(results)
-    sections.append(Section("Stages", "Rows in = rows out + drops.", tables=[stages]))
+    stages = Section(
+        "Stages",
+        "Rows in = rows out + drops.",
+        tables=[_stages(results)],
+    )
+    sections.append(stages)
 
     parents = {str(out.parent) for _, out in folders}
     return Page(
@@ -606,9 +634,10 @@ def _stage_results(folders: Sequence[tuple[str, Path]]) -> list[_StageResult]:
 def _short_names(folders: Sequence[Path]) -> dict[Path, str]:
     """Folder -> its name, or its whole path if the folders lie in different places."""
     parents = {folder.parent for folder in folders}
-    if len(parents) == 1:
-        return {folder: folder.name for folder in folders}
-    return {folder: str(folder) for folder in folders}
+    names = {}
+    for folder in folders:
+        names[folder] = folder.name if len(parents) == 1 else str(folder)
+    return names
 
 
 def _groups(checks: Iterable[_StageResult]) -> dict[str, list[_StageResult]]:
@@ -753,16 +782,22 @@ def _spread_by_dataset(names: Sequence[str], models: Sequence[Json]) -> Picture:
 
 def _stages(results: Iterable[_StageResult]) -> Table:
     """Rows, drops and seconds of each stage."""
-    table = Table("stage", "folder", "in", "out", "dropped", "seconds")
+    table = Table(
+        "stage",
+        "folder",
+        "in",
+        "out",
+        "dropped",
+        "seconds",
+    )
     for result in results:
         manifest = result.manifest
-        drops = [f"{count} {reason}" for reason, count in sorted(manifest["drops"].items())]
         table.add_row(
             result.stage,
             result.name,
             f"{manifest['rows_in']:,}",
             f"{manifest['rows_out']:,}",
-            ", ".join(drops) or "0",
+            drops_by_reason(manifest) or "0",
             f"{manifest['seconds']:,.1f}",
         )
     return table
@@ -883,13 +918,14 @@ def _confidence(v: Verdicts, agreement: Json) -> Section:
     """Reliability, and risk against coverage; no pictures without labels."""
     curves = consistency.curves(v, **agreement)
     pictures = []
-    for kind, plot in (
-        ("reliability", plots.reliability),
-        ("risk_coverage", plots.risk_coverage),
-    ):
-        present = {name: points for name, points in curves[kind].items() if points}
-        if present:
-            pictures.append(plot(present))
+    plot_of = {
+        "reliability": plots.reliability,
+        "risk_coverage": plots.risk_coverage,
+    }
+    for kind, plot in plot_of.items():
+        nonempty = {name: points for name, points in curves[kind].items() if points}
+        if nonempty:
+            pictures.append(plot(nonempty))
     return Section("Calibration and coverage", "Against the gold labels.", pictures)
 
 
@@ -901,11 +937,14 @@ def _bias(v: Verdicts, summary: Json) -> Section:
     if flips:
         caption = "Share of verdicts that change when the two responses change seats. Bars: 95 %."
         pictures.append(plots.rates("Order-flip rate", flips, caption))
+
     biases = summary.get("biases") or {}
     for model, figures in list(biases.items())[:5]:
         pictures += _preferences(model, figures)
+
     if np.ptp(v.length_difference):
-        pictures.append(plots.length_bias(_by_name(v), v.length_difference))
+        picture = plots.length_bias(_by_name(v), v.length_difference)
+        pictures.append(picture)
     text = (
         "A verdict should not depend on the seat, or on length or format as such. "
         "If the gold labels have the same preference, that part is not a bias."
@@ -1077,7 +1116,10 @@ def _curve_pictures(
 
 
 def browser(
-    table: pa.Table, v: Verdicts, title: str = "Read some pairs", most: int = PAIRS
+    table: pa.Table,
+    v: Verdicts,
+    title: str = "Read some pairs",
+    most: int = PAIRS,
 ) -> Browser:
     """Some pairs with every verdict.
 
@@ -1089,7 +1131,8 @@ def browser(
     mistake = _mistake(v)
     chosen = pairs_to_read(disagreement, mistake, most)
     columns = ["pair_id", "messages", "subset", "first", "second", "gold_label"]
-    rows = table.select(columns).take(pa.array(chosen, pa.int64())).to_pylist()
+    indices = pa.array(chosen, pa.int64())
+    rows = table.select(columns).take(indices).to_pylist()
 
     pairs = []
     n_bytes = 0
@@ -1125,7 +1168,8 @@ def _mistake(v: Verdicts) -> Array:
 
     0 if none is wrong or no label exists.
     """
-    return np.nan_to_num(-v.gold * v.log_odds).max(0).clip(min=0)
+    for_wrong = np.nan_to_num(-v.gold * v.log_odds)
+    return for_wrong.max(0).clip(min=0)
 
 
 def pairs_to_read(disagreement: Array, mistake: Array, most: int) -> list[int]:
@@ -1135,13 +1179,15 @@ def pairs_to_read(disagreement: Array, mistake: Array, most: int) -> list[int]:
     disagreement, mistake: (pairs,) nats; pairs at 0 count for neither
     """
     chosen: dict[int, None] = {}
+    two_fifths = 2 * most // 5
     for size in (disagreement, mistake):
-        largest = np.argsort(-size, kind="stable")[: 2 * most // 5]
-        for i in largest:
+        order = np.argsort(-size, kind="stable")
+        for i in order[:two_fifths]:
             if size[i] > 0:
                 chosen[int(i)] = None
 
-    shuffled = np.random.default_rng(0).permutation(len(disagreement))
+    generator = np.random.default_rng(0)
+    shuffled = generator.permutation(len(disagreement))
     for i in shuffled:
         if len(chosen) >= most:
             break

@@ -255,6 +255,11 @@ def _bar(ax: Any, y: float, low: float, high: float, color: str, **style: Any) -
     )
 
 
+def _dot(ax: Any, x: float | None, y: float, color: str, **style: Any) -> None:
+    """A round marker at (x, y)."""
+    ax.plot([x], [y], "o", color=color, **style)
+
+
 def _values(points: Points, key: str) -> list[Any]:
     """The figure `key` of each point."""
     return [point[key] for point in points]
@@ -346,18 +351,15 @@ def _matrix_cells(ax: Any, names: Sequence[str], between: Points) -> None:
     index = {name: i for i, name in enumerate(names)}
     fontsize = 10 if len(names) < 5 else 7
 
-    for figures in between:
-        row = index[figures["first"]]
-        column = index[figures["second"]]
-        _matrix_cell(ax, row, column, figures, fontsize)
-
-    for figures in between:
-        row = index[figures["second"]]
-        column = index[figures["first"]]
-        _matrix_cell(ax, row, column, figures, fontsize)
+    for row_key, column_key in (("first", "second"), ("second", "first")):
+        for figures in between:
+            row = index[figures[row_key]]
+            column = index[figures[column_key]]
+            _matrix_cell(ax, row, column, figures, fontsize)
 
     for i in range(len(names)):
-        ax.add_patch(_square(i, i, STAND_IN["muted"], 0.08))
+        square = _square(i, i, STAND_IN["muted"], 0.08)
+        ax.add_patch(square)
 
 
 def _matrix_cell(
@@ -553,7 +555,10 @@ def _density_rows(x: Array, y: Array, counts: Array) -> list[Row]:
 
 
 def distributions(
-    title: str, groups: Mapping[str, Array], caption: str, label: str = "log-odds, nats"
+    title: str,
+    groups: Mapping[str, Array],
+    caption: str,
+    label: str = "log-odds, nats",
 ) -> Picture:
     """The spread of each group's values.
 
@@ -569,7 +574,10 @@ def distributions(
 
 
 def spread(
-    title: str, quantiles: Mapping[str, Sequence[float]], caption: str, label: str
+    title: str,
+    quantiles: Mapping[str, Sequence[float]],
+    caption: str,
+    label: str,
 ) -> Picture:
     """The spread of several groups, one line each.
 
@@ -585,7 +593,7 @@ def spread(
             color = colour(reward_model, y)
             _bar(ax, y, low, high, color, linewidth=1.6)
             _bar(ax, y, lower_quartile, upper_quartile, color, linewidth=6.5, alpha=0.55)
-            ax.plot([median], [y], "o", color=color, markersize=5.5)
+            _dot(ax, median, y, color, markersize=5.5)
         _rows(ax, list(quantiles))
         ax.set_xlabel(label)
         _zero_line(ax.axvline)
@@ -623,7 +631,7 @@ def rates(
             color = colour(model or name, 0)
             if low is not None and high is not None:
                 _bar(ax, y, low, high, color, linewidth=1.8)
-            ax.plot([rate], [y], "o", color=color, markersize=6)
+            _dot(ax, rate, y, color, markersize=6)
         if chance is not None:
             _zero_line(ax.axvline, chance, linestyle="--")
         _rows(ax, names)
@@ -784,7 +792,8 @@ def _wins_by_length(odds: Mapping[str, Array], difference: Array) -> list[Row]:
     The pairs are split at quantiles of `difference`, at most 9 bins with about 15 pairs or more.
     odds: name -> (pairs,) nats; difference: (pairs,) tokens
     """
-    n_bins = min(9, max(2, len(difference) // 15))
+    bins_of_15 = len(difference) // 15
+    n_bins = min(9, max(2, bins_of_15))
     levels = np.linspace(0, 1, n_bins + 1)
     edges = np.unique(np.quantile(difference, levels))
     last_bin = max(0, len(edges) - 2)
@@ -798,10 +807,15 @@ def _wins_by_length(odds: Mapping[str, Array], difference: Array) -> list[Row]:
             inside = present & (bin_of_pair == number)
             if not inside.any():
                 continue
-            mean_difference = float(difference[inside].mean())
             # A tie counts as half a win.
             wins = 0.5 + 0.5 * np.sign(log_odds[inside])
-            rows.append((name, mean_difference, int(inside.sum()), float(wins.mean())))
+            row = (
+                name,
+                float(difference[inside].mean()),
+                int(inside.sum()),
+                float(wins.mean()),
+            )
+            rows.append(row)
     return rows
 
 
@@ -953,7 +967,8 @@ def _step_rows(series: Curves) -> list[Row]:
     by_step: dict[float, dict[str, float]] = {}
     for name, (x, y) in series.items():
         for step, value in zip(x, y, strict=True):
-            by_step.setdefault(step, {})[name] = value
+            at_step = by_step.setdefault(step, {})
+            at_step[name] = value
 
     chosen = sorted(by_step)
     if len(chosen) > TABLE_ROWS:
@@ -977,9 +992,9 @@ def _thin(x: Array, y: Array) -> tuple[Array, Array]:
     if len(x) <= POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), POINTS)
-    mean_x = np.array([x[part].mean() for part in parts])
-    mean_y = np.array([y[part].mean() for part in parts])
-    return mean_x, mean_y
+    mean_x = [x[part].mean() for part in parts]
+    mean_y = [y[part].mean() for part in parts]
+    return np.array(mean_x), np.array(mean_y)
 
 
 def _smooth(y: Array) -> Array:
@@ -987,10 +1002,11 @@ def _smooth(y: Array) -> Array:
 
     y: (n,) -> (n,)
     """
-    half = max(1, len(y) // 20)
+    n = len(y)
+    half = max(1, n // 20)
     total = np.concatenate([[0.0], np.cumsum(y)])
-    index = np.arange(len(y))
+    index = np.arange(n)
     first = np.maximum(index - half, 0)
-    end = np.minimum(index + half + 1, len(y))
+    end = np.minimum(index + half + 1, n)
     sums = total[end] - total[first]
     return sums / (end - first)

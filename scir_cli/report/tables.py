@@ -188,9 +188,8 @@ def _between_table(summary: Figures) -> Table:
     agreed = summary["agreed"]
     if _is_labelled(summary):
         accuracy = _rate(agreed, "accuracy")
-        table.caption = (
-            f"accuracy on agreed pairs: {accuracy} of {agreed['labelled']} labelled pairs"
-        )
+        labelled = agreed["labelled"]
+        table.caption = f"accuracy on agreed pairs: {accuracy} of {labelled} labelled pairs"
     table.add_row(
         "all",
         str(agreed["pairs"]),
@@ -203,12 +202,16 @@ def _between_table(summary: Figures) -> Table:
 
 def accuracy_tables(summary: Figures) -> list[Table]:
     """Accuracy at several coverages, and the sections of a benchmark; [] without labels."""
-    curves = summary.get("curves", {}).get("risk_coverage", {})
-    covered = {name: points for name, points in curves.items() if points}
+    curves = summary.get("curves", {})
+    covered = {}
+    for name, points in curves.get("risk_coverage", {}).items():
+        if points:
+            covered[name] = points
     tables = []
     if covered:
         tables.append(_coverage_table(covered, summary["models"]))
-    return tables + benchmark_tables(summary.get("benchmark"))
+    tables += benchmark_tables(summary.get("benchmark"))
+    return tables
 
 
 def _coverage_table(curves: Figures, models: Figures) -> Table:
@@ -221,7 +224,8 @@ def _coverage_table(curves: Figures, models: Figures) -> Table:
     table = table_of("accuracy of", *headings, "ECE", title=title)
     for name, points in curves.items():
         cells = [_accuracy_at(points, share) for share in SHOWN_COVERAGE]
-        error = models.get(name, {}).get("calibration_error")
+        figures = models.get(name, {})
+        error = figures.get("calibration_error")
         table.add_row(name, *cells, number(error))
     if "agreed" in curves:
         most = curves["agreed"][-1]["coverage"]
@@ -251,13 +255,16 @@ def bias_tables(biases: Figures | None) -> list[Table]:
     }
     # Four columns with intervals are wider than 80 columns.
     intervals = len(biases) < 4
-    features = dict.fromkeys(name for figures in biases.values() for name in figures)
-    for name in features:
-        columns = [figures.get(name, {}) for figures in biases.values()]
+    features: dict[str, None] = {}
+    for by_feature in biases.values():
+        features |= dict.fromkeys(by_feature)
+    for feature in features:
+        columns = [by_feature.get(feature, {}) for by_feature in biases.values()]
         pairs = max(figures.get("pairs", 0) for figures in columns)
         if pairs:
+            name = named.get(feature, f"with {feature}")
             rates = [_rate(figures, "rate", intervals) for figures in columns]
-            table.add_row(named.get(name, f"with {name}"), str(pairs), *rates)
+            table.add_row(name, str(pairs), *rates)
     return [table]
 
 
@@ -273,14 +280,15 @@ def across_tables(across: Figures | None) -> list[Table]:
 
 def _stability_table(other: Figures) -> Table:
     """Agreement of each reward model with itself in one other dataset."""
-    left_out = ", ".join(
-        f"{count} {reason.replace('_', ' ')}"
-        for reason, count in other["left_out"].items()
-        if count
-    )
+    reasons = []
+    for reason, count in other["left_out"].items():
+        if count:
+            words = reason.replace("_", " ")
+            reasons.append(f"{count} {words}")
     title = f"against {other['dataset']}: {other['pairs']} pairs in both"
-    if left_out:
-        title += f" ({left_out})"
+    if reasons:
+        left_out = ", ".join(reasons)
+        title = f"{title} ({left_out})"
     headings = (
         "same verdict (95 %)",
         "kappa",
@@ -344,15 +352,18 @@ def benchmark_tables(benchmark: Figures | None) -> list[Table]:
     columns = list(models.values())
     table = table_of(benchmark["name"], *models)
 
-    sections = dict.fromkeys(name for figures in columns for name in figures["sections"])
+    sections: dict[str, None] = {}
+    for figures in columns:
+        sections |= dict.fromkeys(figures["sections"])
     for section in sections:
         rates = [figures["sections"].get(section) for figures in columns]
         table.add_row(section, *map(percent, rates))
 
-    table.add_row("score", *(percent(figures["score"]) for figures in columns))
-    if any(figures.get("score_with_prior_sets") is not None for figures in columns):
-        scores = [figures["score_with_prior_sets"] for figures in columns]
-        table.add_row("with prior sets", *map(percent, scores))
+    scores = [figures["score"] for figures in columns]
+    table.add_row("score", *map(percent, scores))
+    prior = [figures.get("score_with_prior_sets") for figures in columns]
+    if any(score is not None for score in prior):
+        table.add_row("with prior sets", *map(percent, prior))
     table.caption = _benchmark_caption(columns)
     return [table]
 
@@ -365,8 +376,9 @@ def _benchmark_caption(columns: Sequence[Figures]) -> str | None:
     remarks = []
     missing = columns[0]["missing"]
     if missing:
+        names = ", ".join(missing[:4])
         more = " …" if len(missing) > 4 else ""
-        remarks.append(f"no score: no examples of {', '.join(missing[:4])}{more}")
+        remarks.append(f"no score: no examples of {names}{more}")
     incomplete = sum(figures.get("incomplete", 0) for figures in columns)
     if incomplete:
         remarks.append(f"{incomplete} examples with missing verdicts are left out")
@@ -423,11 +435,14 @@ def winrate_tables(summary: Figures) -> list[Table]:
     """The win rates of all matches, those by subset of a single match, and Bradley-Terry."""
     matches = summary["matches"]
     tables = [_matches_table(matches)]
-    if len(matches) == 1 and matches[0]["by_subset"]:
-        tables.append(_match_by_subset_table(matches[0]["by_subset"]))
+    if len(matches) == 1:
+        by_subset = matches[0]["by_subset"]
+        if by_subset:
+            tables.append(_match_by_subset_table(by_subset))
     scale = summary["bradley_terry"]
     if scale and len(scale["models"]) > 2:
-        tables.append(_bradley_terry_table(scale["models"], matches[-1]["other"]))
+        last = matches[-1]["other"]
+        tables.append(_bradley_terry_table(scale["models"], last))
     return tables
 
 
@@ -454,12 +469,25 @@ def _matches_table(matches: Sequence[Figures]) -> Table:
             m.get("length_controlled_high"),
         )
         characters = f"{m['mean_characters']:.0f} / {m['mean_characters_other']:.0f}"
-        table.add_row(name, verdicts(m), rate_and_error(m), length_controlled, characters)
+        table.add_row(
+            name,
+            verdicts(m),
+            rate_and_error(m),
+            length_controlled,
+            characters,
+        )
     return table
 
 
 def _match_by_subset_table(by_subset: Figures) -> Table:
-    table = Table("subset", "verdicts", "win rate ± s.e.", box=box.SIMPLE_HEAD, pad_edge=False)
+    """One row per subset of a single match."""
+    table = Table(
+        "subset",
+        "verdicts",
+        "win rate ± s.e.",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for subset, part in by_subset.items():
         table.add_row(subset, verdicts(part), rate_and_error(part))
     return table
@@ -481,17 +509,20 @@ def _bradley_terry_table(models: Sequence[Figures], last: str) -> Table:
 
 def grade_table(summary: Figures) -> Table:
     """Mean grades over all answers, per turn and per category."""
-    categories = summary["categories"]
-    rows = {
-        "all": summary["all"],
-        **summary["turns"],
-        **{name: m for name, m in categories.items() if name != "None"},
-    }
+    rows = {"all": summary["all"]}
+    rows |= summary["turns"]
+    for name, m in summary["categories"].items():
+        # Questions without a category
+        if name != "None":
+            rows[name] = m
+
     table = table_of("answers to", "grades", "mean grade (95 %)")
     for name, m in rows.items():
         grade = number(m["grade"])
         if m["grade_low"] is not None:
-            grade += f" [{number(m['grade_low'], 1)}, {number(m['grade_high'], 1)}]"
+            low = number(m["grade_low"], 1)
+            high = number(m["grade_high"], 1)
+            grade = f"{grade} [{low}, {high}]"
         table.add_row(name, str(m["grades"]), grade)
     mass = summary["mean_mass"]
     if mass is not None and mass < LITTLE_MASS:
@@ -511,6 +542,10 @@ def _cost_table(estimate: Figures) -> Table:
         title_justify="left",
         show_header=False,
     )
+    steps = estimate["steps"]
+    pairs = estimate["pairs"]
+    packs = estimate["packs"]
+    full = estimate["packing_efficiency"]
     tokens = estimate["tokens"]
     unshared = estimate["tokens_without_sharing"]
     saved = 1 - tokens / unshared
@@ -518,11 +553,15 @@ def _cost_table(estimate: Figures) -> Table:
     weights = estimate["weights_bytes"] / 2**30
     minutes = estimate["seconds"] / 60
 
-    table.add_row("optimizer steps", f"{estimate['steps']:,} on {estimate['pairs']:,} pairs")
-    table.add_row("tokens", f"{tokens:,}; {unshared:,} without sharing ({saved:.0%} saved)")
-    table.add_row("packs", f"{estimate['packs']:,}, {estimate['packing_efficiency']:.0%} full")
-    table.add_row("peak memory", f"about {peak:.1f} GiB (weights {weights:.1f})")
-    table.add_row("time", f"about {minutes:.1f} min, from one pack on this device")
+    rows = {
+        "optimizer steps": f"{steps:,} on {pairs:,} pairs",
+        "tokens": f"{tokens:,}; {unshared:,} without sharing ({saved:.0%} saved)",
+        "packs": f"{packs:,}, {full:.0%} full",
+        "peak memory": f"about {peak:.1f} GiB (weights {weights:.1f})",
+        "time": f"about {minutes:.1f} min, from one pack on this device",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
     return table
 
 
@@ -585,7 +624,8 @@ def verdict_tables(manifest: Figures) -> list[Any]:
 
     by_subset = summary.get("by_subset", {})
     if set(by_subset) - {NO_SUBSET}:
-        tables.append(subset_table(by_subset, list(summary["models"])))
+        models = list(summary["models"])
+        tables.append(subset_table(by_subset, models))
     for subset, figures in manifest.get("by_subset", {}).items():
         if subset != NO_SUBSET:
             tables.append(f"subset {subset}")
@@ -599,15 +639,34 @@ def summary_line(stage: str, out: str, manifest: Figures) -> str:
         rows = manifest.get("rows_in", "all")
         return f"{stage}: dry run, nothing written; {rows} rows would be written to {out}"
 
-    drops = [f"{count} {reason}" for reason, count in sorted(manifest["drops"].items())]
-    counts = f"{manifest['rows_in']} in = {manifest['rows_out']} out"
-    line = f"{stage}: {counts} + {', '.join(drops) or '0 dropped'}"
-    for name, count in manifest["nulls"].items():
-        if name.startswith("rewards."):
-            reward_model = name.removeprefix("rewards.")
-            line += f", {count} without a verdict of {reward_model}"
-    line += f" → {out}"
+    rows_in = manifest["rows_in"]
+    rows_out = manifest["rows_out"]
+    dropped = drops_by_reason(manifest) or "0 dropped"
+    nulls = _missing_verdicts(manifest["nulls"])
+    line = f"{stage}: {rows_in} in = {rows_out} out + {dropped}{nulls} → {out}"
 
     if manifest.get("reused"):
         return f"{line} (already done)"
-    return f"{line} in {manifest.get('seconds', 0):.1f} s"
+    seconds = manifest.get("seconds", 0)
+    return f"{line} in {seconds:.1f} s"
+
+
+def drops_by_reason(manifest: Figures) -> str:
+    """Each reason with its number of dropped rows; empty if none was dropped."""
+    parts = []
+    for reason, count in sorted(manifest["drops"].items()):
+        parts.append(f"{count} {reason}")
+    return ", ".join(parts)
+
+
+def _missing_verdicts(nulls: Figures) -> str:
+    """The number of pairs without a verdict, per reward model that has any.
+
+    nulls: column -> number of rows in which it is null
+    """
+    text = ""
+    for column, count in nulls.items():
+        if column.startswith("rewards."):
+            reward_model = column.removeprefix("rewards.")
+            text += f", {count} without a verdict of {reward_model}"
+    return text

@@ -34,7 +34,10 @@ class View:
     """
 
     def __init__(
-        self, title: str, n_steps: int, clock: Callable[[], float] = time.monotonic
+        self,
+        title: str,
+        n_steps: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.title = title
         self.n_steps = n_steps
@@ -68,14 +71,17 @@ class View:
         """Tokens per second, peak memory, and the time left."""
         parts = []
         if "tokens_per_second" in self.recent:
-            parts.append(f"{self.mean('tokens_per_second'):,.0f} tokens/s")
-        parts.append(f"{peak_memory() / 2**30:.1f} GiB peak")
+            speed = self.mean("tokens_per_second")
+            parts.append(f"{speed:,.0f} tokens/s")
+        memory = peak_memory() / 2**30
+        parts.append(f"{memory:.1f} GiB peak")
 
         n_done = self.step - self.first_step
         if n_done:
             elapsed = self.clock() - self.started
-            left = elapsed / n_done * (self.n_steps - self.step)
-            parts.append(f"{tables.duration(left)} left")
+            n_left = self.n_steps - self.step
+            left = tables.duration(elapsed / n_done * n_left)
+            parts.append(f"{left} left")
         return ", ".join(parts)
 
     def mean(self, name: str) -> float:
@@ -88,22 +94,33 @@ class View:
         parts = []
         for key, metric in metrics.present(self.recent):
             if metric.in_line:
+                label = metric.full_label(key)
                 mean = _value(self.mean(key), metric.is_rate)
-                parts.append(f"{metric.full_label(key)} {mean}")
+                parts.append(f"{label} {mean}")
         parts.append(self.machine())
-        return f"{self.title}: step {self.step}/{self.n_steps}, {', '.join(parts)}"
+        figures = ", ".join(parts)
+        return f"{self.title}: step {self._position()}, {figures}"
+
+    def _position(self) -> str:
+        """The step, and the number of all steps."""
+        return f"{self.step}/{self.n_steps}"
 
     def __rich__(self) -> Group:
         """A bar, a table of every figure, and the machine's figures."""
         head = Table.grid(padding=(0, 1))
         bar = ProgressBar(self.n_steps, self.step, width=24)
-        head.add_row(
-            self.title,
-            bar,
-            f"{self.step}/{self.n_steps}",
-            style="bold",
+        head.add_row(self.title, bar, self._position(), style="bold")
+        table = self._table()
+        foot = Text(
+            self.machine(),
+            style="dim",
+            no_wrap=True,
+            overflow="ellipsis",
         )
+        return Group(head, table, foot)
 
+    def _table(self) -> Table:
+        """The last value, the mean and the course of every figure, one row each."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         table.add_column("", no_wrap=True, max_width=30)
         table.add_column("now", justify="right", no_wrap=True)
@@ -114,12 +131,11 @@ class View:
             last = _value(values[-1], is_rate)
             mean = _value(self.mean(name), is_rate)
             table.add_row(label, last, mean, sparkline(values))
-
-        foot = Text(self.machine(), style="dim", no_wrap=True, overflow="ellipsis")
-        return Group(head, table, foot)
+        return table
 
 
 def _value(value: float, is_rate: bool) -> str:
+    """A rate in percent, or a number with four digits."""
     if is_rate:
         return tables.percent(value)
     return f"{value:.4g}"
