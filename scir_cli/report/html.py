@@ -503,7 +503,12 @@ def _wins(summary: Json) -> list[Picture]:
         caption = f"Against {other}. {caption}"
     pictures = []
     for kind, rows in win_rates(summary).items():
-        picture = plots.rates(kind, rows, caption, chance=0.5)
+        picture = plots.rates(
+            kind,
+            rows,
+            caption,
+            chance=0.5,
+        )
         pictures.append(picture)
 
     if len(matches) == 1:
@@ -863,9 +868,11 @@ def _by_name(v: Verdicts) -> dict[str, Array]:
 def _agreement_tiles(summary: Json) -> list[Tile]:
     """Pairs, agreement, kappa, order flips and accuracy, as far as they are known."""
     agreed = summary["agreed"]
+    pairs = summary["pairs"]
+    rate = percent(agreed["rate"])
     tiles = [
-        Tile("pairs", f"{summary['pairs']:,}"),
-        Tile("all agree", percent(agreed["rate"]), _interval(agreed, "rate")),
+        Tile("pairs", f"{pairs:,}"),
+        Tile("all agree", rate, _interval(agreed, "rate")),
     ]
     for between in summary["between"][:1]:
         kappa = between.get("kappa")
@@ -1064,11 +1071,15 @@ def _curves(runs: Mapping[str, Series]) -> list[Section]:
             group = groups.setdefault(place, {})
             group[key] = metric
 
-    sections: dict[str, list[Picture]] = {}
+    pictures_of: dict[str, list[Picture]] = {}
     for (section, title), group in groups.items():
-        pictures = sections.setdefault(section, [])
+        pictures = pictures_of.setdefault(section, [])
         pictures.extend(_curve_pictures(title, group, runs))
-    return [Section(title, pictures=pictures) for title, pictures in sections.items()]
+
+    sections = []
+    for title, pictures in pictures_of.items():
+        sections.append(Section(title, pictures=pictures))
+    return sections
 
 
 def _entries(runs: Mapping[str, Series]) -> dict[str, Metric]:

@@ -358,8 +358,8 @@ def _matrix_cells(ax: Any, names: Sequence[str], between: Points) -> None:
             _matrix_cell(ax, row, column, figures, fontsize)
 
     for i in range(len(names)):
-        square = _square(i, i, STAND_IN["muted"], 0.08)
-        ax.add_patch(square)
+        diagonal = _square(i, i, STAND_IN["muted"], 0.08)
+        ax.add_patch(diagonal)
 
 
 def _matrix_cell(
@@ -400,7 +400,8 @@ def _square(x: float, y: float, color: str, alpha: float) -> Any:
 def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     """Log-odds of two reward models against each other.
 
-    Agreement is the upper right and the lower left.
+    The reward models agree in the upper right and the lower left quadrant. Up to DOTS pairs are
+    drawn as dots, more as the density of the pairs.
     a, b: (pairs,) nats; NaN: no verdict
     """
     both = ~(np.isnan(a) | np.isnan(b))
@@ -919,9 +920,13 @@ def steps(
 
         for index, (name, (x, y)) in enumerate(curves.items()):
             _step_line(ax, name, index, x, y)
-        ax.set(xlabel="optimizer step", ylabel=unit)
+        ax.set(
+            xlabel="optimizer step",
+            ylabel=unit,
+        )
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if longest == 1:
+            # matplotlib would show a range of a tenth of a step.
             left, right = ax.get_xlim()
             ax.set_xlim(left - 1, right + 1)
         if rate:
@@ -963,25 +968,28 @@ def _step_line(ax: Any, name: str, index: int, x: Array, y: Array) -> None:
 
 
 def _step_rows(series: Curves) -> list[Row]:
-    """Rows (step, value of each series): at most TABLE_ROWS, evenly from the first to the last."""
+    """Rows (step, value of each series): at most TABLE_ROWS, evenly spread over the steps."""
     by_step: dict[float, dict[str, float]] = {}
     for name, (x, y) in series.items():
         for step, value in zip(x, y, strict=True):
             at_step = by_step.setdefault(step, {})
             at_step[name] = value
 
-    chosen = sorted(by_step)
-    if len(chosen) > TABLE_ROWS:
-        last = len(chosen) - 1
-        spaced = np.linspace(0, last, TABLE_ROWS).astype(int)
-        chosen = [chosen[i] for i in np.unique(spaced)]
-
     rows: list[Row] = []
-    for step in chosen:
+    for step in _spread_evenly(sorted(by_step)):
         at_step = by_step[step]
         values = [at_step.get(name) for name in series]
         rows.append((int(step), *values))
     return rows
+
+
+def _spread_evenly(steps: list[float]) -> list[float]:
+    """At most TABLE_ROWS of the steps, with the first and the last."""
+    if len(steps) <= TABLE_ROWS:
+        return steps
+    last = len(steps) - 1
+    spaced = np.linspace(0, last, TABLE_ROWS).astype(int)
+    return [steps[i] for i in np.unique(spaced)]
 
 
 def _thin(x: Array, y: Array) -> tuple[Array, Array]:

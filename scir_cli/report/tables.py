@@ -115,13 +115,14 @@ def _add_figures(table: Table, headings: Iterable[str], **more: Any) -> None:
 
 def consistency_tables(summary: Figures) -> list[Table]:
     """Each reward model alone; if several exist, each two of them and all together."""
-    models = _models_table(summary)
+    tables = [_models_table(summary)]
     if len(summary["models"]) > 1:
-        return [models, _between_table(summary)]
-    return [models]
+        tables.append(_between_table(summary))
+    return tables
 
 
 def _is_labelled(summary: Figures) -> bool:
+    """Whether any pair with a verdict has a gold label."""
     return any(m["labelled"] for m in summary["models"].values())
 
 
@@ -357,15 +358,21 @@ def benchmark_tables(benchmark: Figures | None) -> list[Table]:
         sections |= dict.fromkeys(figures["sections"])
     for section in sections:
         rates = [figures["sections"].get(section) for figures in columns]
-        table.add_row(section, *map(percent, rates))
+        _add_rates(table, section, rates)
 
     scores = [figures["score"] for figures in columns]
-    table.add_row("score", *map(percent, scores))
+    _add_rates(table, "score", scores)
     prior = [figures.get("score_with_prior_sets") for figures in columns]
     if any(score is not None for score in prior):
-        table.add_row("with prior sets", *map(percent, prior))
+        _add_rates(table, "with prior sets", prior)
     table.caption = _benchmark_caption(columns)
     return [table]
+
+
+def _add_rates(table: Table, name: str, rates: Sequence[float | None]) -> None:
+    """Adds a row with a name and one rate per column; None: unknown."""
+    cells = [percent(rate) for rate in rates]
+    table.add_row(name, *cells)
 
 
 def _benchmark_caption(columns: Sequence[Figures]) -> str | None:
@@ -512,22 +519,27 @@ def grade_table(summary: Figures) -> Table:
     rows = {"all": summary["all"]}
     rows |= summary["turns"]
     for name, m in summary["categories"].items():
-        # Questions without a category
+        # This group holds the questions without a category.
         if name != "None":
             rows[name] = m
 
     table = table_of("answers to", "grades", "mean grade (95 %)")
     for name, m in rows.items():
-        grade = number(m["grade"])
-        if m["grade_low"] is not None:
-            low = number(m["grade_low"], 1)
-            high = number(m["grade_high"], 1)
-            grade = f"{grade} [{low}, {high}]"
-        table.add_row(name, str(m["grades"]), grade)
+        table.add_row(name, str(m["grades"]), _mean_grade(m))
     mass = summary["mean_mass"]
     if mass is not None and mass < LITTLE_MASS:
         table.caption = f"probability of any grade: {mass:.2f}; other answers are more likely"
     return table
+
+
+def _mean_grade(m: Figures) -> str:
+    """The mean grade, with its interval if that is known."""
+    grade = number(m["grade"])
+    if m["grade_low"] is None:
+        return grade
+    low = number(m["grade_low"], 1)
+    high = number(m["grade_high"], 1)
+    return f"{grade} [{low}, {high}]"
 
 
 def plan_tables(estimate: Figures) -> list[Table]:
@@ -626,10 +638,12 @@ def verdict_tables(manifest: Figures) -> list[Any]:
     if set(by_subset) - {NO_SUBSET}:
         models = list(summary["models"])
         tables.append(subset_table(by_subset, models))
+
     for subset, figures in manifest.get("by_subset", {}).items():
-        if subset != NO_SUBSET:
-            tables.append(f"subset {subset}")
-            tables += consistency_tables(figures)
+        if subset == NO_SUBSET:
+            continue
+        tables.append(f"subset {subset}")
+        tables += consistency_tables(figures)
     return tables
 
 

@@ -1,4 +1,4 @@
-"""Training progress: a live table on a terminal, one line per half minute in a pipe or a file."""
+"""Training progress: a live table on a terminal, elsewhere one line per half minute."""
 
 from __future__ import annotations
 
@@ -63,9 +63,12 @@ class View:
     def rows(self) -> Iterator[tuple[str, str, bool]]:
         """Yields (metric, label, whether it is a rate) of every figure so far."""
         for key, metric in metrics.present(self.recent):
-            if metric.in_view:
-                indent = "  " if metric.is_loss_term else ""
-                yield key, indent + metric.full_label(key), metric.is_rate
+            if not metric.in_view:
+                continue
+            label = metric.full_label(key)
+            if metric.is_loss_term:
+                label = f"  {label}"
+            yield key, label, metric.is_rate
 
     def machine(self) -> str:
         """Tokens per second, peak memory, and the time left."""
@@ -148,14 +151,14 @@ def sparkline(values: Sequence[float] | deque[float]) -> str:
     """
     low = min(values)
     high = max(values)
-    # This holds for NaN, too.
+    # Written so that NaN gives equal bars, too.
     if not high > low:
         return BARS[3] * len(values)
-    bars = []
+    line = ""
     for value in values:
         height = int(8 * (value - low) / (high - low))
-        bars.append(BARS[min(7, height)])
-    return "".join(bars)
+        line += BARS[min(7, height)]
+    return line
 
 
 def peak_memory() -> float:
