@@ -489,8 +489,9 @@ def _with_error(rate: float, error: float | None) -> Rate:
     """The rate with an interval of 1.96 standard errors each way, within 0 and 1."""
     if error is None:
         return rate, None, None
-    low = max(0.0, rate - 1.96 * error)
-    high = min(1.0, rate + 1.96 * error)
+    reach = 1.96 * error
+    low = max(0.0, rate - reach)
+    high = min(1.0, rate + reach)
     return rate, low, high
 
 
@@ -824,10 +825,11 @@ def _group_tiles(group: str, members: Sequence[_StageResult]) -> list[Tile]:
     """Agreement of the last check of a group, and its accuracy if it has labels."""
     first = members[0].summary["agreed"]
     last = members[-1].summary["agreed"]
+    n_checks = len(members)
     note = group
-    if len(members) > 1:
+    if n_checks > 1:
         start = percent(first["rate"])
-        note = f"{group}: from {start} in {len(members)} checks"
+        note = f"{group}: from {start} in {n_checks} checks"
     tiles = [Tile("all agree", percent(last["rate"]), note)]
     if last.get("labelled"):
         name = note.split(":")[0]
@@ -1134,8 +1136,8 @@ def browser(
 ) -> Browser:
     """Some pairs with every verdict.
 
-    These are the pairs with the most confident disagreement, those with the most confident mistakes, and
-    some at random. They end early if their texts are long.
+    These are the pairs with the most confident disagreement, those with the most confident
+    mistakes, and some at random. They end early if their texts are long.
     table: the pairs of `v`, in the same order
     """
     disagreement = surest_disagreement(v.log_odds)

@@ -207,8 +207,9 @@ def _short(name: str, most: int = 22) -> str:
 
 def _size(n_rows: int) -> tuple[float, float]:
     """The size of a picture with one line per name, inches."""
+    width, _ = SIZE
     height = max(1.7, 0.75 + 0.32 * n_rows)
-    return SIZE[0], height
+    return width, height
 
 
 def _rows(ax: Any, names: Sequence[str]) -> None:
@@ -857,8 +858,8 @@ def iterations(
 
     rows = []
     for name, values in series.items():
-        for i, dataset in enumerate(names):
-            rows.append((dataset, name, *values[i]))
+        for dataset, rate in zip(names, values, strict=True):
+            rows.append((dataset, name, *rate))
     headings = ("dataset", "", "rate", "95 % from", "to")
     return Picture(title, draw(paint, title), headings, rows, caption)
 

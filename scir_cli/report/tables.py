@@ -28,12 +28,16 @@ NO_SUBSET = "(none)"
 
 
 def percent(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """A rate in percent, with its interval if both ends are known; "–" for None."""
+    """A rate in percent; "–" for None.
+
+    low, high: the ends of its interval, which is shown if both are known
+    """
     if value is None:
         return "–"
+    rate = f"{value:.1%}"
     if low is None or high is None:
-        return f"{value:.1%}"
-    return f"{value:.1%} [{low:.0%}, {high:.0%}]"
+        return rate
+    return f"{rate} [{low:.0%}, {high:.0%}]"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -244,7 +248,10 @@ def _accuracy_at(points: Sequence[Figures], share: float) -> str:
 
 
 def bias_tables(biases: Figures | None) -> list[Table]:
-    """How often verdicts go to seat A, the longer response, a format, the judge's own."""
+    """How often verdicts go to seat A, the longer response, a format or the judge's own.
+
+    biases: reward model or "gold" -> feature -> {pairs, rate, rate_low, rate_high}
+    """
     if not biases:
         return []
     table = _frameless("verdicts for", title="preferences of the verdicts")
@@ -270,7 +277,10 @@ def bias_tables(biases: Figures | None) -> list[Table]:
 
 
 def across_tables(across: Figures | None) -> list[Table]:
-    """How verdicts and ranks differ in each dataset that was compared."""
+    """The stability of verdicts and ranks over the datasets that were compared.
+
+    [] if no dataset was compared.
+    """
     if not across:
         return []
     tables = [_stability_table(other) for other in across["against"]]
@@ -626,7 +636,10 @@ def grade_tables(manifest: Figures) -> list[Table]:
 
 
 def verdict_tables(manifest: Figures) -> list[Any]:
-    """All tables of `check-consistency` or `eval rewards`; a heading precedes each subset's."""
+    """All tables of `check-consistency` or `eval rewards`.
+
+    Those about all pairs are first; a line of text precedes the tables of each subset.
+    """
     summary = manifest["summary"]
     tables: list[Any] = []
     tables += consistency_tables(summary)
@@ -648,7 +661,10 @@ def verdict_tables(manifest: Figures) -> list[Any]:
 
 
 def summary_line(stage: str, out: str, manifest: Figures) -> str:
-    """One line: rows in, rows out, drops by reason, nulls, and seconds."""
+    """The result of a stage in one line.
+
+    It has rows in, rows out, drops by reason, missing verdicts, the folder and seconds.
+    """
     if manifest.get("dry_run"):
         rows = manifest.get("rows_in", "all")
         return f"{stage}: dry run, nothing written; {rows} rows would be written to {out}"
@@ -656,13 +672,15 @@ def summary_line(stage: str, out: str, manifest: Figures) -> str:
     rows_in = manifest["rows_in"]
     rows_out = manifest["rows_out"]
     dropped = drops_by_reason(manifest) or "0 dropped"
-    nulls = _missing_verdicts(manifest["nulls"])
-    line = f"{stage}: {rows_in} in = {rows_out} out + {dropped}{nulls} → {out}"
+    missing = _missing_verdicts(manifest["nulls"])
+    counts = f"{rows_in} in = {rows_out} out + {dropped}{missing}"
 
     if manifest.get("reused"):
-        return f"{line} (already done)"
-    seconds = manifest.get("seconds", 0)
-    return f"{line} in {seconds:.1f} s"
+        time = "(already done)"
+    else:
+        seconds = manifest.get("seconds", 0)
+        time = f"in {seconds:.1f} s"
+    return f"{stage}: {counts} → {out} {time}"
 
 
 def drops_by_reason(manifest: Figures) -> str:
