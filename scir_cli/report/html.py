@@ -1273,23 +1273,29 @@ def _verdict(v: Verdicts, k: int, i: int) -> Json:
     log_odds = float(v.log_odds[k, i])
     # exp overflows above 709.
     bounded = max(-500.0, min(500.0, log_odds))
-    gold = v.gold[i]
-    right = None
-    if log_odds != 0 and not np.isnan(gold):
-        right = bool(log_odds * gold > 0)
-
     forward = v.forward[k, i]
     swapped = v.swapped[k, i]
     return {
         "model": v.names[k],
         "log_odds": log_odds,
         "p": 1 / (1 + math.exp(-bounded)),
-        "right": right,
+        "right": _is_right(log_odds, float(v.gold[i])),
         "flips": bool(forward * swapped < 0),
         "forward": float(forward),
         "swapped": float(swapped),
         "mass": float(v.verdict_mass[k, i]),
     }
+
+
+def _is_right(log_odds: float, gold: float) -> bool | None:
+    """Whether a verdict has the sign of the gold label.
+
+    None if the pair has no label or the verdict is a tie.
+    gold: 1 if the first response is better, -1 if the second; NaN: no label
+    """
+    if log_odds == 0 or math.isnan(gold):
+        return None
+    return log_odds * gold > 0
 
 
 def _cut(text: str) -> str:

@@ -159,7 +159,7 @@ def _inline(svg: str, label: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     svg = _without_unused_ids(svg)
-    svg = re.sub("|".join(VARIABLE_OF), lambda color: f"var(--{VARIABLE_OF[color[0]]})", svg)
+    svg = _with_css_variables(svg)
     svg = re.sub(r"font-family: [^;]*;", "font-family: var(--font);", svg)
     # The rules of this style element would apply to the whole page.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
@@ -171,6 +171,16 @@ def _inline(svg: str, label: str) -> str:
     svg = re.sub(r"<[^>]+>", lambda tag: _rounded(tag[0]), svg)
     labelled = f'<svg role="img" aria-label="{_attribute(label)}"'
     return svg.replace("<svg", labelled, 1).strip()
+
+
+def _with_css_variables(svg: str) -> str:
+    """The SVG with CSS variables in place of the stand-in colors."""
+    stand_in = "|".join(VARIABLE_OF)
+
+    def replace(color: re.Match[str]) -> str:
+        return f"var(--{VARIABLE_OF[color[0]]})"
+
+    return re.sub(stand_in, replace, svg)
 
 
 def _without_unused_ids(svg: str) -> str:
@@ -358,7 +368,7 @@ def _matrix_cells(ax: Any, names: Sequence[str], between: Points) -> None:
             column = index[figures[column_key]]
             _matrix_cell(ax, row, column, figures, fontsize)
 
-    for i in range(len(names)):
+    for i in index.values():
         diagonal = _square(i, i, STAND_IN["muted"], 0.08)
         ax.add_patch(diagonal)
 
@@ -444,8 +454,8 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     svg = draw(paint, title)
     if few:
         headings: Row = (f"{first}, nats", f"{second}, nats")
-        dots = sorted(zip(a.tolist(), b.tolist(), strict=True))
-        return Picture(title, svg, headings, dots, caption)
+        pairs = zip(a.tolist(), b.tolist(), strict=True)
+        return Picture(title, svg, headings, sorted(pairs), caption)
 
     headings = (f"{first} from", "to", f"{second} from", "to", "pairs")
     rows = _density_rows(x, y, counts)
@@ -960,9 +970,10 @@ def _step_line(ax: Any, name: str, index: int, x: Array, y: Array) -> None:
 
     x, y: (points,) steps and values
     """
+    n = len(y)
     style = _line_style(name, index)
-    style["marker"] = "o" if len(y) < 12 else None
-    if len(y) > SMOOTHED_ABOVE:
+    style["marker"] = "o" if n < 12 else None
+    if n > SMOOTHED_ABOVE:
         ax.plot(x, y, color=style["color"], alpha=0.3, linewidth=0.8)
         y = _smooth(y)
     ax.plot(x, y, label=_short(name), **style)
