@@ -272,7 +272,7 @@ def _dot(ax: Any, x: float | None, y: float, color: str, **style: Any) -> None:
 
 
 def _values(points: Points, key: str) -> list[Any]:
-    """The figure `key` of each point."""
+    """The figure `key` of each point, in their order."""
     return [point[key] for point in points]
 
 
@@ -380,7 +380,10 @@ def _matrix_cell(
     figures: Mapping[str, Any],
     fontsize: int,
 ) -> None:
-    """A square that is the more opaque, the more the rate exceeds a half, and its text."""
+    """A square that is the more opaque, the more the rate exceeds a half, and its text.
+
+    figures: of the reward models in this row and this column
+    """
     rate = figures["agreement"]
     opacity = 0.0
     if rate is not None:

@@ -100,7 +100,10 @@ def table_of(*headings: str, title: str | None = None) -> Table:
 
 
 def _frameless(*headings: str, title: str | None = None, **more: Any) -> Table:
-    """A table without a frame; `headings` are columns on the left."""
+    """A table without a frame; `headings` are columns on the left.
+
+    more: further arguments of rich's Table
+    """
     return Table(
         *headings,
         title=title,
@@ -112,7 +115,10 @@ def _frameless(*headings: str, title: str | None = None, **more: Any) -> Table:
 
 
 def _add_figures(table: Table, headings: Iterable[str], **more: Any) -> None:
-    """Adds a column of figures, on the right, for each heading."""
+    """Adds a column of figures, on the right, for each heading.
+
+    more: further arguments of rich's `add_column`
+    """
     for heading in headings:
         table.add_column(heading, justify="right", **more)
 
@@ -610,7 +616,10 @@ def _lengths_table(counts: Sequence[tuple[int, int]]) -> Table:
 
 
 def print_results(stage: Stage, manifest: Figures) -> None:
-    """Prints the tables and notes of a finished stage on stdout, if it has any."""
+    """Prints the tables and notes of a finished stage on stdout, if it has any.
+
+    A dry run has an estimate instead of results.
+    """
     # Names of models and subsets can contain brackets, so nothing is markup.
     console = Console(markup=False)
     summary = manifest.get("summary") or {}

@@ -30,6 +30,8 @@ BARS = "▁▂▃▄▅▆▇█"
 class View:
     """The figures so far: rich draws it as a table, and `line` returns them in one line.
 
+    title: shown before the step
+    n_steps: of the whole training
     clock: returns the time in seconds
     """
 
