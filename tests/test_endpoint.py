@@ -156,14 +156,14 @@ def test_what_passes_is_tried_again_and_no_row_is_lost_or_there_twice(
         ([(200, {"nonsense": 1})], "no token ids"),
         (
             [(200, {"choices": [{"text": "?", "token_ids": [5, 123456]}]})],
-            "gives the token 123456, which the tokenizer",
+            "returned token id 123456, outside the vocabulary",
         ),
         (
             [(400, {"error": "maximum context length is 64 tokens"})],
             "status 400.*maximum context length is 64",
         ),
-        ([(401, {"error": "bad key"})], "refuses the key"),
-        ([(404, {"detail": "Not Found"})], "status 404.*--base-url end as it should, in /v1"),
+        ([(401, {"error": "bad key"})], "rejected the key"),
+        ([(404, {"detail": "Not Found"})], "status 404.*end of --base-url, which is usually /v1"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -240,7 +240,7 @@ def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both
         rows[1][0]["swapped_log_odds"],
         rows[1][0]["verdict_mass"],
     ) == (2.0, None, None)
-    with pytest.raises(EngineError, match="gives no log-probabilities"):
+    with pytest.raises(EngineError, match="returned no log-probabilities"):
         endpoint.faults += [(200, {"choices": [{"text": "A", "logprobs": None}]})] * 2
         judge(endpoint_arg=["retries=0"])
 

@@ -118,7 +118,7 @@ def test_accuracy_tables_are_whole_at_eighty_columns():
             "llmbar-adver-neighbor",
             "100.0% [90%, 100%]",
             "Reasoning",
-            "nothing of a, a, a, a …",
+            "no examples of a, a, a, a …",
         )
     )
 

@@ -422,9 +422,9 @@ def test_scir_on_two_pairs_by_hand():
     )
     h = 0.5004024235381879
     assert said.mask.tolist() == [True, False]
-    assert close(said.sym, [0.0, 0.6 * LN4])
-    assert close(said.conf, [h, h])
-    assert close(said.preference[:1], [0.5981388693815918])  # ln(1 + e^-0.2), as above
+    assert close(said.pair_inconsistency, [0.0, 0.6 * LN4])
+    assert close(said.pair_entropy, [h, h])
+    assert close(said.pair_preference_loss[:1], [0.5981388693815918])  # ln(1 + e^-0.2), as above
     assert close(said.loss, 0.5981388693815918 + 2.0 * (0.3 * LN4 + 0.1 * h))
 
 

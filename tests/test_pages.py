@@ -377,7 +377,7 @@ def test_hardly_any_data_still_gives_a_page(tmp_path: Path):
     )
     (tmp_path / "t" / "metrics.jsonl").unlink()
     html.write(tmp_path / "none.html", html.training_page(tmp_path / "t"))
-    assert "optimiser steps" in (tmp_path / "none.html").read_text(encoding="utf-8")
+    assert "optimizer steps" in (tmp_path / "none.html").read_text(encoding="utf-8")
 
 
 # In a browser

@@ -60,7 +60,7 @@ def test_a_recipe_writes_the_story_of_its_iterations(tmp_path: Path):
     for said in (
         "m1-heldout",
         "m2-heldout",
-        "How sure they are",
+        "Confidence",
         "Training, objective scir",
         "&lt;b&gt;No.&lt;/b&gt;",
         "Stages",

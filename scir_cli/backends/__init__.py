@@ -1,7 +1,9 @@
-"""Backends produce text, and verdicts at one position; whatever enters a loss comes from the engine (policy.py).
+"""Backends produce text, and verdicts at one position.
 
-One is chosen by name, or as "module:Class", and derives from `Backend`, or from `VerdictBackend` if it can score
-verdicts too. Each is given the model as a stage holds it, whose weights it reads only if it needs them in this process.
+All that enters a loss is scored by the engine (policy.py), not by a backend.
+A backend is chosen by name, or as "module:Class". It derives from `Backend`, or from
+`VerdictBackend` if it can score verdicts too. Each gets the stage's model (lazy_policy.py), whose
+weights it loads only if it needs them in this process.
 """
 
 from __future__ import annotations
@@ -31,7 +33,11 @@ TABLE = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: temperature 0 is greedy; top_p keeps the smallest set of tokens with that probability."""
+    """How to sample.
+
+    temperature: 0 is greedy. top_p: sample from the smallest set of tokens with this probability.
+    max_new_tokens: per request. batch_size: requests at a time.
+    """
 
     temperature: float
     top_p: float
@@ -41,7 +47,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt as token ids, and the seed of its own randomness: the answer depends on no other request."""
+    """A prompt as token ids, and its own seed: the answer depends on no other request."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -49,35 +55,41 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """Sampled token ids, end token included if it was sampled; finish_reason "stop" or "length"."""
+    """Sampled token ids, with the end token if it was sampled.
+
+    finish_reason: "stop" or "length".
+    """
 
     token_ids: tuple[int, ...]
     finish_reason: str
 
 
 class Backend(ABC):
-    """The base class of every backend, and of a user's own: `--backend my_module:MyBackend`.
+    """The base class of every backend, also of a user's: `--backend my_module:MyBackend`.
 
     In `judge` it writes rationales; the engine scores the verdicts.
     """
 
-    #: It computes on this machine's GPUs, so each worker gets its own
+    #: It computes on this machine's GPUs, so each worker gets separate GPUs
     uses_gpus: ClassVar[bool] = True
-    #: It scores verdicts by itself: see `VerdictBackend`
+    #: It scores verdicts itself: see `VerdictBackend`
     reads_verdicts: ClassVar[bool] = False
-    #: It returns the likeliest tokens only, so a verdict may be unknown (NaN)
+    #: It returns the likeliest tokens only, so a verdict can be unknown (NaN)
     truncates_logprobs: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, model: Any, sampling: Sampling, settings: Any) -> None:
-        """model: with `chat`, `path`, `meter`, and `load()`, which returns it with its weights (lazy_policy.py)."""
+        """Opens the backend for a model.
+
+        model: has `chat`, `path`, `meter`, and `load()`, which returns the loaded policy.
+        """
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion per request, in the order of the requests."""
 
     def close(self) -> None:  # noqa: B027 (most backends hold nothing)
-        """Releases what it holds beside the model: a process, its memory, connections."""
+        """Releases its resources beside the model: a process, its memory, connections."""
 
 
 class VerdictBackend(Backend):
@@ -87,30 +99,39 @@ class VerdictBackend(Backend):
 
     @abstractmethod
     def score(self, branches: Sequence[Branch]) -> Tensor:
-        """Log-probability of the one target of each branch; NaN if it is unknown.  -> (branches,) nats, fp32"""
+        """Log-probability of the single target of each branch, NaN if it is unknown.
+
+        -> (branches,) nats, fp32
+        """
 
 
 def verdict_tokens(branches: Sequence[Branch]) -> dict[tuple[int, ...], list[int]]:
-    """The tokens whose log-probabilities are wanted at the end of each prompt: it is asked once for all of its verdicts."""
-    wanted: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    """Prompt -> the tokens to score after it: one request covers all its verdicts."""
+    tokens: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for branch in branches:
-        wanted[branch.ids] |= set(branch.target_tokens)
-    return {ids: sorted(tokens) for ids, tokens in wanted.items()}
+        tokens[branch.ids] |= set(branch.target_tokens)
+    return {prompt: sorted(targets) for prompt, targets in tokens.items()}
 
 
 def resolve(name: str) -> str:
-    """The backend that `auto` means on this machine: vLLM where it is installed and a GPU is there. Other names are left as they are."""
+    """The backend that `auto` selects on this machine; other names are returned unchanged.
+
+    vllm if it is installed and a GPU is available, else transformers.
+    """
     if name != "auto":
         return name
     import torch
 
-    return (
-        "vllm" if importlib.util.find_spec("vllm") and torch.cuda.is_available() else "transformers"
-    )
+    if importlib.util.find_spec("vllm") and torch.cuda.is_available():
+        return "vllm"
+    return "transformers"
 
 
 def load(name: str) -> type[Backend]:
-    """The class of the backend of this name or "module:Class"; raises ConfigError for one that cannot be used."""
+    """The class of the backend of this name or "module:Class".
+
+    Raises ConfigError if the backend does not exist or cannot be loaded.
+    """
     target = TABLE.get(name, name)
     if not plugins.is_target(target):
         raise ConfigError(f"unknown backend '{name}'.{suggest(name, [*TABLE, 'auto'])}")
@@ -120,5 +141,5 @@ def load(name: str) -> type[Backend]:
 def make(
     name: str, model: Any, sampling: Sampling, settings: BackendSettings | None = None
 ) -> Backend:
-    """The backend of this name or "module:Class"; raises as `load` does."""
+    """The backend of this name or "module:Class"; raises ConfigError as `load` does."""
     return load(name)(model, sampling, settings)

@@ -1,4 +1,4 @@
-"""A backend that needs no model: it answers a prompt with its own last tokens, cut by the seed. For tests and for trying a pipeline out."""
+"""A backend that needs no model, for tests and for trying out a pipeline."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from scir_cli.backends import Backend, Completion, Request, Sampling
 
 
 class FakeBackend(Backend):
+    """Completes a prompt with its last 2 to 8 tokens; the seed determines how many."""
+
     uses_gpus = False
 
     def __init__(self, model: Any, sampling: Sampling, settings: Any = None) -> None:
@@ -16,9 +18,12 @@ class FakeBackend(Backend):
         self.limit = sampling.max_new_tokens
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        answers = [r.prompt_ids[-(2 + r.seed % 7) :] for r in requests]
-        finished = [(*a, self.end) for a in answers]
-        return [
-            Completion(f, "stop") if len(f) <= self.limit else Completion(f[: self.limit], "length")
-            for f in finished
-        ]
+        """One completion per request, in the order of the requests."""
+        return [self._complete(request) for request in requests]
+
+    def _complete(self, request: Request) -> Completion:
+        length = 2 + request.seed % 7
+        tokens = (*request.prompt_ids[-length:], self.end)
+        if len(tokens) <= self.limit:
+            return Completion(tokens, "stop")
+        return Completion(tokens[: self.limit], "length")

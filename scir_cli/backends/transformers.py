@@ -1,7 +1,7 @@
-"""Sampling with transformers' own generate: left-padded batches of like length, KV cache, one random stream a request.
+"""Sampling with transformers' own generate, in left-padded batches of similar length.
 
-Each request draws its uniforms from its own seed and its own step, so a row's randomness does not depend on the batch it was in, and a
-resumed run repeats what an uninterrupted one would have done.
+Each request draws its uniform numbers from its own seed, one per step. A row's randomness does not
+depend on its batch, and a resumed run repeats the output of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,97 +17,130 @@ from scir_cli.backends import Backend, Completion, Request, Sampling
 from scir_cli.engine.policy import Policy
 from scir_cli.errors import EngineError
 
-NUCLEUS = (
-    1024  # tokens looked at first for the nucleus; a full sort only where they do not hold top_p
-)
+#: Likeliest tokens among which the nucleus is searched; all tokens are sorted only if these
+#: hold less than top_p.
+NUCLEUS = 1024
 
 
 class SeededNucleus(LogitsProcessor):
-    """Leaves one token standing: nucleus sampling by inverse CDF with a given uniform for each row and step."""
+    """Nucleus sampling by inverse CDF: removes all tokens but the sampled one.
+
+    uniforms: (rows, max_new_tokens), one number per row and step. prompt_length: tokens.
+    """
 
     def __init__(self, sampling: Sampling, uniforms: Tensor, prompt_length: int) -> None:
-        self.sampling, self.uniforms, self.prompt_length = (
-            sampling,
-            uniforms,
-            prompt_length,
-        )  # uniforms (rows, max_new_tokens)
+        self.sampling = sampling
+        self.uniforms = uniforms
+        self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        u = self.uniforms[:, input_ids.shape[1] - self.prompt_length]  # (rows,)
-        probabilities = (scores.float() / self.sampling.temperature).softmax(-1)  # (rows, vocab)
+        """0 for the sampled token of each row, -inf for the others.
+
+        input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> (rows, vocabulary)
+        """
+        top_p = self.sampling.top_p
+        step = input_ids.shape[1] - self.prompt_length
+        # (rows,)
+        u = self.uniforms[:, step]
+        # (rows, vocabulary)
+        probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
+        # (rows, candidates), in descending order
         top, tokens = probabilities.topk(min(NUCLEUS, probabilities.shape[1]))
-        if bool((top.sum(-1) < self.sampling.top_p).any()):
+        if bool((top.sum(-1) < top_p).any()):
             top, tokens = probabilities.sort(descending=True)
-        before = top.cumsum(-1) - top  # mass above each token
-        kept = torch.where(before < self.sampling.top_p, top, torch.zeros_like(top))
-        cumulative = kept.cumsum(-1)
-        pick = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).clamp(
-            max=top.shape[1] - 1
-        )
-        pick = torch.minimum(
-            pick, (kept > 0).sum(-1, keepdim=True) - 1
-        )  # rounding cannot leave the nucleus
-        return torch.full_like(scores, -torch.inf).scatter(1, tokens.gather(1, pick), 0.0)
+
+        # Probability of the tokens that are likelier than each, (rows, candidates)
+        before = top.cumsum(-1) - top
+        nucleus = torch.where(before < top_p, top, torch.zeros_like(top))
+        cumulative = nucleus.cumsum(-1)
+        target = u[:, None] * cumulative[:, -1:]
+        # (rows, 1)
+        pick = torch.searchsorted(cumulative, target, right=True)
+        pick = pick.clamp(max=top.shape[1] - 1)
+        # Rounding must not select a token outside the nucleus.
+        last = (nucleus > 0).sum(-1, keepdim=True) - 1
+        pick = torch.minimum(pick, last)
+        removed = torch.full_like(scores, -torch.inf)
+        return removed.scatter(1, tokens.gather(1, pick), 0.0)
 
 
 class TransformersBackend(Backend):
+    """Samples with the policy that the stage has loaded, in this process."""
+
     def __init__(self, model: Any, sampling: Sampling, settings: Any = None) -> None:
         self.policy: Policy = model.load()
         self.sampling = sampling
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        done: dict[int, Completion] = {}
-        with torch.no_grad(), self.policy.plain_attention_mode():
-            for low in range(0, len(order), self.sampling.batch_size):
-                batch = order[low : low + self.sampling.batch_size]
-                done |= dict(zip(batch, self._batch([requests[i] for i in batch]), strict=True))
-                read, sampled = (
-                    sum(map(len, ids))
-                    for ids in zip(
-                        *((requests[i].prompt_ids, done[i].token_ids) for i in batch), strict=True
-                    )
-                )
-                self.policy.meter.count(read, sampled)
-        return [done[i] for i in range(len(requests))]
+        """One completion per request, in the order of the requests.
 
-    def _batch(self, requests: Sequence[Request]) -> list[Completion]:
-        s, policy = self.sampling, self.policy
-        width = max(len(r.prompt_ids) for r in requests)
+        Raises EngineError if memory runs out.
+        """
+        # Similar lengths in one batch need little padding.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        size = self.sampling.batch_size
+        completions: dict[int, Completion] = {}
+        with torch.no_grad(), self.policy.plain_attention_mode():
+            for start in range(0, len(order), size):
+                indices = order[start : start + size]
+                batch = [requests[i] for i in indices]
+                sampled = self._sample(batch)
+                completions |= dict(zip(indices, sampled, strict=True))
+                n_read = sum(len(request.prompt_ids) for request in batch)
+                n_sampled = sum(len(completion.token_ids) for completion in sampled)
+                self.policy.meter.count(n_read, n_sampled)
+        return [completions[i] for i in range(len(requests))]
+
+    def _sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """The completions of one batch, in the order of the requests."""
+        policy = self.policy
         pad = min(policy.chat.end_ids)
-        ids = torch.tensor(
-            [[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
-        )
-        mask = torch.tensor(
-            [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
-        )
-        processors = LogitsProcessorList()
-        if s.temperature > 0:
-            streams = [
-                torch.rand(s.max_new_tokens, generator=torch.Generator().manual_seed(r.seed))
-                for r in requests
-            ]
-            processors.append(SeededNucleus(s, torch.stack(streams).to(policy.device), width))
+        width = max(len(request.prompt_ids) for request in requests)
+        # (rows, width), padded on the left
+        ids = torch.full((len(requests), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            start = width - len(request.prompt_ids)
+            ids[row, start:] = torch.tensor(request.prompt_ids)
+            mask[row, start:] = 1
         config = GenerationConfig(
             do_sample=False,
-            max_new_tokens=s.max_new_tokens,
+            max_new_tokens=self.sampling.max_new_tokens,
             eos_token_id=sorted(policy.chat.end_ids),
             pad_token_id=pad,
         )
         try:
-            out = policy.model.generate(
+            tokens = policy.model.generate(
                 ids.to(policy.device),
                 attention_mask=mask.to(policy.device),
                 generation_config=config,
-                logits_processor=processors,
+                logits_processor=self._processors(requests, width),
             )
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"out of memory sampling {len(requests)} answers at a time; lower --batch-size (--rationale-batch-size in judge)"
+                f"out of memory sampling {len(requests)} answers at a time; lower --batch-size"
+                " (--rationale-batch-size in judge)"
             ) from error
-        return [self._cut(row) for row in out[:, width:].tolist()]
+        return [self._completion(row) for row in tokens[:, width:].tolist()]
 
-    def _cut(self, row: Sequence[int]) -> Completion:
+    def _processors(self, requests: Sequence[Request], width: int) -> LogitsProcessorList:
+        """The sampler of the settings; none for greedy decoding.
+
+        width: of the padded prompts, tokens.
+        """
+        processors = LogitsProcessorList()
+        if self.sampling.temperature > 0:
+            streams = []
+            for request in requests:
+                generator = torch.Generator().manual_seed(request.seed)
+                streams.append(torch.rand(self.sampling.max_new_tokens, generator=generator))
+            # (rows, max_new_tokens)
+            uniforms = torch.stack(streams).to(self.policy.device)
+            processors.append(SeededNucleus(self.sampling, uniforms, width))
+        return processors
+
+    def _completion(self, row: Sequence[int]) -> Completion:
+        """A row up to its first end token."""
         for index, token in enumerate(row):
             if token in self.policy.chat.end_ids:
                 return Completion(tuple(row[: index + 1]), "stop")

@@ -1,1 +1,1 @@
-"""What a person sees: terminal tables, HTML pages, plots, progress."""
+"""Terminal tables, HTML pages, pictures and progress."""

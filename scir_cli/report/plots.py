@@ -1,13 +1,16 @@
-"""Pictures as inline SVG, each with the numbers behind it: arrays and figures in, `Picture` out; pure, and the same bytes every time.
+"""Pictures as inline SVG, each with its numbers; the same arguments give the same bytes.
 
-matplotlib draws (the extra `report`; imported when something is drawn). It is given a stand-in for each colour, which becomes a CSS variable of
-the page, so that one drawing serves light, dark and paper; text stays text in the page's font. Labels may come from data: nothing in them is
-mathematics or markup. Left out on purpose: interaction; the tables are what to look values up in.
+Functions are pure: arrays and figures in, `Picture` out. matplotlib draws (the extra `report`); it
+is imported only when something is drawn. It draws with a stand-in for each color, and every
+stand-in becomes a CSS variable of the page, so one drawing serves light, dark and paper. Text
+stays text in the page's font. Labels may contain text from data, so nothing in them is read as
+mathematics or markup. Pictures are not interactive: the tables show exact values.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,22 +22,45 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Row = Sequence[Any]  # text, numbers, None
+Points = Sequence[Mapping[str, Any]]
+#: A rate, and the ends of its 95 % interval; None: unknown
+Rate = tuple[float | None, float | None, float | None]
+#: A name, then its rate as in `Rate`
+NamedRate = tuple[str, float | None, float | None, float | None]
+#: Name -> (steps, values) of a curve
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
-SIZE = (
-    4.7,
-    3.2,
-)  # inches: about 340 px wide, so that text is readable on a phone, and enlarged by a third on a screen
-DOTS = 500  # up to this many pairs are drawn as dots, more as density
-BINS = 28  # of a density, each way
-POINTS = 300  # of a curve; longer ones are means of neighbours
+#: Inches; about 340 px wide, so text is readable on a phone. A screen enlarges it by a third.
+SIZE = (4.7, 3.2)
+#: Up to this many pairs are drawn as dots, more as density
+DOTS = 500
+#: Bins of a density along each axis
+BINS = 28
+#: Points of a curve; in a longer one each point is a mean of neighbors
+POINTS = 300
+#: A curve with more points than this is smoothed as well
+SMOOTHED_ABOVE = 40
 TABLE_ROWS = 60
+#: The levels of the five quantiles that `spread` draws
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
-#: CSS variable -> the colour it has while matplotlib draws
+#: CSS variable -> the color that stands for it while matplotlib draws
 STAND_IN = {
-    name: f"#fe00{i:02x}"
-    for i, name in enumerate(["ink", "muted", "grid", "paper", *(f"s{n}" for n in range(8))])
+    "ink": "#fe0000",
+    "muted": "#fe0001",
+    "grid": "#fe0002",
+    "paper": "#fe0003",
+    "s0": "#fe0004",
+    "s1": "#fe0005",
+    "s2": "#fe0006",
+    "s3": "#fe0007",
+    "s4": "#fe0008",
+    "s5": "#fe0009",
+    "s6": "#fe000a",
+    "s7": "#fe000b",
 }
-#: the colour of what is drawn again and again: a reward model looks the same in every picture
+VARIABLE_OF = {color: name for name, color in STAND_IN.items()}
+#: Name -> number of its color: a reward model has the same color in every picture
 SERIES = {
     "judge": 0,
     "judge_forward": 0,
@@ -48,28 +74,54 @@ SERIES = {
     "external": 7,
 }
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "os^Dv"
 
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "font.family": ["DejaVu Sans"], "text.parse_math": False, "font.size": 9.5, "legend.fontsize": 9, "xtick.labelsize": 9,
-    "ytick.labelsize": 9, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
-    "text.color": STAND_IN["ink"], "axes.labelcolor": STAND_IN["ink"], "xtick.color": STAND_IN["muted"], "ytick.color": STAND_IN["muted"],
-    "xtick.labelcolor": STAND_IN["ink"], "ytick.labelcolor": STAND_IN["ink"], "axes.edgecolor": STAND_IN["muted"], "grid.color": STAND_IN["grid"],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.linewidth": 0.6, "axes.linewidth": 0.7,
-    "lines.linewidth": 1.5, "lines.markersize": 4,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans"],
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "text.color": STAND_IN["ink"],
+    "axes.labelcolor": STAND_IN["ink"],
+    "xtick.color": STAND_IN["muted"],
+    "ytick.color": STAND_IN["muted"],
+    "xtick.labelcolor": STAND_IN["ink"],
+    "ytick.labelcolor": STAND_IN["ink"],
+    "axes.edgecolor": STAND_IN["muted"],
+    "grid.color": STAND_IN["grid"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "axes.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+}
 
 
 @dataclass(frozen=True)
 class Picture:
+    """An SVG element, and the table of the numbers that it shows."""
+
     title: str
     svg: str
     headings: Row
-    rows: Sequence[Row]  # the numbers behind it
+    rows: Sequence[Row]
     caption: str = ""
 
 
-def colour(name: str, place: int) -> str:
-    return STAND_IN[f"s{SERIES.get(name, place % 8)}"]
+def colour(name: str, index: int) -> str:
+    """The stand-in color of a reward model, or of the series at `index` if it is none."""
+    number = SERIES.get(name, index % 8)
+    return STAND_IN[f"s{number}"]
 
 
 def draw(
@@ -78,7 +130,12 @@ def draw(
     size: tuple[float, float] = SIZE,
     panels: tuple[int, int] = (1, 1),
 ) -> str:
-    """The SVG element that `paint(axes)` gives; `label` is what a screen reader says.  panels: rows and columns of axes"""
+    """The SVG element of what `paint(axes)` draws.
+
+    label: read aloud by a screen reader
+    size: width and height, inches
+    panels: rows and columns of axes
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -86,9 +143,8 @@ def draw(
     out = io.StringIO()
     style: Any = {**STYLE, "svg.hashsalt": label}
     with matplotlib.rc_context(style), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # a glyph that this machine's fonts lack is the browser's business
+        # The browser draws the text, so it does not matter if a font here lacks a glyph.
+        warnings.simplefilter("ignore")
         figure = Figure(figsize=size, layout="constrained")
         paint(figure.subplots(*panels))
         FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None})
@@ -96,111 +152,172 @@ def draw(
 
 
 def _inline(svg: str, label: str) -> str:
-    """matplotlib's document as an element: no prologue, no metadata, no ids but those it refers to itself, colours as CSS variables."""
-    svg = re.sub(
-        r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL
-    )
-    used = set(re.findall(r"#(\w+)[\")]", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", svg)
-    svg = re.sub(
-        "|".join(STAND_IN.values()), lambda m: f"var(--{list(STAND_IN)[int(m[0][-2:], 16)]})", svg
-    )
+    """matplotlib's document as an element of a page.
+
+    It has no prologue, no metadata, only the ids that it refers to, and CSS variables as colors.
+    """
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = _without_unused_ids(svg)
+    svg = _with_css_variables(svg)
     svg = re.sub(r"font-family: [^;]*;", "font-family: var(--font);", svg)
-    svg = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL
-    )  # its rule would hold for the whole page
-    svg = re.sub(
-        r"(<svg[^>]*?) height=\"[^\"]*\"",
-        r"\1",
-        re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
-    svg = re.sub(
-        r"<[^>]+>", lambda tag: _rounded(tag[0]), re.sub(r"\s+", " ", svg)
-    )  # text between tags stays as it is
-    return svg.replace("<svg", f'<svg role="img" aria-label="{_attribute(label)}"', 1).strip()
+    # The rules of this style element would apply to the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
+    # The page sets the width; the height follows from viewBox.
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"\s+", " ", svg)
+    # Numbers in the text between tags stay as they are.
+    svg = re.sub(r"<[^>]+>", lambda tag: _rounded(tag[0]), svg)
+    labelled = f'<svg role="img" aria-label="{_attribute(label)}"'
+    return svg.replace("<svg", labelled, 1).strip()
+
+
+def _with_css_variables(svg: str) -> str:
+    """The SVG with CSS variables in place of the stand-in colors."""
+    stand_in = "|".join(VARIABLE_OF)
+
+    def replace(color: re.Match[str]) -> str:
+        return f"var(--{VARIABLE_OF[color[0]]})"
+
+    return re.sub(stand_in, replace, svg)
+
+
+def _without_unused_ids(svg: str) -> str:
+    """The SVG without the ids that nothing in it refers to."""
+    used = set(re.findall(r"#(\w+)[\")]", svg))
+
+    def replace(attribute: re.Match[str]) -> str:
+        if attribute[1] in used:
+            return attribute[0]
+        return ""
+
+    return re.sub(r' id="([^"]*)"', replace, svg)
 
 
 def _rounded(tag: str) -> str:
-    """A hundredth of a pixel is enough."""
-    return re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag)
+    """The tag with its numbers rounded to a hundredth of a pixel."""
+    return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
 
 
 def _attribute(text: str) -> str:
+    """The text as the value of an attribute in double quotes."""
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
+# Parts of pictures
+
+
 def _short(name: str, most: int = 22) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """The name, cut after at most `most` characters."""
+    if len(name) <= most:
+        return name
+    return name[: most - 1] + "…"
+
+
+def _size(n_rows: int) -> tuple[float, float]:
+    """The size of a picture with one line per name, inches."""
+    width, _ = SIZE
+    height = max(1.7, 0.75 + 0.32 * n_rows)
+    return width, height
+
+
+def _rows(ax: Any, names: Sequence[str]) -> None:
+    """One line per name, the first on top."""
+    n = len(names)
+    labels = [_short(name, 28) for name in names]
+    ax.set(yticks=range(n), ylim=(n - 0.5, -0.5))
+    ax.set_yticklabels(labels)
+    ax.grid(axis="y", visible=False)
 
 
 def _percent_axis(axis: Any) -> None:
+    """Writes the numbers of an axis as percentages."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
+def _zero_line(draw_line: Callable[..., Any], at: float = 0, **style: Any) -> None:
+    """A thin line across the axes.
+
+    draw_line: `ax.axhline` or `ax.axvline`
+    """
+    draw_line(at, color=STAND_IN["muted"], linewidth=0.9, **style)
+
+
+def _line_style(name: str, index: int) -> dict[str, Any]:
+    """Color, marker and dashes of the series at `index`."""
+    return {
+        "color": colour(name, index),
+        "marker": MARKERS[index % 5],
+        "linestyle": DASHES[index % 4],
+    }
+
+
+def _bar(ax: Any, y: float, low: float, high: float, color: str, **style: Any) -> None:
+    """A horizontal bar with round ends."""
+    ax.plot(
+        [low, high],
+        [y, y],
+        color=color,
+        solid_capstyle="round",
+        **style,
+    )
+
+
+def _dot(ax: Any, x: float | None, y: float, color: str, **style: Any) -> None:
+    """A round marker at (x, y)."""
+    ax.plot([x], [y], "o", color=color, **style)
+
+
+def _values(points: Points, key: str) -> list[Any]:
+    """The figure `key` of each point, in their order."""
+    return [point[key] for point in points]
+
+
+def _point_rows(curves: Mapping[str, Points], keys: Sequence[str]) -> list[Row]:
+    """Rows (name, value of each key), one per point of each curve."""
+    rows: list[Row] = []
+    for name, points in curves.items():
+        for point in points:
+            values = [point[key] for key in keys]
+            rows.append((name, *values))
+    return rows
+
+
+def _rectangle(x: float, y: float, width: float, height: float, **style: Any) -> Any:
+    """A rectangle without an edge, in the coordinates of the data."""
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, linewidth=0, **style)
+
+
 # Agreement
 
 
-def matrix(names: Sequence[str], between: Sequence[Mapping[str, Any]]) -> Picture:
-    """How often each two reward models prefer the same response, and Cohen's kappa below it."""
-    n = len(names)
-    place = {name: i for i, name in enumerate(names)}
+def matrix(names: Sequence[str], between: Points) -> Picture:
+    """How often each two reward models prefer the same response, and Cohen's kappa below it.
+
+    between: one entry per two reward models, as `consistency.summary` returns them
+    """
 
     def paint(ax: Any) -> None:
-        ax.grid(False)
-        for spine in ax.spines.values():
-            spine.set_visible(False)
-        ax.set(
-            xlim=(-0.5, n - 0.5),
-            ylim=(n - 0.5, -0.5),
-            xticks=range(n),
-            yticks=range(n),
-            aspect="equal",
-        )
-        ax.tick_params(length=0)
-        ax.set_xticklabels(
-            [_short(x, 11) for x in names],
-            rotation=0 if n < 5 else 40,
-            ha="center" if n < 5 else "right",
-        )
-        ax.set_yticklabels([_short(x, 11) for x in names])
-        cells = [(place[b["first"]], place[b["second"]], b) for b in between]
-        for i, j, b in [*cells, *((j, i, b) for i, j, b in cells)]:
-            rate, kappa = b["agreement"], b["kappa"]
-            ax.add_patch(
-                _square(
-                    j,
-                    i,
-                    STAND_IN["s0"],
-                    0.0 if rate is None else 0.06 + 0.6 * max(0.0, 2 * rate - 1),
-                )
-            )
-            text = (
-                "–"
-                if rate is None
-                else f"{rate:.0%}" + ("" if kappa is None else f"\nκ {kappa:.2f}")
-            )
-            ax.text(j, i, text, ha="center", va="center", fontsize=10 if n < 5 else 7)
-        for i in range(n):
-            ax.add_patch(_square(i, i, STAND_IN["muted"], 0.08))
+        _matrix_axes(ax, names)
+        _matrix_cells(ax, names, between)
 
-    rows = [
-        (
-            b["first"],
-            b["second"],
-            b["pairs"],
-            b["agreement"],
-            b["agreement_low"],
-            b["agreement_high"],
-            b["kappa"],
-            b["spearman"],
-        )
-        for b in between
-    ]
+    keys = (
+        "first",
+        "second",
+        "pairs",
+        "agreement",
+        "agreement_low",
+        "agreement_high",
+        "kappa",
+        "spearman",
+    )
     headings = (
-        "of",
+        "reward model",
         "and",
         "pairs",
         "agreement",
@@ -209,168 +326,298 @@ def matrix(names: Sequence[str], between: Sequence[Mapping[str, Any]]) -> Pictur
         "Cohen's kappa",
         "rank correlation",
     )
-    caption = "Share of pairs on which both prefer the same response; κ: Cohen's kappa, 0 is what chance gives."
-    return Picture(
-        "Agreement of each two",
-        draw(paint, "Agreement of each two reward models"),
-        headings,
-        rows,
-        caption,
+    rows = [tuple(figures[key] for key in keys) for figures in between]
+    caption = (
+        "Share of pairs on which both prefer the same response; κ: Cohen's kappa, 0 at chance."
     )
+    svg = draw(paint, "Pairwise agreement of the reward models")
+    return Picture("Pairwise agreement", svg, headings, rows, caption)
 
 
-def _square(x: float, y: float, colour: str, alpha: float) -> Any:
-    from matplotlib.patches import Rectangle
+def _matrix_axes(ax: Any, names: Sequence[str]) -> None:
+    """Square axes without a frame; each name labels one row and one column."""
+    n = len(names)
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.set(
+        xlim=(-0.5, n - 0.5),
+        ylim=(n - 0.5, -0.5),
+        xticks=range(n),
+        yticks=range(n),
+        aspect="equal",
+    )
+    ax.tick_params(length=0)
 
-    return Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, facecolor=colour, alpha=alpha, linewidth=0)
+    labels = [_short(name, 11) for name in names]
+    if n < 5:
+        ax.set_xticklabels(labels, rotation=0, ha="center")
+    else:
+        ax.set_xticklabels(labels, rotation=40, ha="right")
+    ax.set_yticklabels(labels)
+
+
+def _matrix_cells(ax: Any, names: Sequence[str], between: Points) -> None:
+    """Both cells of each two reward models, then the diagonal."""
+    index = {name: i for i, name in enumerate(names)}
+    fontsize = 10 if len(names) < 5 else 7
+
+    for row_key, column_key in (("first", "second"), ("second", "first")):
+        for figures in between:
+            row = index[figures[row_key]]
+            column = index[figures[column_key]]
+            _matrix_cell(ax, row, column, figures, fontsize)
+
+    for i in index.values():
+        diagonal = _square(i, i, STAND_IN["muted"], 0.08)
+        ax.add_patch(diagonal)
+
+
+def _matrix_cell(
+    ax: Any,
+    row: int,
+    column: int,
+    figures: Mapping[str, Any],
+    fontsize: int,
+) -> None:
+    """A square that is the more opaque, the more the rate exceeds a half, and its text.
+
+    figures: of the reward models in this row and this column
+    """
+    rate = figures["agreement"]
+    opacity = 0.0
+    if rate is not None:
+        opacity = 0.06 + 0.6 * max(0.0, 2 * rate - 1)
+    square = _square(column, row, STAND_IN["s0"], opacity)
+    ax.add_patch(square)
+
+    text = _matrix_text(rate, figures["kappa"])
+    ax.text(column, row, text, ha="center", va="center", fontsize=fontsize)
+
+
+def _matrix_text(rate: float | None, kappa: float | None) -> str:
+    """The rate, and kappa below it if it is known."""
+    if rate is None:
+        return "–"
+    if kappa is None:
+        return f"{rate:.0%}"
+    return f"{rate:.0%}\nκ {kappa:.2f}"
+
+
+def _square(x: float, y: float, color: str, alpha: float) -> Any:
+    """A square around (x, y), with a small gap to its neighbors."""
+    left = x - 0.47
+    bottom = y - 0.47
+    return _rectangle(left, bottom, 0.94, 0.94, facecolor=color, alpha=alpha)
 
 
 def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
-    """Log-odds of two reward models against each other; agreement is the upper right and the lower left.  a, b: (pairs,) NaN: no verdict"""
-    known = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[known], b[known]
-    reach = [
-        max(1e-6, float(np.quantile(np.abs(side), 0.995))) * 1.05 if len(side) else 1.0
-        for side in (a, b)
-    ]
-    shown = [np.clip(side, -r, r) for side, r in zip((a, b), reach, strict=True)]
-    counts, x, y = np.histogram2d(shown[0], shown[1], bins=BINS, range=[(-r, r) for r in reach])
+    """Log-odds of two reward models against each other.
+
+    The reward models agree in the upper right and the lower left quadrant. Up to DOTS pairs are
+    drawn as dots, more as the density of the pairs.
+    a, b: (pairs,) nats; NaN: no verdict
+    """
+    both = ~(np.isnan(a) | np.isnan(b))
+    a = a[both]
+    b = b[both]
+    few = len(a) <= DOTS
+
+    reach_a = _reach(a)
+    reach_b = _reach(b)
+    shown_a = np.clip(a, -reach_a, reach_a)
+    shown_b = np.clip(b, -reach_b, reach_b)
+    span = [(-reach_a, reach_a), (-reach_b, reach_b)]
+    counts, x, y = np.histogram2d(shown_a, shown_b, bins=BINS, range=span)
+    # The shares of the quadrants need space above and below.
+    height = reach_b * 1.16
 
     def paint(ax: Any) -> None:
-        ax.axhline(0, color=STAND_IN["muted"], linewidth=0.9)
-        ax.axvline(0, color=STAND_IN["muted"], linewidth=0.9)
-        if len(a) <= DOTS:
-            agree = np.sign(shown[0]) == np.sign(shown[1])
-            for part, series in ((agree, "s2"), (~agree, "s4")):
-                ax.scatter(
-                    shown[0][part],
-                    shown[1][part],
-                    s=13,
-                    color=STAND_IN[series],
-                    alpha=0.55,
-                    linewidths=0,
-                )
+        _zero_line(ax.axhline)
+        _zero_line(ax.axvline)
+        if few:
+            _agreement_dots(ax, shown_a, shown_b)
         else:
             _density(ax, x, y, counts)
         ax.set(
-            xlim=(-reach[0], reach[0]), ylim=(-reach[1] * 1.16, reach[1] * 1.16)
-        )  # room for the shares
+            xlim=(-reach_a, reach_a),
+            ylim=(-height, height),
+        )
         ax.set(
             xlabel=f"{_short(first)}, log-odds that the first is better",
             ylabel=f"{_short(second)}, log-odds",
         )
-        for sx, sy in ((1, 1), (-1, 1), (-1, -1), (1, -1)):
-            share = float(((np.sign(a) == sx) & (np.sign(b) == sy)).mean()) if len(a) else 0.0
-            place = {"ha": "right" if sx > 0 else "left", "va": "top" if sy > 0 else "bottom"}
-            ax.text(
-                0.5 + 0.485 * sx,
-                0.5 + 0.485 * sy,
-                f"{share:.0%}",
-                transform=ax.transAxes,
-                weight="bold" if sx == sy else "normal",
-                **place,
-            )
+        _quadrant_shares(ax, a, b)
 
     title = f"{first} against {second}"
-    caption = f"{len(a):,} pairs. They agree in the upper right and the lower left; the shares are of each quadrant. The outermost 0.5 % lie on the edge."
-    if len(a) <= DOTS:
-        return Picture(
-            title,
-            draw(paint, title),
-            (f"{first}, nats", f"{second}, nats"),
-            sorted(zip(a.tolist(), b.tolist(), strict=True)),
-            caption,
-        )
-    cells = sorted(zip(*np.nonzero(counts), strict=True), key=lambda c: -counts[c])[
-        : 2 * TABLE_ROWS
-    ]
-    rows = [
-        (float(x[i]), float(x[i + 1]), float(y[j]), float(y[j + 1]), int(counts[i, j]))
-        for i, j in cells
-    ]
-    headings = (f"{first} from", "to", f"{second} from", "to", "pairs")
-    return Picture(
-        title,
-        draw(paint, title),
-        headings,
-        rows,
-        f"{caption} The table has the {len(rows)} fullest cells.",
+    caption = (
+        f"{len(a):,} pairs. They agree in the upper right and the lower left; "
+        "each quadrant shows its share of the pairs. The outermost 0.5 % are drawn at the edge."
     )
+    svg = draw(paint, title)
+    if few:
+        headings: Row = (f"{first}, nats", f"{second}, nats")
+        pairs = zip(a.tolist(), b.tolist(), strict=True)
+        return Picture(title, svg, headings, sorted(pairs), caption)
+
+    headings = (f"{first} from", "to", f"{second} from", "to", "pairs")
+    rows = _density_rows(x, y, counts)
+    caption = f"{caption} The table lists the {len(rows)} cells with the most pairs."
+    return Picture(title, svg, headings, rows, caption)
+
+
+def _reach(values: Array) -> float:
+    """How far an axis reaches each way: 5 % beyond the 99.5th percentile of the sizes."""
+    if not len(values):
+        return 1.0
+    most = float(np.quantile(np.abs(values), 0.995))
+    return max(1e-6, most) * 1.05
+
+
+def _agreement_dots(ax: Any, x: Array, y: Array) -> None:
+    """One dot per pair, in the color of agreement or of disagreement."""
+    agree = np.sign(x) == np.sign(y)
+    _dots(ax, x[agree], y[agree], STAND_IN["s2"])
+    _dots(
+        ax,
+        x[~agree],
+        y[~agree],
+        STAND_IN["s4"],
+    )
+
+
+def _dots(ax: Any, x: Array, y: Array, color: str) -> None:
+    """Small translucent dots.
+
+    x, y: (dots,)
+    """
+    ax.scatter(
+        x,
+        y,
+        s=13,
+        color=color,
+        alpha=0.55,
+        linewidths=0,
+    )
+
+
+def _quadrant_shares(ax: Any, a: Array, b: Array) -> None:
+    """Writes each quadrant's share of the pairs into its outer corner.
+
+    a, b: (pairs,) log-odds, nats
+    """
+    for sign_a, sign_b in ((1, 1), (-1, 1), (-1, -1), (1, -1)):
+        share = 0.0
+        if len(a):
+            same_a = np.sign(a) == sign_a
+            same_b = np.sign(b) == sign_b
+            share = float((same_a & same_b).mean())
+        ax.text(
+            0.5 + 0.485 * sign_a,
+            0.5 + 0.485 * sign_b,
+            f"{share:.0%}",
+            transform=ax.transAxes,
+            weight="bold" if sign_a == sign_b else "normal",
+            ha="right" if sign_a > 0 else "left",
+            va="top" if sign_b > 0 else "bottom",
+        )
 
 
 def _density(ax: Any, x: Array, y: Array, counts: Array) -> None:
-    """Cells of one colour whose opacity is the count, on a root scale: it works on any paper."""
-    from matplotlib.patches import Rectangle
+    """Cells of one color whose opacity is the root of the count, so any background will do.
 
+    x, y: (BINS + 1,) edges, nats
+    counts: (BINS, BINS) pairs
+    """
     most = counts.max()
-    for i, j in zip(*np.nonzero(counts), strict=True):
-        agree = (x[i] + x[i + 1]) * (y[j] + y[j + 1]) > 0
-        alpha = 0.08 + 0.85 * float(np.sqrt(counts[i, j] / most))
-        ax.add_patch(
-            Rectangle(
-                (x[i], y[j]),
-                x[i + 1] - x[i],
-                y[j + 1] - y[j],
-                color=STAND_IN["s2" if agree else "s4"],
-                alpha=alpha,
-                linewidth=0,
-            )
+    for i, j in _filled_cells(counts):
+        left, right = x[i], x[i + 1]
+        bottom, top = y[j], y[j + 1]
+        agree = (left + right) * (bottom + top) > 0
+        color = STAND_IN["s2"] if agree else STAND_IN["s4"]
+        fullness = float(np.sqrt(counts[i, j] / most))
+        cell = _rectangle(
+            left,
+            bottom,
+            right - left,
+            top - bottom,
+            color=color,
+            alpha=0.08 + 0.85 * fullness,
         )
+        ax.add_patch(cell)
 
 
-QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+def _filled_cells(counts: Array) -> list[tuple[int, int]]:
+    """The indices (i, j) of the cells with pairs, row by row."""
+    rows, columns = np.nonzero(counts)
+    return list(zip(rows, columns, strict=True))
+
+
+def _density_rows(x: Array, y: Array, counts: Array) -> list[Row]:
+    """The cells with the most pairs, the fullest first: their edges and counts."""
+    fullest = sorted(_filled_cells(counts), key=lambda cell: -counts[cell])
+    rows: list[Row] = []
+    for i, j in fullest[: 2 * TABLE_ROWS]:
+        row = (
+            float(x[i]),
+            float(x[i + 1]),
+            float(y[j]),
+            float(y[j + 1]),
+            int(counts[i, j]),
+        )
+        rows.append(row)
+    return rows
 
 
 def distributions(
-    title: str, groups: Mapping[str, Array], caption: str, label: str = "log-odds, nats"
+    title: str,
+    groups: Mapping[str, Array],
+    caption: str,
+    label: str = "log-odds, nats",
 ) -> Picture:
-    """The spread of each group's values; NaN: no value."""
-    known = {name: values[~np.isnan(values)] for name, values in groups.items()}
-    return spread(
-        title,
-        {n: [float(q) for q in np.quantile(x, QUANTILES)] for n, x in known.items() if len(x)},
-        caption,
-        label,
-    )
+    """The spread of each group's values.
+
+    groups: name -> (n,) values; NaN: no value
+    label: of the horizontal axis
+    """
+    quantiles = {}
+    for name, values in groups.items():
+        present = values[~np.isnan(values)]
+        if len(present):
+            quantiles[name] = np.quantile(present, QUANTILES).tolist()
+    return spread(title, quantiles, caption, label)
 
 
 def spread(
-    title: str, quantiles: Mapping[str, Sequence[float]], caption: str, label: str
+    title: str,
+    quantiles: Mapping[str, Sequence[float]],
+    caption: str,
+    label: str,
 ) -> Picture:
-    """A thin bar from the 10th to the 90th percentile, a thick one for the middle half, a dot for the median.  quantiles: name -> at QUANTILES"""
+    """The spread of several groups, one line each.
+
+    A thin bar reaches from the 10th to the 90th percentile, a thick one covers the middle half,
+    and a dot marks the median.
+    quantiles: name -> (5,) values at QUANTILES
+    """
 
     def paint(ax: Any) -> None:
-        for row, (name, (low, q1, median, q3, high)) in enumerate(quantiles.items()):
-            c = colour(name.rsplit(" ", 1)[-1], row)
-            ax.plot([low, high], [row, row], color=c, linewidth=1.6, solid_capstyle="round")
-            ax.plot(
-                [q1, q3], [row, row], color=c, linewidth=6.5, alpha=0.55, solid_capstyle="round"
-            )
-            ax.plot([median], [row], "o", color=c, markersize=5.5)
+        for y, (name, values) in enumerate(quantiles.items()):
+            low, lower_quartile, median, upper_quartile, high = values
+            reward_model = name.rsplit(" ", 1)[-1]
+            color = colour(reward_model, y)
+            _bar(ax, y, low, high, color, linewidth=1.6)
+            _bar(ax, y, lower_quartile, upper_quartile, color, linewidth=6.5, alpha=0.55)
+            _dot(ax, median, y, color, markersize=5.5)
         _rows(ax, list(quantiles))
         ax.set_xlabel(label)
-        ax.axvline(0, color=STAND_IN["muted"], linewidth=0.9)
+        _zero_line(ax.axvline)
 
     rows = [(name, *values) for name, values in quantiles.items()]
+    svg = draw(paint, title, _size(len(rows)))
+    headings = ("", "10 %", "25 %", "median", "75 %", "90 %")
     caption = f"{caption} Dot: median; thick: middle half; thin: 10 % to 90 %."
-    return Picture(
-        title,
-        draw(paint, title, _size(len(rows))),
-        ("", "10 %", "25 %", "median", "75 %", "90 %"),
-        rows,
-        caption,
-    )
-
-
-def _rows(ax: Any, names: Sequence[str]) -> None:
-    """One line a name, the first on top."""
-    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5))
-    ax.set_yticklabels([_short(name, 28) for name in names])
-    ax.grid(axis="y", visible=False)
-
-
-def _size(n_rows: int) -> tuple[float, float]:
-    return SIZE[0], max(1.7, 0.75 + 0.32 * n_rows)
+    return Picture(title, svg, headings, rows, caption)
 
 
 # Rates with intervals
@@ -378,162 +625,165 @@ def _size(n_rows: int) -> tuple[float, float]:
 
 def rates(
     title: str,
-    rows: Sequence[tuple[str, float | None, float | None, float | None]],
+    rows: Sequence[NamedRate],
     caption: str,
     chance: float | None = None,
-    of: str | None = None,
+    model: str | None = None,
     span: tuple[float, float] | None = None,
 ) -> Picture:
-    """Rates with their intervals, one line each.  rows: (name, rate, low, high), None: unknown; of: the reward model they all are of
+    """Rates with their intervals, one line each.
 
-    span: least and most, of what is no rate.
+    rows: (name, rate, low, high); a row without a rate is only in the table
+    chance: a dashed line is drawn at this rate
+    model: the reward model that all rows are about, whose color they have
+    span: least and largest possible value, if the values are not rates
     """
     drawn = [row for row in rows if row[1] is not None]
+    names = [row[0] for row in drawn]
 
     def paint(ax: Any) -> None:
         for y, (name, rate, low, high) in enumerate(drawn):
-            c = colour(of or name, 0)
+            color = colour(model or name, 0)
             if low is not None and high is not None:
-                ax.plot([low, high], [y, y], color=c, linewidth=1.8, solid_capstyle="round")
-            ax.plot([rate], [y], "o", color=c, markersize=6)
+                _bar(ax, y, low, high, color, linewidth=1.8)
+            _dot(ax, rate, y, color, markersize=6)
         if chance is not None:
-            ax.axvline(chance, color=STAND_IN["muted"], linewidth=0.9, linestyle="--")
-        _rows(ax, [row[0] for row in drawn])
-        ax.set_xlim(*(span or (-0.02, 1.02)))
+            _zero_line(ax.axvline, chance, linestyle="--")
+        _rows(ax, names)
         if span is None:
+            ax.set_xlim(-0.02, 1.02)
             _percent_axis(ax.xaxis)
+        else:
+            ax.set_xlim(*span)
 
-    return Picture(
-        title,
-        draw(paint, title, _size(len(drawn))),
-        ("", "mean" if span else "rate", "95 % from", "to"),
-        rows,
-        caption,
-    )
+    svg = draw(paint, title, _size(len(drawn)))
+    headings = ("", "mean" if span else "rate", "95 % from", "to")
+    return Picture(title, svg, headings, rows, caption)
 
 
 # Lines
 
-Points = Sequence[Mapping[str, Any]]
-
 
 def reliability(curves: Mapping[str, Points]) -> Picture:
-    """Accuracy against stated confidence.  curves: reward model -> bins {confidence, accuracy, accuracy_low, accuracy_high, pairs}"""
+    """Accuracy against stated confidence.
+
+    curves: reward model -> bins {confidence, accuracy, accuracy_low, accuracy_high, pairs}
+    """
 
     def paint(ax: Any) -> None:
-        ax.plot([0.5, 1], [0.5, 1], color=STAND_IN["muted"], linewidth=0.9, linestyle="--")
-        for place, (name, bins) in enumerate(curves.items()):
-            x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-            c = colour(name, place)
+        ax.plot(
+            [0.5, 1],
+            [0.5, 1],
+            color=STAND_IN["muted"],
+            linewidth=0.9,
+            linestyle="--",
+        )
+        for index, (name, bins) in enumerate(curves.items()):
+            x = _values(bins, "confidence")
+            low = _values(bins, "accuracy_low")
+            high = _values(bins, "accuracy_high")
+            style = _line_style(name, index)
             ax.vlines(
                 x,
-                [b["accuracy_low"] for b in bins],
-                [b["accuracy_high"] for b in bins],
-                color=c,
+                low,
+                high,
+                color=style["color"],
                 linewidth=0.9,
                 alpha=0.5,
             )
             ax.plot(
                 x,
-                y,
-                color=c,
-                marker="os^Dv"[place % 5],
-                linestyle=DASHES[place % 4],
+                _values(bins, "accuracy"),
                 label=_short(name),
+                **style,
             )
         ax.set(
-            xlim=(0.49, 1.01), ylim=(-0.02, 1.02), xlabel="confidence max(p, 1 − p)", ylabel="right"
+            xlim=(0.49, 1.01),
+            ylim=(-0.02, 1.02),
+            xlabel="confidence max(p, 1 − p)",
+            ylabel="accuracy",
         )
         _percent_axis(ax.xaxis)
         _percent_axis(ax.yaxis)
         ax.legend(loc="best")
 
-    rows = [
-        (name, b["pairs"], b["confidence"], b["accuracy"], b["accuracy_low"], b["accuracy_high"])
-        for name, bins in curves.items()
-        for b in bins
-    ]
-    caption = "On the dashed line a reward model is right as often as it claims; below it, it is too sure of itself. Bars: 95 %."
-    return Picture(
-        "Reliability",
-        draw(paint, "Reliability"),
-        ("", "pairs", "mean confidence", "right", "95 % from", "to"),
-        rows,
-        caption,
+    keys = ("pairs", "confidence", "accuracy", "accuracy_low", "accuracy_high")
+    headings = ("", "pairs", "mean confidence", "accuracy", "95 % from", "to")
+    caption = (
+        "On the dashed line, accuracy equals confidence; "
+        "below it, the reward model is overconfident. Bars: 95 %."
     )
+    svg = draw(paint, "Reliability")
+    return Picture("Reliability", svg, headings, _point_rows(curves, keys), caption)
 
 
 def risk_coverage(curves: Mapping[str, Points]) -> Picture:
-    """Accuracy on the surest pairs against how many they are.  curves: name -> points {coverage, pairs, accuracy, accuracy_low, accuracy_high}"""
+    """Accuracy on the most confident pairs against their share.
+
+    curves: name -> points {coverage, pairs, accuracy, accuracy_low, accuracy_high}
+    """
 
     def paint(ax: Any) -> None:
-        for place, (name, points) in enumerate(curves.items()):
-            x, c = [p["coverage"] for p in points], colour(name, place)
+        for index, (name, points) in enumerate(curves.items()):
+            x = _values(points, "coverage")
+            low = _values(points, "accuracy_low")
+            high = _values(points, "accuracy_high")
+            style = _line_style(name, index)
+            # A single point would be an invisible line.
+            style["marker"] = "o" if len(x) == 1 else None
             ax.fill_between(
                 x,
-                [p["accuracy_low"] for p in points],
-                [p["accuracy_high"] for p in points],
-                color=c,
+                low,
+                high,
+                color=style["color"],
                 alpha=0.1,
                 linewidth=0,
             )
             ax.plot(
                 x,
-                [p["accuracy"] for p in points],
-                color=c,
-                linestyle=DASHES[place % 4],
+                _values(points, "accuracy"),
                 label=_short(name),
-                marker="o" if len(x) == 1 else None,
+                **style,
             )
         ax.set(
             xlim=(0, 1.02),
             ylim=(None, 1.02),
-            xlabel="labelled pairs kept, surest first",
-            ylabel="right",
+            xlabel="coverage, most confident pairs first",
+            ylabel="accuracy",
         )
         _percent_axis(ax.xaxis)
         _percent_axis(ax.yaxis)
         ax.legend(loc="best")
 
-    rows = [
-        (name, p["coverage"], p["pairs"], p["accuracy"], p["accuracy_low"], p["accuracy_high"])
-        for name, points in curves.items()
-        for p in points
-    ]
-    caption = "What selecting buys: accuracy when only the surest pairs are kept. “agreed”: pairs on which all agree, by their smallest margin. Bands: 95 %."
-    return Picture(
-        "Risk and coverage",
-        draw(paint, "Risk and coverage"),
-        ("", "coverage", "pairs", "right", "95 % from", "to"),
-        rows,
-        caption,
+    keys = ("coverage", "pairs", "accuracy", "accuracy_low", "accuracy_high")
+    headings = ("", "coverage", "pairs", "accuracy", "95 % from", "to")
+    caption = (
+        "Accuracy on the most confident labelled pairs, by their share. "
+        "“agreed”: pairs on which all agree, ordered by their smallest margin. Bands: 95 %."
     )
+    svg = draw(paint, "Risk and coverage")
+    return Picture("Risk and coverage", svg, headings, _point_rows(curves, keys), caption)
 
 
 def length_bias(odds: Mapping[str, Array], difference: Array) -> Picture:
-    """How often each reward model prefers the first response, by how much longer it is.  odds: name -> (pairs,); difference: (pairs,) tokens"""
-    bins = min(9, max(2, len(difference) // 15))
-    edges = np.unique(np.quantile(difference, np.linspace(0, 1, bins + 1)))
-    where = np.clip(np.searchsorted(edges, difference, side="right") - 1, 0, max(0, len(edges) - 2))
-    rows: list[Row] = []
-    for name, a in odds.items():
-        for b in range(max(1, len(edges) - 1)):
-            inside = (where == b) & ~np.isnan(a)
-            if inside.any():
-                wins = float((0.5 + 0.5 * np.sign(a[inside])).mean())
-                rows.append((name, float(difference[inside].mean()), int(inside.sum()), wins))
+    """How often each reward model prefers the first response, by how much longer it is.
+
+    odds: name -> (pairs,) nats
+    difference: (pairs,) tokens of the first response minus those of the second
+    """
+    rows = _wins_by_length(odds, difference)
 
     def paint(ax: Any) -> None:
-        ax.axhline(0.5, color=STAND_IN["muted"], linewidth=0.9, linestyle="--")
-        for place, name in enumerate(odds):
-            own = [row for row in rows if row[0] == name]
+        _zero_line(ax.axhline, 0.5, linestyle="--")
+        for index, name in enumerate(odds):
+            points = [row for row in rows if row[0] == name]
+            x = [row[1] for row in points]
+            y = [row[3] for row in points]
             ax.plot(
-                [r[1] for r in own],
-                [r[3] for r in own],
-                color=colour(name, place),
-                marker="os^Dv"[place % 5],
-                linestyle=DASHES[place % 4],
+                x,
+                y,
                 label=_short(name),
+                **_line_style(name, index),
             )
         ax.set(
             ylim=(-0.02, 1.02),
@@ -543,133 +793,243 @@ def length_bias(odds: Mapping[str, Array], difference: Array) -> Picture:
         _percent_axis(ax.yaxis)
         ax.legend(loc="best")
 
-    caption = (
-        "A rising line prefers the longer response. Each point is an equal share of the pairs."
-    )
     headings = ("", "mean difference", "pairs", "first preferred")
+    caption = (
+        "A rising line is a preference for longer responses. "
+        "Each point has an equal share of the pairs."
+    )
     return Picture("Length", draw(paint, "Length bias"), headings, rows, caption)
+
+
+def _wins_by_length(odds: Mapping[str, Array], difference: Array) -> list[Row]:
+    """Rows (reward model, mean difference, pairs, win rate of the first response).
+
+    The pairs are split at quantiles of `difference`, at most 9 bins with about 15 pairs or more.
+    odds: name -> (pairs,) nats; difference: (pairs,) tokens
+    """
+    bins_of_15 = len(difference) // 15
+    n_bins = min(9, max(2, bins_of_15))
+    levels = np.linspace(0, 1, n_bins + 1)
+    edges = np.unique(np.quantile(difference, levels))
+    last_bin = max(0, len(edges) - 2)
+    edges_below = np.searchsorted(edges, difference, side="right")
+    bin_of_pair = np.clip(edges_below - 1, 0, last_bin)
+
+    rows: list[Row] = []
+    for name, log_odds in odds.items():
+        present = ~np.isnan(log_odds)
+        for number in range(last_bin + 1):
+            inside = present & (bin_of_pair == number)
+            if not inside.any():
+                continue
+            # A tie counts as half a win.
+            wins = 0.5 + 0.5 * np.sign(log_odds[inside])
+            row = (
+                name,
+                float(difference[inside].mean()),
+                int(inside.sum()),
+                float(wins.mean()),
+            )
+            rows.append(row)
+    return rows
 
 
 def iterations(
     title: str,
     names: Sequence[str],
-    series: Mapping[str, Sequence[tuple[float | None, float | None, float | None]]],
+    series: Mapping[str, Sequence[Rate]],
     caption: str,
 ) -> Picture:
-    """Rates from one dataset to the next.  series: name -> (rate, low, high) of each dataset; None: not known there"""
+    """Rates from one dataset to the next.
+
+    names: of the datasets
+    series: name -> (rate, low, high) per dataset; None: unknown
+    """
+
+    n = len(names)
+    slanted = n > 4 or any(len(name) > 12 for name in names)
+    labels = [_short(name) for name in names]
 
     def paint(ax: Any) -> None:
-        for place, (name, values) in enumerate(series.items()):
-            at = [i for i, v in enumerate(values) if v[0] is not None]
-            c, shift = colour(name, place), 0.06 * (place - (len(series) - 1) / 2)
-            ax.plot(
-                [i + shift for i in at],
-                [values[i][0] for i in at],
-                color=c,
-                marker="os^Dv"[place % 5],
-                linestyle=DASHES[place % 4],
-                label=name,
-            )
-            whiskers = [
-                (i + shift, values[i][1], values[i][2]) for i in at if values[i][1] is not None
-            ]
-            for x, low, high in whiskers:
-                ax.plot([x, x], [low, high], color=c, linewidth=1, alpha=0.6)
-        long = len(names) > 4 or any(len(n) > 12 for n in names)
-        ax.set(ylim=(-0.03, 1.03), xticks=range(len(names)), xlim=(-0.4, len(names) - 0.6))
-        ax.set_xticklabels(
-            [_short(n) for n in names], rotation=25 if long else 0, ha="right" if long else "center"
+        for index, (name, values) in enumerate(series.items()):
+            # Neighboring series are moved aside so that their intervals do not overlap.
+            middle = (len(series) - 1) / 2
+            shift = 0.06 * (index - middle)
+            style = _line_style(name, index)
+            _iteration_line(ax, name, values, shift, style)
+        ax.set(
+            ylim=(-0.03, 1.03),
+            xticks=range(n),
+            xlim=(-0.4, n - 0.6),
         )
+        if slanted:
+            ax.set_xticklabels(labels, rotation=25, ha="right")
+        else:
+            ax.set_xticklabels(labels, rotation=0, ha="center")
         _percent_axis(ax.yaxis)
         ax.legend(loc="best")
 
-    rows = [
-        (dataset, name, *values[i])
-        for name, values in series.items()
-        for i, dataset in enumerate(names)
-    ]
-    return Picture(
-        title, draw(paint, title), ("dataset", "", "rate", "95 % from", "to"), rows, caption
-    )
+    rows = []
+    for name, values in series.items():
+        for dataset, rate in zip(names, values, strict=True):
+            rows.append((dataset, name, *rate))
+    headings = ("dataset", "", "rate", "95 % from", "to")
+    return Picture(title, draw(paint, title), headings, rows, caption)
+
+
+def _iteration_line(
+    ax: Any,
+    name: str,
+    values: Sequence[Rate],
+    shift: float,
+    style: Mapping[str, Any],
+) -> None:
+    """A line through the known rates of one series, with their intervals.
+
+    values: (rate, low, high) per dataset; None: unknown
+    """
+    x = []
+    y = []
+    for i, (rate, _, _) in enumerate(values):
+        if rate is not None:
+            x.append(i + shift)
+            y.append(rate)
+    ax.plot(x, y, label=name, **style)
+
+    color = style["color"]
+    for i, (rate, low, high) in enumerate(values):
+        if rate is not None and low is not None:
+            position = i + shift
+            ax.plot(
+                [position, position],
+                [low, high],
+                color=color,
+                linewidth=1,
+                alpha=0.6,
+            )
 
 
 def steps(
     title: str,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Curves,
     unit: str = "",
     rate: bool = False,
     caption: str = "",
 ) -> Picture:
-    """Figures over optimiser steps.  series: name -> (steps, values); long ones are drawn as means of neighbours, and a noisy one smoothed."""
-    curves = {
-        name: _thin(np.asarray(x, float), np.asarray(y, float)) for name, (x, y) in series.items()
-    }
+    """Figures over optimizer steps.
+
+    A long curve is drawn as means of neighbors; one with more than SMOOTHED_ABOVE points is
+    smoothed as well.
+    series: name -> (steps, values)
+    rate: the values are rates, so the axis reaches from 0 to 100 %
+    """
+    curves = {}
+    for name, (x, y) in series.items():
+        curves[name] = _thin(np.asarray(x, float), np.asarray(y, float))
     longest = max((len(x) for x, _ in series.values()), default=0)
+    title_names_all = all(name.replace("_", " ") in title.lower() for name in curves)
 
     def paint(ax: Any) -> None:
         from matplotlib.ticker import MaxNLocator
 
-        for place, (name, (x, y)) in enumerate(curves.items()):
-            c = colour(name, place)
-            noisy = len(y) > 40
-            if noisy:
-                ax.plot(x, y, color=c, alpha=0.3, linewidth=0.8)
-            marker = "o" if len(y) < 12 else None
-            ax.plot(
-                x,
-                _smooth(y) if noisy else y,
-                color=c,
-                linestyle=DASHES[place % 4],
-                marker=marker,
-                label=_short(name),
-            )
-        ax.set(xlabel="optimiser step", ylabel=unit)
+        for index, (name, (x, y)) in enumerate(curves.items()):
+            _step_line(ax, name, index, x, y)
+        ax.set(
+            xlabel="optimizer step",
+            ylabel=unit,
+        )
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if longest == 1:
-            ax.set_xlim(*(ax.get_xlim()[0] - 1, ax.get_xlim()[1] + 1))
+            # matplotlib would show a range of a tenth of a step.
+            left, right = ax.get_xlim()
+            ax.set_xlim(left - 1, right + 1)
         if rate:
             ax.set_ylim(-0.03, 1.03)
             _percent_axis(ax.yaxis)
-        if len(curves) > 1 or not all(name.replace("_", " ") in title.lower() for name in curves):
+        if len(curves) > 1 or not title_names_all:
             ax.legend(loc="best")
 
-    said = [caption] if caption else []
-    said += (
-        [f"Each point is a mean over about {-(-longest // POINTS)} steps."]
-        if longest > POINTS
-        else []
-    )
-    said += ["Faint: as measured; strong: smoothed."] if longest > 40 else []
-    return Picture(title, draw(paint, title), ("step", *curves), _step_rows(series), " ".join(said))
+    svg = draw(paint, title)
+    headings = ("step", *curves)
+    return Picture(title, svg, headings, _step_rows(series), _step_caption(caption, longest))
 
 
-def _step_rows(series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[Row]:
-    at: dict[float, dict[str, float]] = {}
+def _step_caption(caption: str, longest: int) -> str:
+    """The caption of a picture of curves, with how they were thinned and smoothed.
+
+    longest: points of the longest curve
+    """
+    notes = [caption] if caption else []
+    if longest > POINTS:
+        steps_per_point = math.ceil(longest / POINTS)
+        notes.append(f"Each point is a mean over about {steps_per_point} steps.")
+    if longest > SMOOTHED_ABOVE:
+        notes.append("Faint: raw values; strong: smoothed.")
+    return " ".join(notes)
+
+
+def _step_line(ax: Any, name: str, index: int, x: Array, y: Array) -> None:
+    """One curve; if it has more than SMOOTHED_ABOVE points, faint, below a smoothed one.
+
+    x, y: (points,) steps and values
+    """
+    n = len(y)
+    style = _line_style(name, index)
+    style["marker"] = "o" if n < 12 else None
+    if n > SMOOTHED_ABOVE:
+        ax.plot(x, y, color=style["color"], alpha=0.3, linewidth=0.8)
+        y = _smooth(y)
+    ax.plot(x, y, label=_short(name), **style)
+
+
+def _step_rows(series: Curves) -> list[Row]:
+    """Rows (step, value of each series): at most TABLE_ROWS, evenly spread over the steps."""
+    by_step: dict[float, dict[str, float]] = {}
     for name, (x, y) in series.items():
         for step, value in zip(x, y, strict=True):
-            at.setdefault(step, {})[name] = value
-    chosen = sorted(at)
-    if len(chosen) > TABLE_ROWS:  # first, last, and evenly between
-        chosen = [
-            chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, TABLE_ROWS).astype(int))
-        ]
-    return [(int(step), *(at[step].get(name) for name in series)) for step in chosen]
+            at_step = by_step.setdefault(step, {})
+            at_step[name] = value
+
+    rows: list[Row] = []
+    for step in _spread_evenly(sorted(by_step)):
+        at_step = by_step[step]
+        values = [at_step.get(name) for name in series]
+        rows.append((int(step), *values))
+    return rows
+
+
+def _spread_evenly(steps: list[float]) -> list[float]:
+    """At most TABLE_ROWS of the steps, with the first and the last."""
+    if len(steps) <= TABLE_ROWS:
+        return steps
+    last = len(steps) - 1
+    spaced = np.linspace(0, last, TABLE_ROWS).astype(int)
+    return [steps[i] for i in np.unique(spaced)]
 
 
 def _thin(x: Array, y: Array) -> tuple[Array, Array]:
-    """At most POINTS points: means of neighbours."""
+    """At most POINTS points: means of neighbors.
+
+    x, y: (n,) -> (min(n, POINTS),) each
+    """
     if len(x) <= POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), POINTS)
-    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+    mean_x = [x[part].mean() for part in parts]
+    mean_y = [y[part].mean() for part in parts]
+    return np.array(mean_x), np.array(mean_y)
 
 
 def _smooth(y: Array) -> Array:
-    """A centred mean over a tenth of the curve, narrower at its ends."""
-    half = max(1, len(y) // 20)
+    """A centered mean over a tenth of the curve, narrower at its ends.
+
+    y: (n,) -> (n,)
+    """
+    n = len(y)
+    half = max(1, n // 20)
     total = np.concatenate([[0.0], np.cumsum(y)])
-    low, high = (
-        np.maximum(np.arange(len(y)) - half, 0),
-        np.minimum(np.arange(len(y)) + half + 1, len(y)),
-    )
-    return (total[high] - total[low]) / (high - low)
+    index = np.arange(n)
+    first = np.maximum(index - half, 0)
+    end = np.minimum(index + half + 1, n)
+    sums = total[end] - total[first]
+    return sums / (end - first)

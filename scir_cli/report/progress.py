@@ -1,4 +1,7 @@
-"""Progress on a terminal, in a module of its own: stages that score nothing need no torch, and its import takes longer than they do."""
+"""A progress bar on a terminal.
+
+It is not part of `tables`: stages that score nothing need no torch, which this module imports.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,17 @@ from scir_cli.engine.throughput import Meter
 
 
 class Speed(ProgressColumn):
-    """Tokens read (in) and sampled (out) a second, and the share of those read that a prefix cache held."""
+    """Tokens read (in) and sampled (out) per second.
+
+    It also shows the share of the tokens read that a prefix cache held.
+    """
 
     def __init__(self, meter: Meter) -> None:
         super().__init__(Column(no_wrap=True))
         self.meter = meter
 
     def render(self, task: Task) -> Text:
+        """The meter's line."""
         return Text(self.meter.line(), style="progress.data.speed")
 
 
@@ -37,15 +44,24 @@ class Speed(ProgressColumn):
 def progress(
     description: str, total: int, meter: Meter | None = None
 ) -> Iterator[Callable[[int], None]]:
-    """Gives `advance(n)`: a bar on stderr where that is a terminal, nothing at all elsewhere. With a meter it also says how fast tokens go by."""
+    """Yields `advance(n)`, which moves a bar on stderr if that is a terminal.
+
+    With a meter the bar also shows the speed. Without a terminal nothing is printed.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda n: None
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), *([Speed(meter)] if meter else []),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    if meter is not None:
+        columns.insert(3, Speed(meter))
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda n: bar.advance(task, n)

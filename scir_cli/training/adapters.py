@@ -1,4 +1,4 @@
-"""LoRA adapters: put on a model before it is trained, and merged into its weights after."""
+"""LoRA adapters: added to a model before training, merged into its weights after it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from scir_cli.settings import TrainSettings
 
 
 def add_adapters(model: Any, settings: TrainSettings) -> Any:
-    """The model with new LoRA adapters, which change nothing until they are trained. Raises ConfigError without peft."""
+    """The model with new LoRA adapters, which have no effect until they are trained.
+
+    Raises ConfigError if peft is missing.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ConfigError(f"--lora-rank needs the package peft: {install_hint('lora')}") from error
-    # The same adapters on every rank.
+    # The same adapters on every rank
     torch.manual_seed(settings.seed)
     config = LoraConfig(
         r=settings.lora.rank,
@@ -32,7 +35,7 @@ def add_adapters(model: Any, settings: TrainSettings) -> Any:
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        # peft's own warning, of transformers 5.23
+        # peft calls a function that transformers 5.23 deprecates.
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
@@ -40,9 +43,9 @@ def add_adapters(model: Any, settings: TrainSettings) -> Any:
 
 
 def save_adapter(policy: Policy, folder: Path, weights_digest: str) -> None:
-    """Writes the policy's adapters and the digest of the weights they belong to."""
+    """Writes the policy's adapters and the digest of the weights they were trained on."""
     with warnings.catch_warnings():
-        # peft looks for a config in the model it was trained on, and an adapter's folder has none.
+        # peft looks for the config of the base model, and an adapter's folder has none.
         warnings.filterwarnings("ignore", message="Could not find a config file")
         policy.model.save_pretrained(folder)
     files.write_json(folder / BASE_DIGEST_FILE, {"digest": weights_digest})
@@ -51,13 +54,13 @@ def save_adapter(policy: Policy, folder: Path, weights_digest: str) -> None:
 def merge_adapter(policy: Policy, settings: TrainSettings, adapter: Path) -> Any:
     """The model with its adapters added into its weights.
 
-    adapter: the folder that `save_adapter` wrote. A model held in 4 bits is read again, as it was before it was quantized.
+    adapter: the folder that `save_adapter` wrote.
+    A model in 4 bits is loaded again in full precision: the adapters are added to those weights.
     """
     if settings.quantization == "none":
         return policy.model.merge_and_unload()
     from peft import PeftModel
 
-    whole = loading.load_model(
-        policy.path, settings.model_copy(update={"quantization": "none"}), "cpu"
-    )
-    return PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+    unquantized = settings.model_copy(update={"quantization": "none"})
+    base = loading.load_model(policy.path, unquantized, "cpu")
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()

@@ -1,8 +1,11 @@
-"""What a training run will take: tokens, packs, memory, time. Counted where it can be counted, measured on one pack where it cannot.
+"""Dry run: estimates the tokens, packs, memory and time of a training run.
 
-    peak memory = weights + what steps on the largest pack and four others take: measured, with an optimizer that moves nothing
+Tokens and packs are counted. Memory and time are measured, in steps on the largest pack and four
+others with a learning rate of 0:
 
-No architecture's formula is written here, and a run that does not fit is known before it starts.
+    peak memory = weights + memory that those steps add
+
+No architecture needs a formula, and a run that does not fit is recognized before it starts.
 """
 
 from __future__ import annotations
@@ -22,66 +25,97 @@ from scir_cli.training.objectives import Example, Objective
 from scir_cli.training.optimizer import MasterAdamW
 from scir_cli.training.trainer import batches, keep_freed_memory
 
-BINS = 8  # of the histogram of tokens
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+#: Of the histogram of tokens per pair
+BINS = 8
+
+#: Packs between the smallest and the largest that are measured too, as fifths of their ranks.
+#: Freed memory is reused in pieces, so the peak depends on a change of sizes.
+MEASURED_FIFTHS = (3, 1, 4, 2)
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
 Json = dict[str, Any]
 
 
 def estimate(
     policy: Policy, examples: Sequence[Example], settings: TrainSettings, objective: Objective
 ) -> Json:
-    """Tokens, steps, packs, bytes and seconds of a run, on one process; steps are tried on its largest pack and four others."""
+    """Steps, pairs, packs, tokens, bytes and seconds of a run on one process."""
     steps = batches(examples, settings, objective)
-    groups = [objective.branches(e) for e in examples]
-    packs = [
-        [step[i] for i in range(*r)]
-        for step in steps
-        for r in trees.pack([groups[i] for i in step], settings.max_tokens_per_pack)
-    ]
-    sizes = [trees.size([b for i in pack for b in groups[i]]) for pack in packs]
-    alone = sum(len(b.ids) for pack in packs for i in pack for b in groups[i])
-    by_size = np.argsort(sizes)
-    others = [
-        by_size[k * len(sizes) // 5] for k in (3, 1, 4, 2)
-    ]  # of other sizes: memory that is kept is used in pieces
-    probes = [[b for i in packs[k] for b in groups[i]] for k in (by_size[-1], *others, by_size[-1])]
+    branches = [objective.branches(example) for example in examples]
+    packs = _all_packs(steps, branches, settings.max_tokens_per_pack)
+    sizes = [trees.size(pack) for pack in packs]
+    n_tokens = sum(sizes)
+
     if settings.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable()
         policy.model.train()
-    taken, seconds = _probe(policy, probes)
-    passes = (
-        1 if objective.separable or len(packs) == len(steps) else 4 / 3
-    )  # several packs: scored once more, a third of a pass
+    added_bytes, seconds = _measure(policy, _measured_packs(packs, sizes))
+    weights_bytes = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+
+    # A step of several packs scores them once more, without gradient: a third of a pass.
+    one_pass = objective.separable or len(packs) == len(steps)
+    n_passes = 1 if one_pass else 4 / 3
+    capacity = max(settings.max_tokens_per_pack, max(sizes))
     return {
         "steps": len(steps),
         "pairs": len(examples),
-        "tokens_a_pair": _histogram([trees.size(g) for g in groups]),
+        "tokens_a_pair": _histogram([trees.size(group) for group in branches]),
         "packs": len(packs),
-        "packing_efficiency": sum(sizes)
-        / (len(packs) * max(settings.max_tokens_per_pack, max(sizes))),
-        "tokens": sum(sizes),
-        "tokens_without_sharing": alone,
-        "weights_bytes": sum(p.numel() * p.element_size() for p in policy.model.parameters()),
-        "peak_bytes": sum(p.numel() * p.element_size() for p in policy.model.parameters()) + taken,
-        "seconds": sum(sizes) / max(sizes) * seconds * passes,
+        "packing_efficiency": n_tokens / (len(packs) * capacity),
+        "tokens": n_tokens,
+        "tokens_without_sharing": sum(len(branch.ids) for pack in packs for branch in pack),
+        "weights_bytes": weights_bytes,
+        "peak_bytes": weights_bytes + added_bytes,
+        "seconds": n_tokens / max(sizes) * seconds * n_passes,
     }
 
 
+def _all_packs(
+    steps: Sequence[Sequence[int]], branches: Sequence[Sequence[trees.Branch]], max_tokens: int
+) -> list[list[trees.Branch]]:
+    """The branches of each pack of the run.
+
+    steps: indices of the pairs of each step; branches: of each pair.
+    """
+    packs = []
+    for step in steps:
+        groups = [branches[index] for index in step]
+        for low, high in trees.pack(groups, max_tokens):
+            packs.append([branch for group in groups[low:high] for branch in group])
+    return packs
+
+
+def _measured_packs(
+    packs: Sequence[list[trees.Branch]], sizes: Sequence[int]
+) -> list[list[trees.Branch]]:
+    """The largest pack first and last, with smaller ones between."""
+    by_size = np.argsort(sizes)
+    largest = by_size[-1]
+    others = [by_size[fifths * len(sizes) // 5] for fifths in MEASURED_FIFTHS]
+    return [packs[index] for index in (largest, *others, largest)]
+
+
 def _histogram(sizes: Sequence[int]) -> list[list[int]]:
-    """[tokens at most, how many pairs], from the fewest tokens to the most."""
+    """[upper bound in tokens, number of pairs] of each bin, in ascending order."""
     counts, edges = np.histogram(sizes, bins=BINS)
-    return [[int(np.ceil(edge)), int(count)] for edge, count in zip(edges[1:], counts, strict=True)]
+    bins = zip(edges[1:], counts, strict=True)
+    return [[int(np.ceil(edge)), int(count)] for edge, count in bins]
 
 
-def _probe(policy: Policy, packs: Sequence[Sequence[trees.Branch]]) -> tuple[int, float]:
-    """Bytes that optimiser steps on the packs take above what is there before (gradients and optimizer state among them); seconds of the last."""
+def _measure(policy: Policy, packs: Sequence[Sequence[trees.Branch]]) -> tuple[int, float]:
+    """The bytes that optimizer steps on these packs add, and the seconds of the last.
+
+    The bytes are at the peak, gradients and optimizer state included, above those before.
+    """
     cuda = policy.device.type == "cuda"
     if not cuda:
         keep_freed_memory()
     before = _memory(cuda, reset=True)
-    optimizer = MasterAdamW(
-        [p for p in policy.model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0
-    )  # moves nothing
+    params = [p for p in policy.model.parameters() if p.requires_grad]
+    # A learning rate of 0: the weights do not change.
+    optimizer = MasterAdamW(params, lr=0.0, weight_decay=0.0)
     for branches in packs:
         started = time.monotonic()
         optimizer.zero_grad()
@@ -93,17 +127,20 @@ def _probe(policy: Policy, packs: Sequence[Sequence[trees.Branch]]) -> tuple[int
 
 
 def _memory(cuda: bool, *, reset: bool = False) -> int:
-    """Bytes at the peak since the last reset; with `reset`, bytes now, from which a new peak is counted."""
+    """Bytes at the peak since the last reset.
+
+    reset: starts a new peak and returns the bytes that are in use now.
+    """
     if cuda:
         torch.cuda.synchronize()
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
     if reset:
+        # 5 resets the peak resident set size (proc(5)).
         CLEAR_REFS.write_text("5", encoding="ascii")
     field = "VmRSS:" if reset else "VmHWM:"
-    return next(
-        int(line.split()[1]) * 1024
-        for line in STATUS.read_text().splitlines()
-        if line.startswith(field)
-    )
+    lines = STATUS.read_text().splitlines()
+    line = next(line for line in lines if line.startswith(field))
+    kibibytes = int(line.split()[1])
+    return kibibytes * 1024

@@ -1,4 +1,4 @@
-"""Rows of pairs -> examples: what an objective trains on, each with its label and its size in tokens."""
+"""Rows of pairs -> examples that an objective trains on, with label and size in tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ LABEL = {"first": 1, "second": -1, None: 0}
 
 
 def load_training_rows(spec: str, limit: int | None) -> tuple[pa.Table, Counter[str]]:
-    """The pairs of --input, and the rows dropped by reason. Raises DataError if there is none."""
+    """The pairs of --input, and the number of dropped rows by reason.
+
+    Raises DataError if no pair is left.
+    """
     path = to_path(spec)
     dropped: Counter[str] = Counter()
     if folders.is_dataset(path):
@@ -40,37 +43,42 @@ def load_labelled_rows(spec: str) -> pa.Table:
 def encode_examples(
     table: pa.Table, objective: Objective, policy: LazyPolicy, spec: str, *, labelled: bool
 ) -> tuple[list[Example], Counter[str]]:
-    """The rows as examples, and those that cannot be trained on by reason.
+    """The rows as examples, and the number of dropped rows by reason.
 
-    A dataset's labels are its column `label`, or the gold labels if it has none. labelled: use them; else all are unlabelled.
-    spec: where the rows are from, for the error. Drops: prompt_boundary, unlabelled, too_long.
-    Raises DataError if rows are given and none of them is left.
+    labelled: use the column `label`, or the gold labels without it; else all are unlabelled.
+    spec: the source of the rows, for the error message.
+    Drops: prompt_boundary, unlabelled, too_long.
+    Raises DataError if all rows are dropped.
     """
     encoded, pairs, drops = encode_pairs(table, policy.chat)
-    names = encoded.column_names
-    labels = (
-        encoded["label" if "label" in names else "gold_label"].to_pylist()
-        if labelled
-        else [None] * len(pairs)
-    )
-    probabilities = (
-        encoded["label_probability"].to_pylist()
-        if "label_probability" in names
-        else [None] * len(pairs)
-    )
+    labels = _labels(encoded) if labelled else [0] * len(pairs)
+    probabilities = _label_probabilities(encoded)
     examples = []
-    for pair, word, probability in zip(pairs, labels, probabilities, strict=True):
-        label = LABEL[word]
+    for pair, label, probability in zip(pairs, labels, probabilities, strict=True):
         if labelled and label == 0:
             drops["unlabelled"] += 1
             continue
         branches = objective.branches(Example(pair, label))
-        if max(len(b.ids) for b in branches) > policy.context_length:
+        longest = max(len(branch.ids) for branch in branches)
+        if longest > policy.context_length:
             drops["too_long"] += 1
             continue
-        examples.append(
-            Example(pair, label, 1.0 if probability is None else probability, trees.size(branches))
-        )
+        n_tokens = trees.size(branches)
+        examples.append(Example(pair, label, probability, n_tokens))
     if table.num_rows and not examples:
         raise DataError(f"{spec} leaves no pair to train on: {dict(drops)}")
     return examples, drops
+
+
+def _labels(table: pa.Table) -> list[int]:
+    """+1, -1, or 0 without a label, of each row."""
+    column = "label" if "label" in table.column_names else "gold_label"
+    return [LABEL[word] for word in table[column].to_pylist()]
+
+
+def _label_probabilities(table: pa.Table) -> list[float]:
+    """The probability that each row's label is correct; 1 if it is not in the table."""
+    if "label_probability" not in table.column_names:
+        return [1.0] * table.num_rows
+    probabilities = table["label_probability"].to_pylist()
+    return [1.0 if probability is None else probability for probability in probabilities]

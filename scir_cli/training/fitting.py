@@ -1,4 +1,4 @@
-"""The scale s and the penalty weight lambda, fitted to the data at the start of training."""
+"""The scale s and the penalty weight lambda, fitted at the start of training."""
 
 from __future__ import annotations
 
@@ -35,28 +35,33 @@ FITTED: dict[str, Any] = {"implicit_scale": "fitted", "penalty_weight": None}
 def load_fitted_values(
     model: Path, settings: TrainSettings, reward_key: str | None
 ) -> dict[str, float]:
-    """The scale and lambda fitted when `model` was trained with the same settings and reward reference; else {}.
+    """The scale and lambda that the training of `model` fitted, if they still hold.
 
-    A scale that is fitted again in each iteration falls as log-ratios grow, and with it the penalty's hold on the policy
-    (docs/study.md).
+    Empty if a setting that affects the fit, or the reward reference (reward_key), has changed.
+    A scale that is fitted again in each iteration falls as log-ratios grow, and the penalty's
+    effect on the policy falls with it (docs/study.md).
     """
     # The plan has a digest of each prompt file and of each reward model of the user's own.
     now = settings.plan()
-    wanted = [name for name, value in FITTED.items() if now[name] == value]
-    plan, manifest = model / "plan.json", model / "manifest.json"
-    if not wanted or not (plan.exists() and manifest.exists()):
+    requested = [name for name, value in FITTED.items() if now[name] == value]
+    plan = model / "plan.json"
+    manifest = model / "manifest.json"
+    if not requested or not (plan.exists() and manifest.exists()):
         return {}
+
     earlier = files.read_json(plan)
     before = earlier["settings"]
-    same = all(
-        before.get(name) == now[name] for name in config.names_with(TrainSettings, "affects_fit")
-    )
+    affecting = config.names_with(TrainSettings, "affects_fit")
+    same = all(before.get(name) == now[name] for name in affecting)
     if not same or earlier.get("reward_reference") != reward_key:
         return {}
+
     fitted = files.read_json(manifest).get("fitted", {})
-    return {
-        name: fitted[name] for name in wanted if name in fitted and before.get(name) == FITTED[name]
-    }
+    values = {}
+    for name in requested:
+        if name in fitted and before.get(name) == FITTED[name]:
+            values[name] = fitted[name]
+    return values
 
 
 def fit_implicit_scale(
@@ -67,20 +72,22 @@ def fit_implicit_scale(
     reward_key: str | None,
     settings: TrainSettings,
 ) -> float:
-    """--implicit-scale fitted: s with which the implicit log-odds have the median size of the judge's.
+    """--implicit-scale fitted: s that gives implicit log-odds the judge's median size.
 
-    rows: of the dataset, with the judge's verdicts; if it holds none, the policy scores the first pairs as the judge.
-    pairs: with log-probabilities under the policy and the reward reference, whose keys are policy.weights_key and reward_key.
+    rows: of the dataset, with the judge's verdicts; without them, the policy scores the first
+    pairs as the judge.
+    pairs: with log-probabilities under policy.weights_key and reward_key.
     """
     if "judge" in verdicts.model_names([rows]):
-        judge = torch.from_numpy(verdicts.log_odds(rows, ["judge"])[0].astype(np.float32))
+        recorded = verdicts.log_odds(rows, ["judge"])[0].astype(np.float32)
+        judge = torch.from_numpy(recorded)
     else:
         judge = _judge_log_odds(
             pairs[:N_JUDGED_PAIRS], models["judge"], policy, settings.max_tokens_per_pack
         )
-    logps = torch.tensor(
-        [pair.reference_logps[policy.weights_key] for pair in pairs]
-    ).T  # (2, pairs)
+    references = [pair.reference_logps[policy.weights_key] for pair in pairs]
+    # (2, pairs)
+    logps = torch.tensor(references).T
     unfitted = settings.model_copy(update={"implicit_scale": IMPLICIT_SCALE})
     (model,) = reward_models.make(["implicit"], policy.chat, unfitted).values()
     implicit = model.odds(logps, Context.of(pairs, reward_key)).log_odds
@@ -92,19 +99,23 @@ def _judge_log_odds(
 ) -> torch.Tensor:
     """The judge's log-odds under the policy, nats.  -> (pairs,)"""
     branches = [judge.branches(pair) for pair in pairs]
-    logps = torch.stack(list(policy.load().score(branches, max_tokens)))  # (pairs, branches)
+    # (pairs, branches)
+    logps = torch.stack(list(policy.load().score(branches, max_tokens)))
     return judge.odds(logps.T, Context.of(pairs, None)).log_odds
 
 
 def fit_penalty_weight(trainer: Trainer, ratio: float) -> float:
-    """--penalty-ratio: lambda with which the penalty's gradient norm is `ratio` times the preference loss's.
+    """--penalty-ratio: lambda that gives the penalty's gradient `ratio` times the norm.
 
-    Both norms are taken at the first weights, over the pairs of the first steps.
+        lambda = ratio |grad preference loss| / |grad penalty|
+
+    Both norms are taken at the first weights, as means over the first steps.
     """
-    norms = trainer.term_norms(("preference", "penalty"), N_FITTING_STEPS)
+    norms = trainer.gradient_norms_by_term(("preference", "penalty"), N_FITTING_STEPS)
     if not all(norms.values()):
         warn(
-            f"--penalty-ratio: the gradient norms of the first {N_FITTING_STEPS} steps are {norms}; lambda is {ratio:g}"
+            f"--penalty-ratio cannot be fitted: the gradient norms of the first {N_FITTING_STEPS}"
+            f" steps are {norms}; lambda is {ratio:g}. Pass --penalty-weight to choose it"
         )
         return ratio
     return ratio * norms["preference"] / norms["penalty"]

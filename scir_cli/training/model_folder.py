@@ -26,38 +26,20 @@ def write_model_folder(
     metrics: Metrics,
     drops: Counter[str],
 ) -> Json:
-    """Writes the model to settings.output_dir and returns its manifest; removes the checkpoints last.
+    """Writes the model to settings.output_dir and returns its manifest.
 
-    policy: the trained model, whole. weights_digest: of the model that training started from.
-    metrics: the last figures, for the manifest's "summary". drops: input pairs that were not trained on, by reason.
+    The checkpoints are removed last.
+    policy: the trained model, unsharded. weights_digest: of the model that training started from.
+    metrics: the last figures, for the manifest's "summary".
+    drops: number of input pairs that were not trained on, by reason.
+    Raises StoreError if the folder cannot be written.
     """
     out = Path(settings.output_dir)
-    model = policy.model
     with files.as_store_error(out):
-        if settings.lora.rank:
-            adapters.save_adapter(policy, out / "adapter", weights_digest)
-            model = adapters.merge_adapter(policy, settings, out / "adapter")
-        model.set_attn_implementation(policy.plain_attention)
-        model.save_pretrained(out)
-        policy.chat.tokenizer.save_pretrained(out)
-        generation = model_files.base_model_path(policy.path) / "generation_config.json"
-        if generation.is_file():
-            (out / generation.name).write_bytes(generation.read_bytes())
-        (out / "README.md").write_text(_card(settings, plan, trainer), encoding="utf-8")
-    manifest = {
-        "kind": "model",
-        "digest": hashing.digest_json(
-            [hashing.digest_file(f) for f in sorted(out.glob("*.safetensors"))]
-        ),
-        "rows_in": len(trainer.examples) + drops.total(),
-        "rows_out": len(trainer.examples),
-        "drops": dict(drops),
-        "nulls": {},
-        "steps": trainer.n_steps,
-        "seconds": round(time.monotonic() - trainer.started, 3),
-        "versions": dataset.versions(),
-        "summary": {name: round(float(value), 6) for name, value in metrics.items()},
-    }
+        _write_weights(settings, policy, weights_digest, out)
+        card = _card(settings, plan, trainer)
+        (out / "README.md").write_text(card, encoding="utf-8")
+    manifest = _manifest(out, trainer, metrics, drops)
     if isinstance(trainer.objective, objectives.Scir):
         manifest["fitted"] = {
             "implicit_scale": settings.implicit_scale,
@@ -68,17 +50,60 @@ def write_model_folder(
     return manifest
 
 
+def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str, out: Path) -> None:
+    """Writes the adapter of a LoRA run, the full weights and the tokenizer."""
+    model = policy.model
+    if settings.lora.rank:
+        adapters.save_adapter(policy, out / "adapter", weights_digest)
+        model = adapters.merge_adapter(policy, settings, out / "adapter")
+    model.set_attn_implementation(policy.plain_attention)
+    model.save_pretrained(out)
+    policy.chat.tokenizer.save_pretrained(out)
+    generation = model_files.base_model_path(policy.path) / "generation_config.json"
+    if generation.is_file():
+        (out / generation.name).write_bytes(generation.read_bytes())
+
+
+def _manifest(out: Path, trainer: Trainer, metrics: Metrics, drops: Counter[str]) -> Json:
+    """The manifest of the written weights, without the fitted values."""
+    digests = [hashing.digest_file(path) for path in sorted(out.glob("*.safetensors"))]
+    n_examples = len(trainer.examples)
+    return {
+        "kind": "model",
+        "digest": hashing.digest_json(digests),
+        "rows_in": n_examples + drops.total(),
+        "rows_out": n_examples,
+        "drops": dict(drops),
+        "nulls": {},
+        "steps": trainer.n_steps,
+        "seconds": round(time.monotonic() - trainer.started, 3),
+        "versions": dataset.versions(),
+        "summary": {name: round(float(value), 6) for name, value in metrics.items()},
+    }
+
+
 def _card(settings: TrainSettings, plan: Json, trainer: Trainer) -> str:
-    """The model card: where the weights came from, and every setting."""
-    lines = [f"| `{name}` | {value} |" for name, value in plan["settings"].items()]
-    return "\n".join(
-        [
-            "---", "library_name: transformers", "tags: [scir, preference-optimisation]", "---", "",
-            f"# A policy trained by scir {__version__}", "",
-            f"Objective `{settings.objective}`, {trainer.n_steps} steps on {len(trainer.examples)} pairs.", "",
-            f"- parent: `{settings.model}` (weights key `{plan['model']}`)",
-            f"- data: `{settings.input}` (digest `{plan['input']}`)",
-            f"- reward reference: `{settings.reward_reference}` (weights key `{plan['reward_reference']}`)", "",
-            "| setting | value |", "|---|---|", *lines, "",
-        ]
-    )  # fmt: skip
+    """The model card: the source of the weights and the data, and every setting."""
+    rows = [f"| `{name}` | {value} |" for name, value in plan["settings"].items()]
+    reference = settings.reward_reference
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [scir, preference-optimization]",
+        "---",
+        "",
+        f"# A policy trained by scir {__version__}",
+        "",
+        f"Objective `{settings.objective}`,"
+        f" {trainer.n_steps} steps on {len(trainer.examples)} pairs.",
+        "",
+        f"- parent: `{settings.model}` (weights key `{plan['model']}`)",
+        f"- data: `{settings.input}` (digest `{plan['input']}`)",
+        f"- reward reference: `{reference}` (weights key `{plan['reward_reference']}`)",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,8 +1,14 @@
-"""What `train` minimises: which branches of a pair are scored, and how their log-probabilities become a loss and figures to look at.
+"""The objectives of `train`: which branches are scored, and the loss of their scores.
 
-An objective sees all pairs of an optimiser step at once, because SCIR's mask normalises over the step. `separable` says that the loss is a plain
-mean over pairs, so that parts of a step may be taken one after the other without knowing the rest. Log-odds come from the reward models that
-`judge` uses: what is trained is what is judged.
+    sft    labelled pairs: negative log-likelihood of the chosen response and of the judge's verdict
+    dpo    labelled pairs: a preference loss against the model that training starts from
+    scir   unlabelled pairs: SCIR's penalty; the preference loss of pairs on which the models agree
+
+An objective gets all pairs of an optimizer step at once, because SCIR's mask normalizes over the
+step. `separable` means that the loss is a plain mean over pairs, so the parts of a step can be
+computed one after the other, each without the rest.
+
+Log-odds come from the same reward models that `judge` uses: training and judging cannot disagree.
 """
 
 from __future__ import annotations
@@ -26,320 +32,463 @@ from scir_cli.settings import TrainSettings, entropy_ceiling
 from scir_cli.training import losses
 
 Metrics = dict[str, float]
+
+#: A preference loss as a function of the label.  (pairs,) -> (pairs,)
+PreferenceLoss = Callable[[Tensor], Tensor]
+
+#: Preference losses on log-ratios, which need a reference.
 WITH_REFERENCE = {
     "dpo": losses.dpo,
     "ipo": losses.ipo,
     "sppo": losses.sppo,
-}  # preference losses on log-ratios
+}
+
+#: Steps whose mean the collapse warning compares: the first of a run and the latest.
+COLLAPSE_WINDOW = 20
 
 
 @dataclass(frozen=True)
 class Example:
-    """A pair to train on; label +1 first better, -1 second better, 0 unlabelled."""
+    """A pair to train on.
+
+    label: +1 if the first response is better, -1 if the second is, 0 if the pair is unlabelled.
+    label_probability: probability that the label is correct.
+    n_tokens: size of the token tree of its branches; 0 if it has not been counted yet.
+    """
 
     pair: Pair
     label: int = 0
-    label_probability: float = 1.0  # that the label is correct
-    n_tokens: int = 0  # of the forest of its branches; 0: not counted yet
+    label_probability: float = 1.0
+    n_tokens: int = 0
 
 
 class Objective(Protocol):
+    """What `train` minimizes.
+
+    separable: the loss is a mean over pairs, so parts of a step can be computed one by one.
+    branch_slices: reward model -> its branches among those of a pair.
+    """
+
     separable: bool
-    branch_slices: dict[str, slice]  # reward model -> its branches of a pair
+    branch_slices: dict[str, slice]
 
     def branches(self, example: Example) -> list[Branch]:
-        """Token paths to score, always the same number."""
+        """The token paths to score, the same number for each example."""
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        """The step's loss and detached figures.  logps: (pairs, branches), nats"""
+        """The step's loss, a scalar, and its figures, detached.
+
+        logps: (pairs, branches) summed log-probabilities, nats.
+        """
 
     def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """What the loss weighs against each other, before its weights; none where it is one term."""
+        """The terms that the loss weighs against each other, before their weights.
+
+        Empty if the loss has one term. logps: (pairs, branches), nats.
+        """
 
 
 class _Base:
+    """Shared by the objectives: labels, log-ratios, the choice of preference loss.
+
+    dpo_reference: weights key of the model that training starts from.
+    reward_reference: weights key of the implicit reward's reference, if it has one.
+    """
+
     separable = True
 
     def __init__(
         self, settings: TrainSettings, chat: Chat, dpo_reference: str, reward_reference: str | None
     ) -> None:
-        self.settings, self.dpo_reference, self.reward_reference = (
-            settings,
-            dpo_reference,
-            reward_reference,
-        )
+        self.settings = settings
+        self.dpo_reference = dpo_reference
+        self.reward_reference = reward_reference
         self.models = reward_models.make(settings.reward_models, chat, settings)
         self.branch_slices = reward_models.branch_slices(self.models)
 
     def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """No terms: the loss is one term."""
         return {}
 
     def labels(self, examples: Sequence[Example], like: Tensor) -> Tensor:
-        return torch.tensor(
-            [e.label for e in examples], dtype=torch.float32, device=like.device
-        )  # (pairs,)
+        """+1, -1 or 0 of each pair, on the device of `like`.  -> (pairs,)"""
+        labels = [example.label for example in examples]
+        return torch.tensor(labels, dtype=torch.float32, device=like.device)
 
     def log_ratios(self, logps: Tensor, examples: Sequence[Example]) -> Tensor:
-        """h(y) = log pi_theta(y|x) - log pi_ref(y|x) of both responses.  logps: (pairs, 2) -> (2, pairs)"""
-        reference = [e.pair.reference_logps[self.dpo_reference] for e in examples]
-        return logps.T - torch.tensor(reference, dtype=torch.float32, device=logps.device).T
+        """h(y) = log pi_theta(y|x) - log pi_ref(y|x) of both responses, nats.
 
-    def preference(
+        logps: (pairs, 2) -> (2, pairs)
+        """
+        references = [example.pair.reference_logps[self.dpo_reference] for example in examples]
+        # (pairs, 2)
+        reference = torch.tensor(references, dtype=torch.float32, device=logps.device)
+        return logps.T - reference.T
+
+    def preference_loss(
         self, logps: Tensor, ratios: Tensor, examples: Sequence[Example]
-    ) -> Callable[[Tensor], Tensor]:
-        """The preference loss of each pair as a function of its label.  logps: (pairs, 2), ratios: (2, pairs)"""
-        s = self.settings
-        if s.preference_loss == "simpo":
-            lengths = torch.tensor(
-                [[len(ids) for ids in e.pair.response_ids] for e in examples], device=logps.device
-            )
+    ) -> PreferenceLoss:
+        """The preference loss of the settings, of each pair, as a function of its label.
+
+        logps: (pairs, 2) of both responses, nats; ratios: (2, pairs), as `log_ratios`.
+        """
+        settings = self.settings
+        if settings.preference_loss == "simpo":
+            lengths = [[len(ids) for ids in example.pair.response_ids] for example in examples]
+            # nats per token, (pairs, 2)
+            mean_logps = logps / torch.tensor(lengths, device=logps.device)
             return partial(
-                losses.simpo, (logps / lengths).T, beta=s.beta, target_margin=s.target_margin
+                losses.simpo,
+                mean_logps.T,
+                beta=settings.beta,
+                target_margin=settings.target_margin,
             )
-        return partial(WITH_REFERENCE[s.preference_loss], ratios, beta=s.beta)
+        loss = WITH_REFERENCE[settings.preference_loss]
+        return partial(loss, ratios, beta=settings.beta)
 
 
 class Sft(_Base):
-    """Teaches to answer (chosen response) and to judge (the right verdict in both orders), as EFT data do (arXiv 2401.10020)."""
+    """Supervised: the chosen response, and the judge's correct verdict in both orders.
+
+    As the EFT data of Self-Rewarding Language Models (arXiv 2401.10020) teach both.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.judge = self.models.get("judge")
-        self.answers = (
-            1 if self.settings.sft_response_weight else 0
-        )  # branches of the chosen response
-        parts = {"answer": slice(0, self.answers), "judge": slice(self.answers, self.answers + 4)}
-        self.branch_slices = {
-            name: part
-            for name, part in parts.items()
-            if (self.answers if name == "answer" else self.judge)
-        }
+        self.branch_slices = {}
+        #: Branches of the chosen response: one, or none if its loss has no weight
+        self.n_answer_branches = 1 if self.settings.sft_response_weight else 0
+        if self.n_answer_branches:
+            self.branch_slices["answer"] = slice(0, self.n_answer_branches)
+        if self.judge:
+            # 2 orders x tokens A and B
+            end = self.n_answer_branches + 4
+            self.branch_slices["judge"] = slice(self.n_answer_branches, end)
 
     def branches(self, example: Example) -> list[Branch]:
-        chosen = example.pair.response_ids[0 if example.label > 0 else 1]
-        answer = [continuation(example.pair.prompt_ids, chosen)] * self.answers
-        return [*answer, *(self.judge.branches(example.pair) if self.judge else [])]
+        """The chosen response, then the judge's verdicts."""
+        pair = example.pair
+        branches = []
+        if self.n_answer_branches:
+            branches.append(continuation(pair.prompt_ids, _chosen_ids(example)))
+        if self.judge:
+            branches += self.judge.branches(pair)
+        return branches
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        loss, metrics = logps.new_zeros(()), Metrics()
+        """The weighted loss per response token, plus the loss of the verdict.
+
+        logps: (pairs, branches), nats.
+        """
+        loss = logps.new_zeros(())
+        metrics: Metrics = {}
         if "answer" in self.branch_slices:
-            lengths = [len(e.pair.response_ids[0 if e.label > 0 else 1]) for e in examples]
-            nll = -logps[:, 0] / torch.tensor(
-                lengths, device=logps.device
-            )  # mean over tokens, (pairs,)
-            loss = loss + self.settings.sft_response_weight * nll.mean()
-            metrics["sft/answer_nll"] = float(nll.detach().mean())
+            lengths = [len(_chosen_ids(example)) for example in examples]
+            # nats per token, (pairs,)
+            answer_nll = -logps[:, 0] / torch.tensor(lengths, device=logps.device)
+            loss = loss + self.settings.sft_response_weight * answer_nll.mean()
+            metrics["sft/answer_nll"] = float(answer_nll.detach().mean())
         if "judge" in self.branch_slices:
-            label, verdicts = self.labels(examples, logps), logps[:, self.branch_slices["judge"]]
+            label = self.labels(examples, logps)
+            # (pairs, 2 orders x 2 tokens)
+            verdicts = logps[:, self.branch_slices["judge"]]
             nll = verdict_nll(verdicts, label)
             loss = loss + nll
-            judged = log_odds.average_orders(verdicts.detach().T.unflatten(0, (2, 2))).log_odds
-            metrics |= {
-                "sft/verdict_nll": float(nll.detach()),
-                "accuracy/judge": float((judged * label > 0).float().mean()),
-            }
+            metrics["sft/verdict_nll"] = float(nll.detach())
+            metrics["accuracy/judge"] = _judge_accuracy(verdicts.detach(), label)
         return loss, metrics
 
 
+def _chosen_ids(example: Example) -> tuple[int, ...]:
+    """The token ids of the response that the label prefers."""
+    first, second = example.pair.response_ids
+    return first if example.label > 0 else second
+
+
+def _judge_accuracy(verdicts: Tensor, label: Tensor) -> float:
+    """The share of pairs on which the order-averaged judge has the label's sign.
+
+    verdicts: (pairs, 2 orders x tokens A and B), nats; label: (pairs,) +1 or -1.
+    """
+    # (2 orders, 2 tokens, pairs)
+    by_order = verdicts.T.unflatten(0, (2, 2))
+    judge = log_odds.average_orders(by_order).log_odds
+    correct = judge * label > 0
+    return float(correct.float().mean())
+
+
 def verdict_nll(verdicts: Tensor, label: Tensor) -> Tensor:
-    """Mean of -log P(the right verdict) over pairs and both orders, nats.  verdicts: (pairs, 2 orders x tokens A and B); label: (pairs,)"""
-    right = torch.stack(
-        [label < 0, label > 0], dim=1
-    ).long()  # first better: A in the first order, B in the second
-    return -verdicts.unflatten(1, (2, 2)).gather(2, right[:, :, None]).mean()
+    """Mean of -log P(correct verdict) over pairs and both orders, nats, a scalar.
+
+    verdicts: (pairs, 2 orders x tokens A and B), nats; label: (pairs,) +1 or -1.
+    """
+    # If the first response is better, A (0) is correct in the first order and B (1) in the second.
+    correct = torch.stack([label < 0, label > 0], dim=1).long()
+    # (pairs, 2 orders, 2 tokens)
+    by_order = verdicts.unflatten(1, (2, 2))
+    return -by_order.gather(2, correct[:, :, None]).mean()
 
 
 class Dpo(_Base):
-    """Labelled pairs, DPO (arXiv 2305.18290) or another preference loss against the model training started from."""
+    """Labelled pairs: DPO (arXiv 2305.18290) or another preference loss.
+
+    The reference of the log-ratios is the model that training starts from.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.branch_slices = {"implicit": slice(0, 2)}
 
     def branches(self, example: Example) -> list[Branch]:
-        return [continuation(example.pair.prompt_ids, ids) for ids in example.pair.response_ids]
+        """Both responses after their prompt."""
+        pair = example.pair
+        return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        label, ratios = self.labels(examples, logps), self.log_ratios(logps, examples)
-        probability = torch.tensor([e.label_probability for e in examples], device=logps.device)
-        loss = losses.hedged(self.preference(logps, ratios, examples), label, probability).mean()
+        """The mean preference loss, a scalar, and its figures.  logps: (pairs, 2), nats"""
+        label = self.labels(examples, logps)
+        ratios = self.log_ratios(logps, examples)
+        probabilities = [example.label_probability for example in examples]
+        probability = torch.tensor(probabilities, device=logps.device)
+        preference_loss = self.preference_loss(logps, ratios, examples)
+        loss = losses.hedged(preference_loss, label, probability).mean()
         return loss, dpo_metrics(logps, ratios, label, self.settings.beta)
 
 
 def check_scir(settings: TrainSettings, models: Mapping[str, RewardModel]) -> None:
-    """Raises ConfigError for what the settings alone cannot check: it takes the reward models' classes."""
-    held, weight = settings.stop_gradient, settings.entropy_weight
-    if held not in ("none", *models):
+    """Raises ConfigError for settings that do not fit these reward models.
+
+    The settings alone cannot check them: the limits depend on the reward models' classes.
+    """
+    stopped = settings.stop_gradient
+    if stopped not in ("none", *models):
         raise ConfigError(
-            f"stop_gradient is '{held}', which is not among the reward models.{suggest(held, models)}"
+            f"stop_gradient is '{stopped}'; expected none or a reward model of this run."
+            f"{suggest(stopped, models)}"
         )
     separate = settings.judge_orders == "separate"
     n_verdicts = sum(2 if model.has_seats and separate else 1 for model in models.values())
+    weight = settings.entropy_weight
     ceiling = entropy_ceiling(n_verdicts)
     if weight >= ceiling:
         raise ConfigError(
-            f"entropy_weight is {weight}; from {ceiling:g} on, with {n_verdicts} verdicts per pair (a model with seats has "
-            f"two), the penalty rewards confident disagreement. Use less than {ceiling:g}, 0.1 is the default"
+            f"entropy_weight is {weight}; from {ceiling:g} on, with {n_verdicts} verdicts per pair"
+            " (a model that compares in both orders has two), the penalty rewards confident"
+            f" disagreement. Use less than {ceiling:g}; the default is 0.1"
         )
 
 
 class Scir(_Base):
-    """SCIR (arXiv 2502.08922): inconsistency penalty on every pair, DPO on those the reward models agree about in this step.
+    """SCIR (arXiv 2502.08922): a penalty on all pairs, a preference loss on agreed ones.
 
-    Pairs with a label are anchors: they teach the judge its verdict and take no part in anything else.
+    The label of an agreed pair is the sign that the reward models share in this step.
+    Pairs with a gold label are anchors: they train the judge's verdict and enter nothing else.
+    penalty_weight: lambda, 1 until it is fitted.
     """
 
     separable = False
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        given = self.settings.penalty_weight
-        self.penalty_weight = 1.0 if given is None else given  # 1 until it is fitted
-        self.guard = CollapseWarning(20)
+        weight = self.settings.penalty_weight
+        self.penalty_weight = 1.0 if weight is None else weight
+        self.collapse_warning = CollapseWarning(COLLAPSE_WINDOW)
 
     def branches(self, example: Example) -> list[Branch]:
+        """The branches of all reward models, one after the other."""
         return reward_models.all_branches(self.models, example.pair)
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        """The step's loss: SCIR's on its unlabelled pairs, and the verdict's on its anchors."""
+        """SCIR's loss on the unlabelled pairs, plus the verdict loss on the anchors.
+
+        logps: (pairs, branches), nats.
+        """
         label = self.labels(examples, logps)
-        anchored = label != 0
-        loss, metrics = logps.sum() * 0, Metrics()
-        if not bool(anchored.all()):
-            terms, metrics = self._scir(logps[~anchored], [e for e in examples if not e.label])
+        is_anchor = label != 0
+        loss = logps.sum() * 0
+        metrics: Metrics = {}
+        if not bool(is_anchor.all()):
+            unlabelled = [example for example in examples if not example.label]
+            terms, metrics = self._scir(logps[~is_anchor], unlabelled)
             loss = terms.loss
-            self.guard(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
-        if bool(anchored.any()):
-            nll = verdict_nll(logps[anchored][:, self.branch_slices["judge"]], label[anchored])
+            self.collapse_warning(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
+        if bool(is_anchor.any()):
+            # (anchors, 2 orders x 2 tokens)
+            verdicts = logps[is_anchor][:, self.branch_slices["judge"]]
+            nll = verdict_nll(verdicts, label[is_anchor])
             loss = loss + self.settings.anchor_weight * nll
             metrics["anchors/verdict_nll"] = float(nll.detach())
         return loss, metrics
 
     def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The preference loss and the penalty, before lambda, of a step's unlabelled pairs."""
-        own = [place for place, example in enumerate(examples) if not example.label]
-        if not own:
-            return dict.fromkeys(("preference", "penalty"), logps.sum() * 0)
-        terms, _ = self._scir(logps[own], [examples[place] for place in own])
-        return {"preference": terms.agreed, "penalty": terms.inconsistency}
+        """The preference loss, and the penalty before lambda, of the unlabelled pairs.
+
+        logps: (pairs, branches), nats -> scalars.
+        """
+        indices = [i for i, example in enumerate(examples) if not example.label]
+        if not indices:
+            zero = logps.sum() * 0
+            return {"preference": zero, "penalty": zero}
+        unlabelled = [examples[i] for i in indices]
+        terms, _ = self._scir(logps[indices], unlabelled)
+        return {"preference": terms.preference_loss, "penalty": terms.penalty}
 
     def _scir(self, logps: Tensor, examples: Sequence[Example]) -> tuple[losses.Scir, Metrics]:
-        s = self.settings
-        said = reward_models.all_outputs(
-            self.models,
-            logps,
-            Context.of([e.pair for e in examples], self.reward_reference, logps.device),
-        )
-        judge = said["judge"]
-        trained = {
-            view: a.detach() if name == s.stop_gradient else a
-            for name, answer in said.items()
-            for view, a in self._orders(name, answer).items()
-        }
-        models, averaged = (
-            torch.stack(odds)
-            for odds in (list(trained.values()), [a.log_odds for a in said.values()])
-        )  # (K, pairs)
-        masses = torch.stack([a.verdict_mass for a in said.values() if a.verdict_mass is not None])
-        silent = (masses.detach() < s.min_verdict_mass).any(0)
-        masking = averaged if s.mask == "all" else judge.log_odds[None]
-        voters = masking.detach().masked_fill(silent, float("nan"))
-        own = logps[:, self.branch_slices["implicit"]]
-        ratios = self.log_ratios(own, examples)
+        """The terms of SCIR's objective and their figures.
+
+        logps: (pairs, branches), nats; examples: unlabelled.
+        """
+        settings = self.settings
+        pairs = [example.pair for example in examples]
+        context = Context.of(pairs, self.reward_reference, logps.device)
+        outputs = reward_models.all_outputs(self.models, logps, context)
+
+        penalized = self._penalized(outputs)
+        # (K, pairs)
+        models = torch.stack(list(penalized.values()))
+        # (reward models, pairs)
+        averaged = torch.stack([output.log_odds for output in outputs.values()])
+        voters = self._voters(outputs, averaged)
+
+        answers = logps[:, self.branch_slices["implicit"]]
+        ratios = self.log_ratios(answers, examples)
         terms = losses.scir(
-            models, voters, self.preference(own, ratios, examples), penalty_weight=self.penalty_weight,
-            entropy_weight=s.entropy_weight, min_confidence=s.min_confidence,
-        )  # fmt: skip
-        metrics = self._metrics(terms, trained, averaged, judge, ratios, logps)
-        return terms, metrics | {
-            "scir/scale": float(s.implicit_scale),
-            "scir/penalty_weight": self.penalty_weight,
-        }
-
-    def _orders(self, name: str, answer: RewardOutput) -> dict[str, Tensor]:
-        """A reward model as the penalty sees it: one that compares in both orders as its two orders, or their average."""
-        if answer.orders is None or self.settings.judge_orders == "averaged":
-            return {name: answer.log_odds}
-        return {f"{name}_forward": answer.orders[0], f"{name}_swapped": answer.orders[1]}
-
-    def _metrics(
-        self,
-        t: losses.Scir,
-        models: dict[str, Tensor],
-        averaged: Tensor,
-        judge: RewardOutput,
-        ratios: Tensor,
-        logps: Tensor,
-    ) -> Metrics:
-        assert judge.orders is not None and judge.verdict_mass is not None
-        n = t.mask.sum().clamp(min=1)
-        label = t.label * t.mask  # 0 where the mask is off
-        kept = (
-            dpo_metrics(
-                logps[t.mask][:, self.branch_slices["implicit"]],
-                ratios[:, t.mask],
-                label[t.mask],
-                self.settings.beta,
-            )
-            if t.mask.any()
-            else {}
+            models,
+            voters,
+            self.preference_loss(answers, ratios, examples),
+            penalty_weight=self.penalty_weight,
+            entropy_weight=settings.entropy_weight,
+            min_confidence=settings.min_confidence,
         )
-        return kept | {
-            "scir/preference_loss": float((t.preference.detach() * t.mask).sum() / n),
-            "scir/inconsistency": float(t.sym.detach().mean()),
-            "scir/entropy": float(t.conf.detach().mean()),
-            "scir/mask_rate": float(t.mask.float().mean()),
-            "scir/agreement": float((averaged.sign() == averaged[0].sign()).all(0).float().mean()),
-            "scir/flip_rate": float(
-                (judge.orders[0].sign() == -judge.orders[1].sign()).float().mean()
-            ),
-            "scir/verdict_mass": float(judge.verdict_mass.detach().mean()),
-            **{
-                f"abs_log_odds/{name}": float(a.detach().abs().mean()) for name, a in models.items()
-            },
-            "abs_log_odds/judge": float(
-                judge.log_odds.detach().abs().mean()
-            ),  # of the averaged orders
-        }
+        metrics = self._agreed_metrics(terms, answers, ratios)
+        metrics |= _scir_metrics(terms, penalized, averaged, outputs["judge"])
+        metrics["scir/scale"] = float(settings.implicit_scale)
+        metrics["scir/penalty_weight"] = self.penalty_weight
+        return terms, metrics
+
+    def _penalized(self, outputs: Mapping[str, RewardOutput]) -> dict[str, Tensor]:
+        """The log-odds that the penalty makes consistent, by name, (pairs,) each.
+
+        A reward model that compares in both orders enters as its two orders or as their average.
+        The gradient of --stop-gradient's reward model is stopped.
+        """
+        separate = self.settings.judge_orders == "separate"
+        penalized: dict[str, Tensor] = {}
+        for name, output in outputs.items():
+            if separate and output.orders is not None:
+                views = {
+                    f"{name}_forward": output.orders[0],
+                    f"{name}_swapped": output.orders[1],
+                }
+            else:
+                views = {name: output.log_odds}
+            for view, a in views.items():
+                stopped = name == self.settings.stop_gradient
+                penalized[view] = a.detach() if stopped else a
+        return penalized
+
+    def _voters(self, outputs: Mapping[str, RewardOutput], averaged: Tensor) -> Tensor:
+        """The log-odds that must agree, detached; NaN if the verdict mass is too small.
+
+        averaged: (reward models, pairs) -> (voters, pairs), nats
+        """
+        masses = [
+            output.verdict_mass for output in outputs.values() if output.verdict_mass is not None
+        ]
+        mass = torch.stack(masses).detach()
+        no_verdict = (mass < self.settings.min_verdict_mass).any(0)
+        voters = averaged
+        if self.settings.mask != "all":
+            voters = outputs["judge"].log_odds[None]
+        return voters.detach().masked_fill(no_verdict, float("nan"))
+
+    def _agreed_metrics(self, terms: losses.Scir, answers: Tensor, ratios: Tensor) -> Metrics:
+        """DPO's figures on the agreed pairs; none if there is no such pair.
+
+        answers: (pairs, 2) log-probabilities of both responses, nats; ratios: (2, pairs).
+        """
+        mask = terms.mask
+        if not mask.any():
+            return {}
+        label = terms.label[mask]
+        return dpo_metrics(answers[mask], ratios[:, mask], label, self.settings.beta)
+
+
+def _scir_metrics(
+    terms: losses.Scir, penalized: Mapping[str, Tensor], averaged: Tensor, judge: RewardOutput
+) -> Metrics:
+    """SCIR's figures of a step.
+
+    penalized: (pairs,) log-odds by name, nats; averaged: (reward models, pairs), nats.
+    """
+    assert judge.orders is not None and judge.verdict_mass is not None
+    n_agreed = terms.mask.sum().clamp(min=1)
+    masked_loss = (terms.pair_preference_loss.detach() * terms.mask).sum()
+    agree = (averaged.sign() == averaged[0].sign()).all(0)
+    flipped = judge.orders[0].sign() == -judge.orders[1].sign()
+    metrics = {
+        "scir/preference_loss": float(masked_loss / n_agreed),
+        "scir/inconsistency": float(terms.pair_inconsistency.detach().mean()),
+        "scir/entropy": float(terms.pair_entropy.detach().mean()),
+        "scir/mask_rate": float(terms.mask.float().mean()),
+        "scir/agreement": float(agree.float().mean()),
+        "scir/flip_rate": float(flipped.float().mean()),
+        "scir/verdict_mass": float(judge.verdict_mass.detach().mean()),
+    }
+    for name, a in penalized.items():
+        metrics[f"abs_log_odds/{name}"] = float(a.detach().abs().mean())
+    # The average of its orders, also if the penalty reads the orders
+    metrics["abs_log_odds/judge"] = float(judge.log_odds.detach().abs().mean())
+    return metrics
 
 
 class CollapseWarning:
-    """Warns once when a judge collapses into answering by seat: |a| halved, and flips up by a tenth, since the first looks (METHOD 4.3, 4.5).
+    """Warns once if a judge collapses into choosing by seat (docs/method.md, guard 5).
 
-    Both are means over `window` looks, so that one odd batch is no collapse.
+    That is: mean |log-odds| halved and the order-flip rate a tenth higher, in the last `window`
+    measurements against the first. Means over a window, so that one odd batch is no collapse.
     """
 
     def __init__(self, window: int) -> None:
-        self.window, self.seen = (
-            window,
-            list[tuple[float, float]](),
-        )  # (mean |a|, flip rate) of each look
+        #: 0 once the warning is out
+        self.window = window
+        #: (mean |log-odds|, order-flip rate) of each measurement
+        self.history: list[tuple[float, float]] = []
 
-    def __call__(self, size: float, flips: float) -> None:
-        self.seen.append((size, flips))
-        if self.window and len(self.seen) > self.window:
-            (size0, flips0), (size1, flips1) = (
-                [sum(x) / self.window for x in zip(*part, strict=True)] for part in self._ends()
+    def __call__(self, size: float, flip_rate: float) -> None:
+        """Adds a measurement.  size: mean |log-odds|, nats; flip_rate: between 0 and 1"""
+        self.history.append((size, flip_rate))
+        if not self.window or len(self.history) <= self.window:
+            return
+        first_size, first_flips = self._means(self.history[: self.window])
+        last_size, last_flips = self._means(self.history[-self.window :])
+        if last_size < 0.5 * first_size and last_flips > first_flips + 0.1:
+            self.window = 0
+            warn(
+                f"the judge is collapsing: mean |log-odds| {first_size:.2f} -> {last_size:.2f},"
+                f" flip rate {first_flips:.0%} -> {last_flips:.0%}."
+                " Lower --penalty-weight or --implicit-scale, or set --stop-gradient judge"
             )
-            if size1 < 0.5 * size0 and flips1 > flips0 + 0.1:
-                self.window = 0
-                warn(
-                    f"the judge is collapsing: mean |log-odds| {size0:.2f} -> {size1:.2f}, flip rate {flips0:.0%} -> {flips1:.0%}. "
-                    "Lower --penalty-weight or --implicit-scale, or set --stop-gradient judge"
-                )
 
-    def _ends(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-        return self.seen[: self.window], self.seen[-self.window :]
+    def _means(self, measurements: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        """The mean size and the mean order-flip rate of a window."""
+        size = sum(size for size, _ in measurements) / self.window
+        flip_rate = sum(flip_rate for _, flip_rate in measurements) / self.window
+        return size, flip_rate
 
 
 def dpo_metrics(logps: Tensor, ratios: Tensor, label: Tensor, beta: float) -> Metrics:
-    """DPO's usual figures under their usual names.  logps: (pairs, 2); ratios: (2, pairs); label: (pairs,) +1 or -1"""
+    """DPO's usual figures under the names that other trainers log.
+
+    logps: (pairs, 2), ratios: (2, pairs), of first and second, nats; label: (pairs,) +1 or -1.
+    """
+    first_is_better = label > 0
     margins = beta * label * (ratios[0] - ratios[1]).detach()
-    chosen = torch.where(label > 0, logps[:, 0], logps[:, 1]).detach()
-    rejected = torch.where(label > 0, logps[:, 1], logps[:, 0]).detach()
-    rewards = (
-        beta * torch.where(label > 0, ratios, ratios.flip(0)).detach()
-    )  # (2, pairs): of the chosen and of the rejected
+    chosen = torch.where(first_is_better, logps[:, 0], logps[:, 1]).detach()
+    rejected = torch.where(first_is_better, logps[:, 1], logps[:, 0]).detach()
+    # Of the chosen and of the rejected response, (2, pairs)
+    rewards = beta * torch.where(first_is_better, ratios, ratios.flip(0)).detach()
     return {
         "rewards/chosen": float(rewards[0].mean()),
         "rewards/rejected": float(rewards[1].mean()),
@@ -350,4 +499,5 @@ def dpo_metrics(logps: Tensor, ratios: Tensor, label: Tensor, beta: float) -> Me
     }
 
 
+#: --objective -> its class
 TABLE: dict[str, type[Any]] = {"sft": Sft, "dpo": Dpo, "scir": Scir}

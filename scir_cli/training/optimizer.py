@@ -15,44 +15,53 @@ from scir_cli.engine.distributed import full_tensor, shard_like
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on fp32 copies of bf16 weights; weights in fp32 need no copy.
 
-    bf16 keeps 8 bits, so most updates of a small learning rate would round to nothing.
+    bf16 has 8 bits of precision, so most updates of a small learning rate would round to nothing.
+    model_params: the parameters of the model, one per master weight.
     """
 
     def __init__(self, params: Sequence[Tensor], **options: Any) -> None:
         self.model_params = list(params)
-        masters = [
-            p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.model_params
-        ]
+        masters = []
+        for param in self.model_params:
+            if param.dtype == torch.float32:
+                masters.append(param)
+            else:
+                masters.append(param.detach().float().clone())
         super().__init__(masters, fused=True, **options)
 
     @property
     def master(self) -> list[Tensor]:
+        """The fp32 weights that are updated, in the order of `model_params`."""
         return self.param_groups[0]["params"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One parameter at a time, so that fp32 gradients never exist all at once."""
+        """Updates the parameters one by one, so that one fp32 gradient exists at once."""
         group = self.param_groups[0]
         masters = group["params"]
         try:
-            for master, live in zip(masters, self.model_params, strict=True):
+            for master, param in zip(masters, self.model_params, strict=True):
                 group["params"] = [master]
-                if master is not live:
-                    master.grad = None if live.grad is None else live.grad.float()
-                    live.grad = None
+                if master is not param:
+                    master.grad = None if param.grad is None else param.grad.float()
+                    param.grad = None
                 super().step(closure)
-                if master is not live:
-                    live.copy_(master)
+                if master is not param:
+                    param.copy_(master)
                     master.grad = None
         finally:
             group["params"] = masters
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for live in getattr(self, "model_params", ()):
-            live.grad = None
+        """Removes the gradients of the model's parameters."""
+        for param in self.model_params:
+            param.grad = None
 
     def update(self, max_norm: float) -> float:
-        """Ends a step: clips the gradient and takes it, if it is finite. Returns its norm before clipping."""
+        """Clips the gradient and takes a step if it is finite.
+
+        Returns the norm before clipping.
+        """
         gradients = [p.grad for p in self.model_params if p.grad is not None]
         norm = total_norm(gradients)
         if norm > max_norm:
@@ -62,24 +71,33 @@ class MasterAdamW(torch.optim.AdamW):
         return norm
 
     def whole(self, keep: bool) -> dict[str, Any]:
-        """All state as one process would have it. Collective: every rank has to call it; without `keep`, tensors are None."""
-        moments = [{k: full_tensor(v, keep) for k, v in self.state[p].items()} for p in self.master]
-        return {"master": [full_tensor(p, keep) for p in self.master], "moments": moments}
+        """The state as full tensors on the CPU, under any number of ranks.
+
+        Collective: every rank must call it; ranks with keep=False get None for each tensor.
+        """
+        moments = []
+        for master in self.master:
+            state = self.state[master]
+            moments.append({name: full_tensor(value, keep) for name, value in state.items()})
+        masters = [full_tensor(master, keep) for master in self.master]
+        return {"master": masters, "moments": moments}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Loads the state that `whole` returned, under any number of ranks."""
-        for master, live, values, moments in zip(
-            self.master, self.model_params, state["master"], state["moments"], strict=True
-        ):
-            master.copy_(shard_like(values, master))
-            if live is not master:
-                live.copy_(master)
-            self.state[master] = {
-                k: v if k == "step" else shard_like(v, master) for k, v in moments.items()
-            }
+        """Loads a state that `whole` returned, under any number of ranks."""
+        saved = zip(state["master"], state["moments"], strict=True)
+        params = zip(self.master, self.model_params, strict=True)
+        for (master, param), (value, moments) in zip(params, saved, strict=True):
+            master.copy_(shard_like(value, master))
+            if param is not master:
+                param.copy_(master)
+            restored = {}
+            for name, moment in moments.items():
+                restored[name] = moment if name == "step" else shard_like(moment, master)
+            self.state[master] = restored
 
 
 def total_norm(gradients: Sequence[Tensor]) -> float:
     """The norm of all gradients together, over all shards."""
-    return float(full_tensor(torch.nn.utils.get_total_norm(gradients)))
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return float(full_tensor(norm))

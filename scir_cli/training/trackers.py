@@ -1,9 +1,11 @@
-"""The figures of metrics.jsonl for TensorBoard, Weights & Biases, trackio, MLflow and what else accelerate knows, under the names dashboards expect:
+"""Experiment trackers: the figures of metrics.jsonl, under dashboards' usual names.
 
-    train/rewards/margins, train/loss …   what transformers' and TRL's trainers call them
-    eval/accuracy/judge, eval/agreement … on the validation pairs
+    train/rewards/margins, train/loss, …    as transformers' and TRL's trainers log them
+    eval/accuracy/judge, eval/agreement, …  on the validation pairs
 
-accelerate's tracker classes are used, and not its Accelerator: that one, on ending, destroys the process group other ranks still need.
+TensorBoard, Weights & Biases, trackio, MLflow and all others that accelerate supports.
+Only accelerate's tracker classes are used, not its Accelerator: when that ends, it destroys the
+process group that other ranks still need.
 """
 
 from __future__ import annotations
@@ -18,75 +20,81 @@ from scir_cli.errors import ConfigError, suggest
 from scir_cli.training import metrics
 
 PROJECT = "scir"
+
+#: Tracker -> its argument for the name of a run
 NAME_AS = {
     "wandb": "name",
     "trackio": "name",
     "mlflow": "run_name",
-}  # how a tracker takes the name of a run
+}
 
-
-def check(names: Sequence[str]) -> None:
-    """Raises ConfigError for a tracker that accelerate does not know, or whose package is missing (accelerate would log nowhere, in silence)."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known, available = (
-        {str(n) for n in LOGGER_TYPE_TO_CLASS},
-        {str(n) for n in get_available_trackers()},
-    )
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--report-to {name}: no such tracker.{suggest(name, known)}")
-        if name in BUILT_IN and name not in available:
-            raise ConfigError(f"--report-to {name} needs its package: pip install {BUILT_IN[name]}")
-
-
-#: trackers that come with accelerate -> the package each needs; one that a user registers brings its own
+#: accelerate's trackers -> the package each needs; a user's registered tracker is not listed
 BUILT_IN = {
-    **{
-        name: name
-        for name in (
-            "tensorboard",
-            "wandb",
-            "trackio",
-            "mlflow",
-            "aim",
-            "clearml",
-            "dvclive",
-            "swanlab",
-        )
-    },
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "aim": "aim",
+    "clearml": "clearml",
+    "dvclive": "dvclive",
+    "swanlab": "swanlab",
     "comet_ml": "comet-ml",
 }
 
 
+def check(names: Sequence[str]) -> None:
+    """Raises ConfigError for an unknown tracker, or if its package is missing.
+
+    accelerate itself would log nothing, without a message.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    registered = {str(name) for name in LOGGER_TYPE_TO_CLASS}
+    available = {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name not in registered:
+            raise ConfigError(f"--report-to {name}: unknown tracker.{suggest(name, registered)}")
+        if name in BUILT_IN and name not in available:
+            raise ConfigError(f"--report-to {name} needs its package: pip install {BUILT_IN[name]}")
+
+
 class Trackers:
-    """Started trackers of one run; `log` takes a record's figures by their names in metrics.jsonl."""
+    """The started trackers of one run.
+
+    names: as --report-to. out: the output folder, which names the run.
+    plan: settings to store with the run. cpu: whether the run uses no GPU.
+    """
 
     def __init__(self, names: Sequence[str], out: Path, plan: Mapping[str, Any], cpu: bool) -> None:
+        """Starts the trackers. Raises ConfigError as `check` does."""
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         check(names)
-        PartialState(cpu=cpu)  # the trackers' own logging asks for it
+        # The trackers' logging needs accelerate's state.
+        PartialState(cpu=cpu)
         self.trackers = []
         for name in dict.fromkeys(names):
             kind = LOGGER_TYPE_TO_CLASS[name]
             folder = [str(out)] if kind.requires_logging_directory else []
-            named = {NAME_AS[name]: str(out)} if name in NAME_AS else {}
-            self.trackers.append(kind(PROJECT, *folder, **named))
-        with redirect_stdout(sys.stderr):  # some greet, and stdout is for results
+            options = {NAME_AS[name]: str(out)} if name in NAME_AS else {}
+            self.trackers.append(kind(PROJECT, *folder, **options))
+
+        config = {key: str(value) for key, value in plan.items()}
+        # Some trackers print at the start, and stdout is for results.
+        with redirect_stdout(sys.stderr):
             for tracker in self.trackers:
                 tracker.start()
-                tracker.store_init_configuration({key: str(value) for key, value in plan.items()})
+                tracker.store_init_configuration(config)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
+        """Logs figures of a step.  figures: by their names in metrics.jsonl"""
+        values = {metrics.tracker_name(name): float(value) for name, value in figures.items()}
         for tracker in self.trackers:
-            tracker.log(
-                {metrics.tracker_name(name): float(value) for name, value in figures.items()},
-                step=step,
-            )
+            tracker.log(values, step=step)
 
     def close(self) -> None:
+        """Ends the run in each tracker."""
         with redirect_stdout(sys.stderr):
             for tracker in self.trackers:
                 tracker.finish()

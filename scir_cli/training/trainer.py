@@ -1,12 +1,18 @@
-"""The training loop: one file. A step is scored in packs of token trees; nothing here knows an objective's equation.
+"""The training loop. A step is scored in packs of token trees.
 
-    separable objective:       forward, loss, backward, pack by pack
-    a loss over the whole step (SCIR's mask): all log-probabilities first, d loss / d log-prob of each branch, and each pack hands its share down:
-                               in the same graph where the step is one pack, in a second pass where it is several
+The equations are in losses.py; the loop depends on how a loss combines pairs, and on nothing else:
 
-Over ranks the pairs of a step are shared out by tokens, every rank sees all their log-probabilities, and gradients are summed: neither packs nor ranks
-change the result. Weights stay in the precision they are scored in, so that step 0 equals what `judge` saw; AdamW works on fp32 copies.
-Left out on purpose: any reference model in the loop.
+    a loss that is a mean over pairs    forward, loss and backward, one pack after the other
+    a loss over the whole step          1. the log-probabilities of all pairs
+    (SCIR's mask)                       2. d loss / d log-probability of each branch
+                                        3. each pack backpropagates its part of that gradient:
+                                           in the same graph if the step is one pack, in a second
+                                           forward pass if it is several
+
+The pairs of a step are divided among ranks by tokens, every rank gets all log-probabilities of the
+step, and gradients are summed: results depend neither on packs nor on the number of ranks.
+Weights keep the precision they are scored in, so that step 0 equals the output of `judge`; AdamW
+updates fp32 copies. No reference model is loaded here: its log-probabilities are in the examples.
 """
 
 from __future__ import annotations
@@ -41,80 +47,132 @@ from scir_cli.training.objectives import Example, Metrics, Objective
 from scir_cli.training.optimizer import MasterAdamW, total_norm
 from scir_cli.training.trackers import Trackers
 
+T = TypeVar("T")
 
-def rate(step: int, n_steps: int, settings: TrainSettings) -> float:
-    """Learning rate of a step as a share of the peak: linear warm-up that starts above 0, then the schedule, which ends above 0."""
+#: The pairs of each pack, as indices into the step's batch.
+Packs = list[list[int]]
+
+#: d loss / d log-probabilities, from the log-probabilities of a step.  (pairs, branches) -> same
+GradLogps = Callable[[Tensor], Tensor]
+
+#: Called with the step and the figures that are logged.
+OnLog = Callable[[int, Metrics], None]
+
+#: Pairs of a batch that an error names.
+N_NAMED_PAIRS = 4
+
+# Parameters of glibc's mallopt
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def learning_rate_factor(step: int, n_steps: int, settings: TrainSettings) -> float:
+    """The learning rate of a step as a share of the peak, above 0 in every step.
+
+    Linear warm-up, then the schedule of the settings.
+    """
     warmup = math.ceil(settings.warmup_ratio * n_steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    left = (n_steps - step) / max(
-        1, n_steps - warmup
-    )  # 1 after warm-up, 1 / (steps left then) in the last step
-    return {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "constant": 1.0}[
-        settings.schedule
-    ]
-
-
-T = TypeVar("T")
-Packs = list[list[int]]  # places in the batch, pack by pack
+    # 1 in the first step after warm-up, 1 / (steps after warm-up) in the last step
+    left = (n_steps - step) / max(1, n_steps - warmup)
+    factors = {
+        "cosine": 0.5 * (1 - math.cos(math.pi * left)),
+        "linear": left,
+        "constant": 1.0,
+    }
+    return factors[settings.schedule]
 
 
 @dataclass(frozen=True)
-class Step:
-    """The pairs of an optimiser step, made ready while the one before is computed."""
+class OptimizerStep:
+    """The pairs of an optimizer step, prepared while the step before is computed.
+
+    branches: of each pair of the batch.
+    local_pairs: indices of this rank's pairs; pairs of one prompt are neighbors.
+    max_tokens: limit of a pack. packs: the local pairs, in packs.
+    layouts: of each pack, by the index of its first pair.
+    """
 
     batch: list[Example]
-    groups: list[list[Branch]]  # branches of each pair
-    mine: list[int]  # places of this rank's pairs, those of one prompt beside each other
-    max_tokens: int  # of a pack
-    packs: Packs  # `mine` in packs
-    layouts: dict[int, Layout]  # of each pack, by its first place
+    branches: list[list[Branch]]
+    local_pairs: list[int]
+    max_tokens: int
+    packs: Packs
+    layouts: dict[int, Layout]
+
+    def branches_of(self, pairs: Sequence[int]) -> list[Branch]:
+        """The branches of these pairs, one pair after the other."""
+        return _branches_of(self.branches, pairs)
+
+
+def _branches_of(branches: Sequence[Sequence[Branch]], pairs: Sequence[int]) -> list[Branch]:
+    return [branch for index in pairs for branch in branches[index]]
 
 
 class Trainer:
-    """Trains `policy` on `examples`; `validate` gives figures to log every `validation_every` steps."""
+    """Trains a policy on examples with an objective.
+
+    out: the folder of metrics.jsonl and of the checkpoints.
+    validate: returns figures to log every `validation_every` steps and at the end.
+    """
 
     def __init__(
-        self, policy: Policy, objective: Objective, examples: Sequence[Example], settings: TrainSettings, out: Path,
-        validate: Callable[[], Metrics] | None = None, ranks: DistributedContext | None = None,
-    ) -> None:  # fmt: skip
-        self.policy, self.objective, self.examples, self.settings, self.out = (
-            policy,
-            objective,
-            examples,
-            settings,
-            out,
-        )
-        self.validate, self.ranks = (
-            validate,
-            ranks or DistributedContext(policy.device.type == "cuda"),
-        )
+        self,
+        policy: Policy,
+        objective: Objective,
+        examples: Sequence[Example],
+        settings: TrainSettings,
+        out: Path,
+        validate: Callable[[], Metrics] | None = None,
+        ranks: DistributedContext | None = None,
+    ) -> None:
+        """Divides the examples into steps and prepares the model and the optimizer."""
+        self.policy = policy
+        self.objective = objective
+        self.examples = examples
+        self.settings = settings
+        self.out = out
+        self.validate = validate
+        self.ranks = ranks or DistributedContext(policy.device.type == "cuda")
+
         if policy.device.type == "cpu":
             keep_freed_memory()
         self.batches = batches(examples, settings, objective)
-        if settings.compile:
-            for block in policy.scorer.blocks:
-                block.compile(dynamic=True)
-        if settings.gradient_checkpointing:
-            # ZeRO-3's weights come and go: their shapes say nothing
-            unchecked = (
-                {"use_reentrant": False, "determinism_check": "none"}
-                if self.ranks.shards_weights
-                else None
-            )
-            policy.model.gradient_checkpointing_enable(unchecked)
-            policy.model.train()  # transformers recomputes in train mode only; there is no dropout left to switch on
+        self._prepare_model()
         self.params = [p for p in policy.model.parameters() if p.requires_grad]
-        self.optimizer = self._optimizer()
+        self.optimizer = self._make_optimizer()
+
+        #: Limit of a pack; halved when memory runs out
         self.max_tokens = settings.max_tokens_per_pack
-        self.n_splits = 0  # times a pack was too large for the memory
+        #: How often the limit of a pack was halved
+        self.n_splits = 0
         self.step = 0
         self.started = time.monotonic()
         self.trackers: Trackers | None = None
-        self.see: Callable[[int, Metrics], None] = lambda step, figures: None
+        self.on_log: OnLog = _ignore
 
-    def _optimizer(self) -> MasterAdamW | ZeroAdamW:
-        options = {"lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay}
+    def _prepare_model(self) -> None:
+        """Compiles blocks and enables gradient checkpointing, as the settings request."""
+        policy = self.policy
+        if self.settings.compile:
+            for block in policy.scorer.blocks:
+                block.compile(dynamic=True)
+        if self.settings.gradient_checkpointing:
+            options = None
+            if self.ranks.shards_weights:
+                # ZeRO-3 gathers and releases weights, so the shapes that are checked change.
+                options = {"use_reentrant": False, "determinism_check": "none"}
+            policy.model.gradient_checkpointing_enable(options)
+            # transformers recomputes in train mode only. The models have no dropout to enable.
+            policy.model.train()
+
+    def _make_optimizer(self) -> MasterAdamW | ZeroAdamW:
+        """AdamW on fp32 copies, or DeepSpeed's engine around the module that scores."""
+        options = {
+            "lr": self.settings.learning_rate,
+            "weight_decay": self.settings.weight_decay,
+        }
         if not self.ranks.zero:
             return MasterAdamW(self.params, **options)
 
@@ -134,193 +192,259 @@ class Trainer:
 
     @property
     def n_steps(self) -> int:
+        """The number of optimizer steps of the whole run."""
         return len(self.batches)
 
     # -- the loop
 
-    def train(self, see: Callable[[int, Metrics], None] = lambda step, figures: None) -> Metrics:
-        """Runs to the end from the newest checkpoint, and returns the last step's figures; `see` is told what is logged, and the step at first."""
-        self.see = see
+    def train(self, on_log: OnLog | None = None) -> Metrics:
+        """Trains from the newest checkpoint to the end, and returns the last figures.
+
+        on_log: called with the step and no figures at the start, and then with all that is logged.
+        Raises TrainingError if a loss or gradient is not finite, or if memory is too small.
+        """
+        self.on_log = on_log or _ignore
         self._resume()
-        see(self.step, {})
+        self.on_log(self.step, {})
         self._start_trackers()
+
         metrics: Metrics = {}
         for step in self._steps():
             if self.step % self.settings.validation_every == 0:
-                self._log(self._look(step), "validation")
-            started = time.monotonic()
-            metrics = self._optimise(step)
-            self.step += 1
-            seconds = time.monotonic() - started
-            self._log(
-                metrics
-                | {"step_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds},
-                "train",
-            )
+                self._log(self._validate(step), "validation")
+            metrics = self._timed_step(step)
             if self.step % self.settings.save_every == 0 and self.step < self.n_steps:
                 self.save_checkpoint()
-        final = self._look(None)
+
+        final = self._validate(None)
         self._log(final, "validation")
         self.policy.model.eval()
         if self.trackers:
             self.trackers.close()
         return metrics | final
 
-    def _steps(self) -> Iterator[Step]:
-        """The steps from `self.step` on; the next one is made ready while this one is computed."""
+    def _timed_step(self, step: OptimizerStep) -> Metrics:
+        """Takes an optimizer step and logs it; returns its figures, without those of time."""
+        started = time.monotonic()
+        metrics = self._optimize(step)
+        self.step += 1
+        seconds = time.monotonic() - started
+        throughput = {
+            "step_seconds": seconds,
+            "tokens_per_second": metrics["tokens"] / seconds,
+        }
+        self._log(metrics | throughput, "train")
+        return metrics
+
+    def _steps(self) -> Iterator[OptimizerStep]:
+        """The steps from `self.step` on.
+
+        A thread prepares the next step while the caller computes one.
+        """
         with ThreadPoolExecutor(1) as pool:
-            ahead: Future[Step] | None = None
+            upcoming: Future[OptimizerStep] | None = None
             for number in range(self.step, self.n_steps):
-                step = (ahead or pool.submit(self._prepare, number)).result()
-                ahead = (
-                    pool.submit(self._prepare, number + 1) if number + 1 < self.n_steps else None
-                )
+                if upcoming is None:
+                    upcoming = pool.submit(self._prepare, number)
+                step = upcoming.result()
+                if number + 1 < self.n_steps:
+                    upcoming = pool.submit(self._prepare, number + 1)
                 yield step
 
-    def _prepare(self, number: int) -> Step:
-        batch = [self.examples[i] for i in self.batches[number]]
-        groups = [self.objective.branches(example) for example in batch]
-        prompts: dict[tuple[int, ...], list[int]] = {}
-        for place, example in enumerate(batch):
-            prompts.setdefault(example.pair.prompt_ids, []).append(place)
-        together = list(prompts.values())  # pairs of one prompt share it in one pack
-        units = self.ranks.assign(
-            [trees.size([b for place in places for b in groups[place]]) for places in together]
-        )
-        mine, max_tokens = [place for unit in units for place in together[unit]], self.max_tokens
-        packs = self._pack(groups, mine, max_tokens)
-        layouts = {
-            pack[0]: self.policy.build_layout([b for place in pack for b in groups[place]])
-            for pack in packs
-        }
-        return Step(batch, groups, mine, max_tokens, packs, layouts)
+    def _prepare(self, number: int) -> OptimizerStep:
+        """A step: its pairs, divided among ranks and laid out in packs.
 
-    def _optimise(self, step: Step) -> Metrics:
+        All pairs of a prompt go to one rank, as neighbors, so that a pack shares their prompt.
+        """
+        batch = [self.examples[index] for index in self.batches[number]]
+        branches = [self.objective.branches(example) for example in batch]
+
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, example in enumerate(batch):
+            by_prompt.setdefault(example.pair.prompt_ids, []).append(index)
+        units = list(by_prompt.values())
+        sizes = [trees.size(_branches_of(branches, unit)) for unit in units]
+        local_pairs: list[int] = []
+        for unit in self.ranks.assign(sizes):
+            local_pairs += units[unit]
+
+        max_tokens = self.max_tokens
+        packs = _pack(branches, local_pairs, max_tokens)
+        layouts = {}
+        for pack in packs:
+            layouts[pack[0]] = self.policy.build_layout(_branches_of(branches, pack))
+        return OptimizerStep(batch, branches, local_pairs, max_tokens, packs, layouts)
+
+    def _optimize(self, step: OptimizerStep) -> Metrics:
+        """Takes an optimizer step and returns its figures.
+
+        Raises TrainingError if the loss or the gradient norm is not finite.
+        """
         self.optimizer.zero_grad()
         metrics = self._backward(step)
         self.ranks.sum_gradients(self.params)
-        learning_rate = self.settings.learning_rate * rate(self.step, self.n_steps, self.settings)
+
+        factor = learning_rate_factor(self.step, self.n_steps, self.settings)
+        learning_rate = self.settings.learning_rate * factor
         self.optimizer.param_groups[0]["lr"] = learning_rate
         norm = self.optimizer.update(self.settings.max_grad_norm)
         if not math.isfinite(metrics["loss"]) or not math.isfinite(norm):
-            ids = ", ".join(e.pair.pair_id for e in step.batch[:4])
+            first_ids = [example.pair.pair_id for example in step.batch[:N_NAMED_PAIRS]]
             raise TrainingError(
-                f"step {self.step}: the loss is {metrics['loss']} and the gradient norm {norm}; the first pairs of the batch are {ids}. "
-                f"Lower --learning-rate (now {self.settings.learning_rate}) or look at those pairs; earlier checkpoints are kept"
+                f"step {self.step}: the loss is {metrics['loss']} and the gradient norm is {norm};"
+                f" both must be finite. The first pairs of the batch are {', '.join(first_ids)}."
+                f" Lower --learning-rate (now {self.settings.learning_rate}) or check those pairs;"
+                " earlier checkpoints are kept"
             )
-        return metrics | {
-            "grad_norm": norm,
-            "learning_rate": learning_rate,
-            "memory_splits": self.n_splits,
-        }
+        metrics = dict(metrics)
+        metrics["grad_norm"] = norm
+        metrics["learning_rate"] = learning_rate
+        metrics["memory_splits"] = self.n_splits
+        return metrics
 
     # -- one step
 
-    def _backward(self, step: Step) -> Metrics:
-        """Leaves d loss / d weights in the gradients; neither packs nor ranks change it."""
-        return self._pack_by_pack(step) if self.objective.separable else self._all_at_once(step)
+    def _backward(self, step: OptimizerStep) -> Metrics:
+        """Adds d loss / d weights to the gradients, and returns the step's figures."""
+        if self.objective.separable:
+            return self._backward_per_pack(step)
+        return self._backward_whole_step(step)
 
-    def _pack_by_pack(self, step: Step) -> Metrics:
-        def work(packs: Packs) -> Metrics:
+    def _backward_per_pack(self, step: OptimizerStep) -> Metrics:
+        """For a loss that is a mean over pairs: one pack after the other."""
+
+        def backward(packs: Packs) -> Metrics:
             total: Metrics = {}
             for pack in packs:
                 logps = self._logps(step, pack)
-                loss, metrics = self.objective.loss(logps, [step.batch[i] for i in pack or [0]])
+                examples = [step.batch[index] for index in pack or [0]]
+                loss, metrics = self.objective.loss(logps, examples)
                 share = len(pack) / len(step.batch)
-                (loss * share * self._scale).backward()
-                for name, value in (metrics | {"loss": float(loss.detach())}).items():
+                (loss * share * self._gradient_scale).backward()
+                metrics = metrics | {"loss": float(loss.detach())}
+                for name, value in metrics.items():
                     total[name] = total.get(name, 0.0) + share * value
             return total
 
-        total, packs = self._within_memory(step, work)
+        total, packs = self._within_memory(step, backward)
         return _sum(self.ranks.all_gather(total | self._counts(step, packs)))
 
-    def _all_at_once(self, step: Step) -> Metrics:
-        """The loss needs all of the step: with one pack a rank its graph is kept, with several each is scored again with gradient."""
+    def _backward_whole_step(self, step: OptimizerStep) -> Metrics:
+        """For a loss over the whole step, whose pairs depend on one another."""
         figures: Metrics = {}
 
-        def slope(logps: Tensor) -> Tensor:
+        def grad_logps(logps: Tensor) -> Tensor:
             loss, metrics = self.objective.loss(logps, step.batch)
-            figures.update(metrics, loss=float(loss.detach()))
+            figures.update(metrics)
+            figures["loss"] = float(loss.detach())
             return torch.autograd.grad(loss, logps)[0]
 
-        packs = self._hand_down(step, slope)
-        return figures | _sum(self.ranks.all_gather(self._counts(step, packs)))
+        packs = self._backpropagate(step, grad_logps)
+        counts = self._counts(step, packs)
+        return figures | _sum(self.ranks.all_gather(counts))
 
-    def _hand_down(self, step: Step, slope_of: Callable[[Tensor], Tensor]) -> Packs:
-        """Hands `slope_of` the log-probabilities of the whole step, and what it returns, of the same shape, down to the weights.  (pairs, branches)"""
+    def _backpropagate(self, step: OptimizerStep, grad_logps: GradLogps) -> Packs:
+        """Backpropagates d loss / d log-probabilities into the weights; returns the packs.
+
+        grad_logps: called once, with the log-probabilities of the whole step.
+        With one pack per rank its graph is kept; several packs are scored again with gradient.
+        """
 
         def score(packs: Packs) -> list[Tensor]:
             with torch.set_grad_enabled(len(packs) == 1):
-                return [self._logps(step, pack) for pack in packs] or [
-                    torch.zeros(0, len(step.groups[0]))
-                ]
+                parts = [self._logps(step, pack) for pack in packs]
+            return parts or [torch.zeros(0, len(step.branches[0]))]
 
-        def hand_down(packs: Packs) -> None:
+        def backward(packs: Packs) -> None:
+            has_graph = packs == scored and parts[0].requires_grad
             for pack in packs:
-                kept = parts[0] if packs == scored and parts[0].requires_grad else None
-                part = self._logps(step, pack) if kept is None else kept
-                part.backward(self._scale * slope[pack] if pack else torch.zeros_like(part))
+                part = parts[0] if has_graph else self._logps(step, pack)
+                if pack:
+                    part.backward(self._gradient_scale * gradient[pack])
+                else:
+                    part.backward(torch.zeros_like(part))
 
         parts, scored = self._within_memory(step, score)
-        own = torch.cat(parts).detach()[: len(step.mine)].cpu()
-        logps = torch.zeros(len(step.batch), own.shape[1])  # (pairs, branches)
-        for places, values in self.ranks.all_gather((step.mine, own)):
-            logps[places] = values
-        slope = slope_of(logps.to(self.policy.device).requires_grad_())
-        _, packs = self._within_memory(step, hand_down)
+        logps = self._all_logps(step, parts).to(self.policy.device)
+        # (pairs, branches)
+        gradient = grad_logps(logps.requires_grad_())
+        _, packs = self._within_memory(step, backward)
         return packs
 
-    def _counts(self, step: Step, packs: Packs) -> Metrics:
-        """tokens: computed in one pass; sequence_tokens: what the same branches hold one by one."""
-        alone = sum(len(b.ids) for place in step.mine for b in step.groups[place])
-        lengths = [len(ids) for place in step.mine for ids in step.batch[place].pair.response_ids]
-        counts = {
-            "tokens": sum(self._size(step, p) for p in packs if p),
-            "sequence_tokens": alone,
-            "packs": sum(map(bool, packs)),
+    def _all_logps(self, step: OptimizerStep, parts: Sequence[Tensor]) -> Tensor:
+        """The log-probabilities of the whole step, from all ranks, detached, on the CPU.
+
+        parts: (pairs of a pack, branches), nats, of this rank -> (pairs, branches)
+        """
+        local = torch.cat(list(parts)).detach()[: len(step.local_pairs)].cpu()
+        logps = torch.zeros(len(step.batch), local.shape[1])
+        for pairs, values in self.ranks.all_gather((step.local_pairs, local)):
+            logps[pairs] = values
+        return logps
+
+    def _counts(self, step: OptimizerStep, packs: Packs) -> Metrics:
+        """This rank's counts, which are summed over ranks.
+
+        tokens: computed in one pass; sequence_tokens: those of the branches without sharing.
+        mean_response_tokens: this rank's part of the step's mean.
+        """
+        sequence_tokens = 0
+        for branch in step.branches_of(step.local_pairs):
+            sequence_tokens += len(branch.ids)
+        response_tokens = 0
+        for index in step.local_pairs:
+            first, second = step.batch[index].pair.response_ids
+            response_tokens += len(first) + len(second)
+        filled = [pack for pack in packs if pack]
+        return {
+            "tokens": sum(self._size(step, pack) for pack in filled),
+            "sequence_tokens": sequence_tokens,
+            "packs": len(filled),
+            "mean_response_tokens": response_tokens / (2 * len(step.batch)),
         }
-        return counts | {
-            "mean_response_tokens": sum(lengths) / (2 * len(step.batch))
-        }  # summed over ranks: the step's mean
 
     @property
-    def _scale(self) -> int:
-        return (
-            self.ranks.size if self.ranks.sharded else 1
-        )  # FSDP averages gradients over ranks; the step's is their sum
+    def _gradient_scale(self) -> int:
+        """The factor that makes FSDP's mean of gradients over ranks the step's sum."""
+        return self.ranks.size if self.ranks.sharded else 1
 
-    def _logps(self, step: Step, pack: list[int]) -> Tensor:
-        """(pairs, branches); of an empty pack, which keeps ranks in step, those of a pair that does not count"""
-        ready = step.layouts[pack[0]] if pack and self.max_tokens == step.max_tokens else None
-        return self.policy.branch_logps(
-            [b for place in pack or [0] for b in step.groups[place]], ready
-        ).view(len(pack or [0]), -1)
+    def _logps(self, step: OptimizerStep, pack: list[int]) -> Tensor:
+        """The log-probabilities of a pack's branches, nats.  -> (pairs, branches)
 
-    def _size(self, step: Step, places: list[int]) -> int:
+        For an empty pack, which keeps sharded ranks in step, those of the first pair.
+        """
+        layout = None
+        if pack and self.max_tokens == step.max_tokens:
+            layout = step.layouts[pack[0]]
+        pairs = pack or [0]
+        logps = self.policy.branch_logps(step.branches_of(pairs), layout)
+        return logps.view(len(pairs), -1)
+
+    def _size(self, step: OptimizerStep, pack: list[int]) -> int:
+        """The tokens of a pack's forest."""
         if self.max_tokens == step.max_tokens:
-            return len(step.layouts[places[0]].forest)
-        return trees.size([b for place in places for b in step.groups[place]])
+            return len(step.layouts[pack[0]].forest)
+        return trees.size(step.branches_of(pack))
 
-    def _packs(self, step: Step) -> Packs:
-        """This rank's packs. Sharded ranks work in step, so those with fewer get empty ones."""
-        packs = (
-            step.packs
-            if self.max_tokens == step.max_tokens
-            else self._pack(step.groups, step.mine, self.max_tokens)
-        )
-        n = max(self.ranks.all_gather(len(packs))) if self.ranks.sharded else len(packs)
-        return packs + [[]] * (n - len(packs))
+    def _packs(self, step: OptimizerStep) -> Packs:
+        """This rank's packs, computed again if their limit was halved after `_prepare`.
 
-    @staticmethod
-    def _pack(groups: Sequence[Sequence[Branch]], places: list[int], max_tokens: int) -> Packs:
-        return [
-            places[low:high]
-            for low, high in trees.pack([groups[place] for place in places], max_tokens)
-        ]
+        Sharded ranks work in step, so those with fewer packs get empty ones.
+        """
+        packs = step.packs
+        if self.max_tokens != step.max_tokens:
+            packs = _pack(step.branches, step.local_pairs, self.max_tokens)
+        if not self.ranks.sharded:
+            return packs
+        n_packs = max(self.ranks.all_gather(len(packs)))
+        return packs + [[]] * (n_packs - len(packs))
 
-    def _within_memory(self, step: Step, work: Callable[[Packs], T]) -> tuple[T, Packs]:
-        """What `work` makes of the packs, and the packs; where memory runs out, packs are halved and the work begun again, so that nothing is lost."""
+    def _within_memory(self, step: OptimizerStep, work: Callable[[Packs], T]) -> tuple[T, Packs]:
+        """The result of `work` on this rank's packs, and those packs.
+
+        If memory runs out, the limit of a pack is halved and all of the work is repeated.
+        Raises TrainingError if packs cannot be split.
+        """
         while True:
             packs = self._packs(step)
             try:
@@ -328,91 +452,111 @@ class Trainer:
             except torch.OutOfMemoryError as error:
                 if self.ranks.sharded or max(map(len, packs)) <= 1:
                     raise TrainingError(
-                        f"step {self.step}: out of memory with {self.max_tokens} tokens a pack; lower --max-tokens-per-pack, use "
-                        "--gradient-checkpointing, --lora-rank or --sharding fsdp, or drop long pairs (filter --max-response-tokens)"
+                        f"step {self.step}: out of memory with {self.max_tokens} tokens per pack;"
+                        " lower --max-tokens-per-pack, use --gradient-checkpointing, --lora-rank"
+                        " or --sharding fsdp, or drop long pairs (filter --max-response-tokens)"
                     ) from error
             self.optimizer.zero_grad()
-            self.max_tokens = max(
-                1, min(self.max_tokens, max(self._size(step, pack) for pack in packs)) // 2
-            )
-            self.n_splits += 1
-            warn(
-                f"step {self.step}: out of memory; packs are {self.max_tokens} tokens from here on"
-            )
-            torch.cuda.empty_cache()
+            self._halve_packs(step, packs)
 
-    # -- looking and logging
+    def _halve_packs(self, step: OptimizerStep, packs: Packs) -> None:
+        """Lowers the limit to half of the largest pack, and releases cached memory."""
+        largest = max(self._size(step, pack) for pack in packs)
+        self.max_tokens = max(1, min(self.max_tokens, largest) // 2)
+        self.n_splits += 1
+        warn(
+            f"step {self.step}: out of memory; packs are limited to {self.max_tokens} tokens"
+            " from now on"
+        )
+        torch.cuda.empty_cache()
 
-    def _look(self, step: Step | None) -> Metrics:
+    # -- measuring and logging
+
+    def _validate(self, step: OptimizerStep | None) -> Metrics:
+        """The validation figures, and the gradient norm of each reward model's branches.
+
+        step: the pairs for the gradient norms; None leaves them out.
+        """
         metrics = self.validate() if self.validate else {}
+        slices = self.objective.branch_slices
         # DeepSpeed does not expose gradients
-        if step and not self.ranks.zero and len(self.objective.branch_slices) > 1:
-            for name, columns in self.objective.branch_slices.items():
-                metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(
-                    step, partial(self._through, step, columns)
-                )
+        if step is None or self.ranks.zero or len(slices) < 2:
+            return metrics
+        for name, columns in slices.items():
+            grad_logps = partial(self._grad_through_branches, step, columns)
+            metrics[f"branch_grad_norm/{name}"] = self._gradient_norm(step, grad_logps)
         return metrics
 
-    def _through(self, step: Step, columns: slice, logps: Tensor) -> Tensor:
-        """The loss's slope through these branches alone: which reward model is being trained, and how hard."""
-        slope = torch.autograd.grad(self.objective.loss(logps, step.batch)[0], logps)[0]
-        kept = torch.zeros_like(slope)
-        kept[:, columns] = slope[:, columns]
-        return kept
+    def _grad_through_branches(self, step: OptimizerStep, columns: slice, logps: Tensor) -> Tensor:
+        """d loss / d log-probabilities of these branches, 0 for the others.
 
-    def term_norms(self, names: Sequence[str], n_steps: int) -> dict[str, float]:
-        """Norm of the gradient of each of these terms of the objective at the present weights, a mean over the first `n_steps` steps."""
+        Its norm in the weights shows which reward model is trained, and how strongly.
+        columns: the branches; logps: (pairs, branches), nats -> same shape
+        """
+        loss, _ = self.objective.loss(logps, step.batch)
+        (gradient,) = torch.autograd.grad(loss, logps)
+        through = torch.zeros_like(gradient)
+        through[:, columns] = gradient[:, columns]
+        return through
 
-        def slope(step: Step, name: str, logps: Tensor) -> Tensor:
-            return torch.autograd.grad(self.objective.loss_terms(logps, step.batch)[name], logps)[0]
+    def gradient_norms_by_term(self, names: Sequence[str], n_steps: int) -> dict[str, float]:
+        """The norm of the gradient of each of these loss terms, at the present weights.
 
-        steps = [self._prepare(number) for number in range(min(n_steps, self.n_steps))]
-        return {
-            name: statistics.fmean(
-                self._gradient_norm(step, partial(slope, step, name)) for step in steps
-            )
-            for name in names
-        }
+        A mean over the first `n_steps` steps. names: keys of the objective's `loss_terms`.
+        """
 
-    def _gradient_norm(self, step: Step, slope_of: Callable[[Tensor], Tensor]) -> float:
-        """Norm of the gradient that a slope of the step's log-probabilities leaves in the weights."""
-        self._hand_down(step, slope_of)
+        def grad_logps(step: OptimizerStep, name: str, logps: Tensor) -> Tensor:
+            term = self.objective.loss_terms(logps, step.batch)[name]
+            return torch.autograd.grad(term, logps)[0]
+
+        n_steps = min(n_steps, self.n_steps)
+        steps = [self._prepare(number) for number in range(n_steps)]
+        means = {}
+        for name in names:
+            norms = [self._gradient_norm(step, partial(grad_logps, step, name)) for step in steps]
+            means[name] = statistics.fmean(norms)
+        return means
+
+    def _gradient_norm(self, step: OptimizerStep, grad_logps: GradLogps) -> float:
+        """The norm in the weights of a gradient of the step's log-probabilities."""
+        self._backpropagate(step, grad_logps)
         self.ranks.sum_gradients(self.params)
         norm = total_norm([p.grad for p in self.params if p.grad is not None])
         self.optimizer.zero_grad()
         return norm
 
     def _start_trackers(self) -> None:
-        if self.settings.report_to and self.ranks.is_main:
-            self.trackers = Trackers(
-                self.settings.report_to,
-                self.out,
-                self.settings.plan(),
-                self.policy.device.type == "cpu",
-            )
+        names = self.settings.report_to
+        if names and self.ranks.is_main:
+            on_cpu = self.policy.device.type == "cpu"
+            self.trackers = Trackers(names, self.out, self.settings.plan(), on_cpu)
 
     def _log(self, metrics: Metrics, kind: str) -> None:
+        """Appends a record to metrics.jsonl and reports it, on the main rank.
+
+        kind: "train" or "validation".
+        """
         if not metrics or not self.ranks.is_main:
             return
-        assert all(map(find_metric, metrics)), (
-            f"not in metrics.py: {[key for key in metrics if not find_metric(key)]}"
-        )
-        record = {
-            "step": self.step,
-            "kind": kind,
-            **{name: round(float(value), 8) for name, value in metrics.items()},
-        }
+        unlisted = [key for key in metrics if not find_metric(key)]
+        assert not unlisted, f"not in metrics.py: {unlisted}"
+        record: dict[str, Any] = {"step": self.step, "kind": kind}
+        for name, value in metrics.items():
+            record[name] = round(float(value), 8)
         path = self.out / "metrics.jsonl"
         with files.as_store_error(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.trackers:
             self.trackers.log(metrics, self.step)
-        self.see(self.step, metrics)
+        self.on_log(self.step, metrics)
 
-    # -- checkpoints: whole tensors, so that another number of ranks can go on
+    # -- checkpoints: full tensors, so that a run can resume with another number of ranks
 
     def save_checkpoint(self) -> None:
-        """Writes the state after this step; only the newest checkpoint stays."""
+        """Writes the state after this step and removes older checkpoints.
+
+        Collective: every rank must call it, and the main rank writes.
+        """
         state = {
             "step": self.step,
             **self.optimizer.whole(self.ranks.is_main),
@@ -430,20 +574,22 @@ class Trainer:
                 old.unlink()
 
     def _resume(self) -> None:
-        """Goes back to the newest checkpoint; figures logged after it are dropped, because their steps are done again."""
+        """Restores the newest checkpoint, and removes figures that are logged again."""
         paths = sorted((self.out / "checkpoints").glob("step-*.pt"))
-        if path := self.ranks.broadcast_from_main(paths[-1] if paths else None):
-            self._restore(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        path = self.ranks.broadcast_from_main(paths[-1] if paths else None)
+        if path:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self._restore(state)
         log = self.out / "metrics.jsonl"
-        if log.exists() and self.ranks.is_main:
-            lines = [
-                line
-                for line in log.read_text(encoding="utf-8").splitlines(keepends=True)
-                if line.endswith("\n")
-            ]
-            kept = [line for line in lines if _belongs(json.loads(line), self.step)]
-            with files.atomic_write(log) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+        if not log.exists() or not self.ranks.is_main:
+            return
+        lines = []
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+            # An interrupted run can leave a last line without an end.
+            if line.endswith("\n") and _precedes(json.loads(line), self.step):
+                lines.append(line)
+        with files.atomic_write(log) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -451,6 +597,7 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
     def finish(self) -> None:
+        """Removes the checkpoints, on the main rank: the model folder is written."""
         if self.ranks.is_main:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
@@ -458,31 +605,50 @@ class Trainer:
 def batches(
     examples: Sequence[Example], settings: TrainSettings, objective: Objective
 ) -> list[list[int]]:
-    """Which examples each optimiser step takes: a function of the seed, the sizes and the settings alone."""
-    found: list[list[int]] = []
+    """The indices of the examples of each optimizer step.
+
+    A function of the seed, the sizes in tokens and the settings alone.
+    """
     limit = settings.max_tokens_per_step
-    sizes = [e.n_tokens or trees.size(objective.branches(e)) for e in examples] if limit else []
-    for epoch in range(settings.num_epochs):
-        order = [
-            int(i) for i in np.random.default_rng([settings.seed, epoch]).permutation(len(examples))
+    sizes: list[int] = []
+    if limit:
+        sizes = [
+            example.n_tokens or trees.size(objective.branches(example)) for example in examples
         ]
-        if not limit:
-            found += [
-                order[i : i + settings.batch_size]
-                for i in range(0, len(order), settings.batch_size)
-            ]
+    steps: list[list[int]] = []
+    for epoch in range(settings.num_epochs):
+        random = np.random.default_rng([settings.seed, epoch])
+        order = [int(index) for index in random.permutation(len(examples))]
+        if limit:
+            steps += _by_tokens(order, sizes, limit)
             continue
-        used = limit
-        for index in order:
-            if used + sizes[index] > limit:
-                found.append([])
-                used = 0
-            found[-1].append(index)
-            used += sizes[index]
-    return found[: settings.max_steps]
+        for start in range(0, len(order), settings.batch_size):
+            steps.append(order[start : start + settings.batch_size])
+    return steps[: settings.max_steps]
+
+
+def _by_tokens(order: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """The indices in steps of at most `limit` tokens; a larger example is a step alone."""
+    steps: list[list[int]] = []
+    # So that the first example starts a step
+    used = limit
+    for index in order:
+        if used + sizes[index] > limit:
+            steps.append([])
+            used = 0
+        steps[-1].append(index)
+        used += sizes[index]
+    return steps
+
+
+def _pack(branches: Sequence[Sequence[Branch]], pairs: Sequence[int], max_tokens: int) -> Packs:
+    """These pairs in packs of at most `max_tokens`, in their order."""
+    ranges = trees.pack([branches[index] for index in pairs], max_tokens)
+    return [list(pairs[low:high]) for low, high in ranges]
 
 
 def _sum(parts: Sequence[Metrics]) -> Metrics:
+    """The sum of each figure over these parts."""
     total: Metrics = {}
     for part in parts:
         for name, value in part.items():
@@ -491,13 +657,27 @@ def _sum(parts: Sequence[Metrics]) -> Metrics:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed: large tensors otherwise go back to the system and are faulted in again, a tenth of a step on a CPU."""
+    """Makes glibc keep freed memory for reuse.
+
+    By default it returns large tensors to the system, and faulting their pages in again takes a
+    tenth of a step on a CPU.
+    """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: never by mmap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _belongs(record: dict[str, Any], step: int) -> bool:
-    """Whether a logged record is of a step that a run resumed at `step` will not do again."""
-    return bool(record["step"] <= step if record["kind"] == "train" else record["step"] < step)
+def _precedes(record: dict[str, Any], step: int) -> bool:
+    """Whether a run that resumes at `step` does not log this record again.
+
+    A training record has the number of the step it completes, a validation record that of the
+    step it precedes.
+    """
+    if record["kind"] == "train":
+        return bool(record["step"] <= step)
+    return bool(record["step"] < step)
+
+
+def _ignore(step: int, figures: Metrics) -> None:
+    """Nobody observes the run."""
