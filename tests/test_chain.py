@@ -233,7 +233,8 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(
         run("generate", **common, input=str(world / "prompts.jsonl"), max_new_tokens=4)
     monkeypatch.setattr("scir_cli.engine.policy.Policy.branch_logps", full)
     with pytest.raises(
-        EngineError, match=r"^out of memory with 16384 tokens a pack; lower --max-tokens-per-pack$"
+        EngineError,
+        match=r"^out of memory with 16384 tokens per pack; lower --max-tokens-per-pack$",
     ):
         run(
             "judge",

@@ -293,7 +293,7 @@ def test_a_missing_chat_template_is_one_line(tmp_path: Path):
         loading.load_tokenizer(folder, settings(folder))
     assert (
         one_line(error)
-        == f"the tokenizer in {folder} has no chat template; give one with --chat-template FILE.jinja"
+        == f"the tokenizer in {folder} has no chat template; pass one with --chat-template FILE.jinja"
     )
 
 

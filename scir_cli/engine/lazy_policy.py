@@ -1,4 +1,7 @@
-"""A model whose weights are read on demand: a plan needs its key, a prompt its tokenizer, and neither needs weights."""
+"""A model whose weights are loaded on demand.
+
+A plan needs a model's weights key, and a prompt its tokenizer; neither needs the weights in memory.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ from scir_cli.settings import ModelSettings
 
 
 class LazyPolicy:
-    """A model spec: its path, tokenizer and weights key at once, its weights after `load`.
+    """A model spec with its path, tokenizer and weights key, and its weights after `load`.
 
-    Weights are hashed once and the tokenizer is loaded once: `load` hands both to the policy.
-    adapt: puts adapters on the model. ranks, cpu_offload: how the weights are sharded, as in `policy.load`.
+    Weights are hashed once and the tokenizer is loaded once: `load` passes both to the policy.
+    adapt: adds adapters to the model.
+    ranks, cpu_offload: how the weights are sharded, as in `loading.load`.
     meter: counts what the model computes; several models may share one.
     Raises ModelError for a model that is missing or damaged.
     """
@@ -35,6 +39,7 @@ class LazyPolicy:
         cpu_offload: bool = False,
         meter: Meter | None = None,
     ) -> None:
+        """Loads the tokenizer and hashes the weights."""
         self.settings = settings
         self.adapt = adapt
         self.ranks = ranks
@@ -49,16 +54,16 @@ class LazyPolicy:
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are sharded over ranks, which then all have to score at the same time."""
+        """Whether the weights are sharded over ranks, which must then score at the same time."""
         return self.ranks is not None
 
     @cached_property
     def context_length(self) -> int:
-        """Positions of the model, from its config."""
+        """The number of positions of the model, from its config."""
         base = model_files.base_model_path(self.path)
-        return policy.context_length(
-            AutoConfig.from_pretrained(base, trust_remote_code=self.settings.trust_remote_code)
-        )
+        trust = self.settings.trust_remote_code
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
+        return policy.context_length(config)
 
     @property
     def loaded(self) -> bool:
@@ -66,7 +71,10 @@ class LazyPolicy:
         return self._policy is not None
 
     def load(self) -> Policy:
-        """The model with its weights, which are read by the first call."""
+        """The model with its weights, which the first call loads.
+
+        Raises ModelError if they cannot be loaded.
+        """
         if self._policy is None:
             self._policy = loading.load(
                 self.settings,
@@ -81,11 +89,11 @@ class LazyPolicy:
         return self._policy
 
     def unload(self) -> None:
-        """Frees the weights, unless somebody else holds the policy; `load` reads them again."""
+        """Frees the weights, unless another object refers to the policy; `load` reloads them."""
         self._policy = None
 
     def load_unsharded(self) -> Policy:
-        """A second copy of the model on the CPU of this process alone, with its adapters."""
+        """A second copy of the model with its adapters, on the CPU of this process alone."""
         return loading.load(
             self.settings,
             str(self.path),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,27 +21,45 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from scir_cli.engine import model_files, trees
+from scir_cli.engine import model_files, tree_attention, trees
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.throughput import Meter
-from scir_cli.engine.tree_attention import TreeLayout, candidates, register
+from scir_cli.engine.tree_attention import TreeLayout
+from scir_cli.engine.trees import Branch
 from scir_cli.errors import ConfigError, ModelError, install_hint, warn
 from scir_cli.settings import ModelSettings
 
+#: Relative difference up to which two log-probabilities are equal to the probe.
+#: bf16 has 8 bits for a logit of 10.
+PROBE_TOLERANCE_FP32 = 1e-3
+PROBE_TOLERANCE_BF16 = 0.03
+
+#: A text that a tokenizer must decode to itself.
+ROUND_TRIP_TEXT = "Is 2 + 2 = 4?\nYes, it's so."
+
 
 def load(
-    settings: ModelSettings, spec: str | None = None, device: str | None = None, *,
-    chat: Chat | None = None, key: str | None = None, meter: Meter | None = None,
-    adapt: Callable[[Any], Any] | None = None, ranks: DistributedContext | None = None, cpu_offload: bool = False,
-) -> Policy:  # fmt: skip
-    """The policy a model spec names (`settings.model` by default), on its device, in eval mode and without dropout.
+    settings: ModelSettings,
+    spec: str | None = None,
+    device: str | None = None,
+    *,
+    chat: Chat | None = None,
+    key: str | None = None,
+    meter: Meter | None = None,
+    adapt: Callable[[Any], Any] | None = None,
+    ranks: DistributedContext | None = None,
+    cpu_offload: bool = False,
+) -> Policy:
+    """The policy of a model spec, on its device, in eval mode and without dropout.
 
-    chat, key: of this model, if they are known already (lazy_policy.py); else the tokenizer is loaded and the weights hashed.
-    meter: counts what the policy computes. adapt: puts adapters on the model.
-    ranks: shards the weights over them; only the first reads the weights.
-    Raises ModelError.
+    spec: by default settings.model. device: by default settings.device.
+    chat, key: tokenizer and weights key of this model, if they are loaded already
+    (lazy_policy.py); if not, the tokenizer is loaded and the weights are hashed.
+    meter: counts what the policy computes. adapt: adds adapters to the model.
+    ranks: the weights are sharded over them, and only rank 0 reads the weights.
+    Raises ModelError if the model is missing or damaged.
     """
     path = model_files.resolve(spec or settings.model)
     if chat is None:
@@ -49,68 +67,90 @@ def load(
         chat = Chat(tokenizer, end_ids(path, tokenizer))
     if key is None:
         key = weights_key(model_files.digest(path), settings, chat)
+
     target = "cpu" if ranks else device or resolve_device(settings.device)
-    model = load_model(path, settings, target, empty=ranks is not None and not ranks.is_main)
+    empty = ranks is not None and not ranks.is_main
+    model = load_model(path, settings, target, empty=empty)
     plain_attention = model.config._attn_implementation
     adapted = adapt(model) if adapt else model
     policy = Policy(adapted, chat, key, path, plain_attention, ranks=ranks, meter=meter or Meter())
     if ranks:
         policy.scorer = ranks.shard(policy.scorer, policy.scorer.blocks, cpu_offload)
-    register()
-    policy.tree_attention = _tree_attention(policy)
+
+    tree_attention.register()
+    policy.tree_attention = _select_tree_attention(policy)
     policy.reshard()
     if not policy.takes_trees:
         warn(
-            f"{path.name} cannot score token trees; it is scored one branch at a time, with the same numbers, slower"
+            f"{path.name} cannot score token trees; it is scored one branch at a time: "
+            "same results, slower"
         )
     return policy
 
 
 def load_model(path: Path, settings: ModelSettings, device: str, *, empty: bool = False) -> Any:
-    """The model in a folder, in eval mode and without dropout; `empty`: with memory for its weights and nothing in it.
+    """The model in a folder, in eval mode and without dropout.
 
-    Raises ModelError.
+    empty: allocates memory for the weights without reading them.
+    Raises ModelError if the model is damaged, ConfigError if a package for it is missing.
     """
-    dtype = resolve_dtype(settings.dtype, settings.device)
-    disable_progress_bar()  # transformers' own, on stderr even in a pipe
-    trust: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    # transformers shows its progress bar on stderr even in a pipe.
+    disable_progress_bar()
     try:
-        model: Any
-        if (base := model_files.base_model_path(path)) != path:
+        base = model_files.base_model_path(path)
+        if base != path:
             model = load_model(base, settings, device, empty=empty)
-            return model if empty else _adapted(model, path, settings)
-        config = AutoConfig.from_pretrained(path, **trust)
-        if getattr(config.get_text_config(), "attn_logit_softcapping", None):
-            trust["attn_implementation"] = (
-                "eager"  # transformers 5.17's SDPA leaves the cap out without a word
-            )
-        if settings.quantization != "none":
-            trust |= {"quantization_config": nf4_config(dtype), "device_map": {"": device}}
-        if empty:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
-            model.to_empty(device=device).tie_weights()
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, config=config, **trust)
+            return model if empty else _merge_adapter(model, path, settings)
+        model = _load_whole_model(path, settings, device, empty)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(
-            f"the model in {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
-    (model if settings.quantization != "none" else model.to(device)).eval()
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the model in {path} cannot be loaded: {reason}") from error
+
+    # A quantized model is loaded onto its device.
+    if settings.quantization == "none":
+        model.to(device)
+    model.eval()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "quant_state"):
-            module.training = True  # in eval mode bitsandbytes repacks the weights for a CPU, in a form without a backward pass
-    model.generation_config = GenerationConfig()  # sampling settings are ours alone
+            # In eval mode bitsandbytes repacks the weights for a CPU, in a form without a
+            # backward pass.
+            module.training = True
+    # Sampling settings are this package's alone.
+    model.generation_config = GenerationConfig()
     return model
 
 
-def _adapted(model: Any, adapter: Path, settings: ModelSettings) -> Any:
-    """The model with a LoRA adapter added into its weights. Raises ConfigError where it cannot be."""
+def _load_whole_model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any:
+    """The model in a folder that holds no adapter, as transformers loads it."""
+    dtype = resolve_dtype(settings.dtype, settings.device)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **options)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        # The SDPA attention of transformers 5.17 ignores the cap without an error.
+        options["attn_implementation"] = "eager"
+    if settings.quantization != "none":
+        options["quantization_config"] = nf4_config(dtype)
+        options["device_map"] = {"": device}
+    if not empty:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, config=config, **options)
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model.to_empty(device=device).tie_weights()
+    return model
+
+
+def _merge_adapter(model: Any, adapter: Path, settings: ModelSettings) -> Any:
+    """The model with a LoRA adapter added into its weights.
+
+    Raises ConfigError if the model is quantized or peft is missing.
+    """
     if settings.quantization != "none":
         raise ConfigError(
-            f"--quantization {settings.quantization} has no room for the adapter {adapter}; take the whole model"
+            f"--quantization {settings.quantization} does not support a model that is an adapter "
+            f"({adapter}); pass the folder of the merged model"
         )
     try:
         from peft import PeftModel
@@ -119,12 +159,16 @@ def _adapted(model: Any, adapter: Path, settings: ModelSettings) -> Any:
             f"the adapter {adapter} needs the package peft: {install_hint('lora')}"
         ) from error
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.name_or_path = str(adapter)  # which adapters trained on it will name
+    # An adapter trained on this model refers to it by this name.
+    merged.name_or_path = str(adapter)
     return merged.eval()
 
 
 def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
-    """QLoRA's weights (arXiv 2305.14314): NF4 with quantised constants, computed in `dtype`."""
+    """QLoRA's weights (arXiv 2305.14314): NF4 with quantized constants, computed in `dtype`.
+
+    Raises ConfigError if bitsandbytes is missing.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"--quantization 4bit needs the package bitsandbytes: {install_hint('qlora')}"
@@ -138,88 +182,104 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 @torch.no_grad()
-def _tree_attention(policy: Policy) -> str | None:
-    """The first attention with which a small forest scores the same as branch by branch with the model's own; None where there is none."""
-    vocabulary = policy.model.config.get_text_config().vocab_size
-    ids = [int(i) % vocabulary for i in np.random.default_rng(0).integers(0, 2**31, 24)]
-    branches = [
-        trees.continuation(ids[:8], ids[8:14]),
-        trees.continuation(ids[:8], ids[14:20]),
-        trees.verdict([*ids[:5], *ids[20:]], 1 % vocabulary),
-    ]
-    plain = policy._one_by_one(branches)
-    tolerance = (
-        1e-3 if policy.model.dtype == torch.float32 else 0.03
-    )  # of a log-probability: bf16 keeps 8 bits of a logit of 10
-    for name in candidates(policy.device, policy.model.dtype):
+def _select_tree_attention(policy: Policy) -> str | None:
+    """The first tree attention that scores a small forest like the model's plain attention.
+
+    Sets it on the model. Returns None, and leaves the plain attention, if there is no such one.
+    """
+    config = policy.model.config.get_text_config()
+    branches = _probe_branches(config.vocab_size)
+    plain = policy._score_without_trees(branches)
+    for name in tree_attention.candidates(policy.device, policy.model.dtype):
         layout = policy.build_layout(branches)
         try:
             policy.model.set_attn_implementation(name)
             tree = policy._forest_logps(layout)
         except (TypeError, AssertionError, AttributeError, RuntimeError, ValueError, ImportError):
             continue
-        if bool(((tree - plain).abs() <= tolerance * (1 + plain.abs())).all()) and _fits_trees(
-            policy.model.config.get_text_config(), layout.plan
-        ):
+        same = _is_close(tree, plain, policy.model.dtype)
+        if same and _is_tree_compatible(config, layout.plan):
             return name
     policy.model.set_attn_implementation(policy.plain_attention)
     return None
 
 
-def _fits_trees(config: Any, plan: TreeLayout) -> bool:
-    """Whether nothing in the config works beyond the probe's length in a way that trees do not follow.
+def _probe_branches(vocabulary: int) -> list[Branch]:
+    """Three branches of random tokens that share prefixes of 5 and 8 tokens."""
+    random = np.random.default_rng(0)
+    ids = [int(i) % vocabulary for i in random.integers(0, 2**31, 24)]
+    return [
+        trees.continuation(ids[:8], ids[8:14]),
+        trees.continuation(ids[:8], ids[14:20]),
+        trees.verdict([*ids[:5], *ids[20:]], 1 % vocabulary),
+    ]
 
-    Rotary frequencies that change with the longest sequence of a batch, attention in chunks, a sliding window that attention is not told of.
+
+def _is_close(tree: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
+    """Whether log-probabilities agree within the tolerance of the dtype.  both: (targets,)"""
+    tolerance = PROBE_TOLERANCE_FP32 if dtype == torch.float32 else PROBE_TOLERANCE_BF16
+    return bool(((tree - plain).abs() <= tolerance * (1 + plain.abs())).all())
+
+
+def _is_tree_compatible(config: Any, layout: TreeLayout) -> bool:
+    """Whether the model computes long sequences in a way that trees reproduce.
+
+    The probe is too short for these: rotary frequencies that depend on the longest sequence of a
+    batch, attention in chunks, and a sliding window that is not passed to attention.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {r.get("rope_type") for r in [rope, *rope.values()] if isinstance(r, dict)}
+    ropes = [r for r in [rope, *rope.values()] if isinstance(r, dict)]
+    if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
+        return False
+    if getattr(config, "attention_chunk_size", None):
+        return False
     window = getattr(config, "sliding_window", None)
-    return (
-        not kinds & {"dynamic", "longrope"}
-        and not getattr(config, "attention_chunk_size", None)
-        and (not window or window in plan.windows)
-    )
+    return not window or window in layout.windows
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
-    """The tokenizer in a model folder; an adapter's own, or its model's. Raises ModelError."""
-    if (
-        not (path / "tokenizer_config.json").is_file()
-        and (base := model_files.base_model_path(path)) != path
-    ):
-        return load_tokenizer(base, settings)
+    """The tokenizer in a model folder; that of the base model if an adapter has none.
+
+    Raises ModelError if the tokenizer is damaged, or has no chat template or end token.
+    """
+    if not (path / "tokenizer_config.json").is_file():
+        base = model_files.base_model_path(path)
+        if base != path:
+            return load_tokenizer(base, settings)
+    trust = settings.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=settings.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"the tokenizer in {path} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
+
     if settings.chat_template is not None:
-        try:
-            tokenizer.chat_template = settings.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(
-                f"the chat template {settings.chat_template} cannot be read: {error}"
-            ) from error
+        tokenizer.chat_template = _read_chat_template(settings.chat_template)
     if not tokenizer.chat_template:
         raise ModelError(
-            f"the tokenizer in {path} has no chat template; give one with --chat-template FILE.jinja"
+            f"the tokenizer in {path} has no chat template; "
+            "pass one with --chat-template FILE.jinja"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer in {path} has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+            f"the tokenizer in {path} has no end-of-sequence token; "
+            "set eos_token in its tokenizer_config.json"
         )
-    probe = "Is 2 + 2 = 4?\nYes, it's so."
-    if (
-        str(tokenizer.decode(tokenizer(probe, add_special_tokens=False)["input_ids"])).strip()
-        != probe
-    ):
+    ids = tokenizer(ROUND_TRIP_TEXT, add_special_tokens=False)["input_ids"]
+    if str(tokenizer.decode(ids)).strip() != ROUND_TRIP_TEXT:
         warn(
-            f"the tokenizer in {path} does not give a plain sentence back; is its tokenizer.json read as it should be?"
+            f"the tokenizer in {path} failed a round trip: decode(encode(text)) != text; "
+            "check its tokenizer.json"
         )
     return tokenizer
+
+
+def _read_chat_template(path: Path) -> str:
+    """The text of a Jinja template. Raises ModelError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"the chat template {path} cannot be read: {error}") from error
 
 
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
@@ -227,37 +287,41 @@ def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
     ids = {tokenizer.eos_token_id}
     path = model_files.base_model_path(path)
     if (path / "generation_config.json").is_file():
-        more = GenerationConfig.from_pretrained(path).eos_token_id
-        ids |= set(more) if isinstance(more, list) else {more}
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+        ids |= set(eos) if isinstance(eos, list) else {eos}
     return frozenset(i for i in ids if i is not None)
 
 
 def resolve_device(name: str) -> str:
-    return name if name != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of a setting: `auto` is CUDA if it is available, and the CPU if not."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """bf16 or fp32; auto is bf16 where the hardware computes in it: CUDA from Ampere on, CPUs with AVX512-BF16 or AMX."""
+    """The dtype of a setting: `bf16`, `fp32`, or `auto`.
+
+    `auto` is bf16 if the hardware computes in it, and fp32 if not. CUDA devices do from Ampere on,
+    and CPUs with AVX512-BF16 or AMX.
+    """
     if name != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return (
-        torch.bfloat16
-        if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        else torch.float32
-    )
+        has_bf16 = torch.cuda.is_bf16_supported()
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def weights_key(weights_digest: str, settings: ModelSettings, chat: Chat) -> str:
-    """16 hex digits naming weights, precision, tokenizer and template: a reference log-probability is valid under this key only.
+    """16 hex digits that name weights with their precision, tokenizer and template.
 
-    weights_digest: of `model_sources.digest`.
+    A reference log-probability is valid under this key only.
+    weights_digest: of `model_files.digest`.
     """
-    parts = [
-        weights_digest,
-        str(resolve_dtype(settings.dtype, settings.device)),
-        chat.template_digest(),
-    ]
-    parts += [settings.quantization] if settings.quantization != "none" else []
+    dtype = resolve_dtype(settings.dtype, settings.device)
+    parts = [weights_digest, str(dtype), chat.template_digest()]
+    if settings.quantization != "none":
+        parts.append(settings.quantization)
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=8).hexdigest()

@@ -1,8 +1,10 @@
-"""The engine: a model that scores token trees, with gradients for training and without for judging and evaluation.
+"""The engine: a model that scores token trees, with gradients in training and without elsewhere.
 
-`Policy.branch_logps` is the only way a log-probability enters this program. A forest (trees.py) goes through the model's own layers once, with
-attention replaced (attention.py), and only hidden states that have targets meet the vocabulary (head.py). A model that cannot take trees is found out
-by scoring a small forest both ways when it is loaded, and is scored branch by branch from then on.
+Every log-probability of a transformers model is computed by `Policy.branch_logps`.
+A forest (trees.py) passes through the model's layers once, with their attention replaced
+(tree_attention.py), and only hidden states with targets are multiplied by the vocabulary
+(lm_head.py). When a model is loaded, a small forest is scored with and without trees (loading.py).
+If the results differ, the model is scored branch by branch from then on.
 """
 
 from __future__ import annotations
@@ -25,13 +27,18 @@ from scir_cli.engine.tree_attention import SDPA, VARLEN, TreeLayout, to_device
 from scir_cli.engine.trees import Branch, Forest
 from scir_cli.errors import EngineError
 
-DUMMY_BRANCH = trees.continuation(
-    [0], [0]
-)  # scored by a rank that has run out, while others of a sharded model have not
+#: Scored by a rank without work while other ranks of a sharded model still have some.
+DUMMY_BRANCH = trees.continuation([0], [0])
+
+#: Context length of a model that has no limit.
+UNLIMITED = 2**31
 
 
 class TreeScorer(nn.Module):
-    """A causal language model that answers a forest with its targets' log-probabilities: one module, so that one call is what gets sharded."""
+    """A causal language model that returns the log-probabilities of a forest's targets.
+
+    It is one module, so that one forward call covers all parameters and can be sharded.
+    """
 
     def __init__(self, core: Any) -> None:
         super().__init__()
@@ -40,7 +47,8 @@ class TreeScorer(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The layers of the model: its longest list of modules."""
-        return max((m for m in self.modules() if isinstance(m, nn.ModuleList)), key=len)
+        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
+        return max(lists, key=len)
 
     def forward(
         self,
@@ -49,23 +57,27 @@ class TreeScorer(nn.Module):
         plan: TreeLayout | None = None,
         forest: Forest | None = None,
     ) -> Tensor:
-        """ids, positions: (1, tokens) -> (targets,) nats, fp32; without a forest, the whole model's logits of one sequence: (1, tokens, vocab)"""
+        """Log-probabilities of the forest's targets, in nats; logits if there is no forest.
+
+        ids, positions: (1, tokens) -> (targets,) fp32, or (1, tokens, vocab) without a forest
+        """
         if forest is None:
             return self.core(input_ids=ids, use_cache=False).logits
-        hidden = self.core.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, plan=plan
-        ).last_hidden_state[0]
-        return target_logps(
-            hidden,
-            self.core.get_output_embeddings(),
-            LogitTransform.of(self.core.config.get_text_config()),
-            forest,
+        output = self.core.base_model(
+            input_ids=ids,
+            position_ids=positions,
+            use_cache=False,
+            plan=plan,
         )
+        hidden = output.last_hidden_state[0]
+        head = self.core.get_output_embeddings()
+        transform = LogitTransform.of(self.core.config.get_text_config())
+        return target_logps(hidden, head, transform, forest)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A forest made ready for a model on its device."""
+    """A forest on a model's device, ready for a forward pass."""
 
     forest: Forest
     ids: Tensor  # (1, tokens)
@@ -74,70 +86,96 @@ class Layout:
 
 @dataclass
 class Policy:
-    """A model with its tokenizer. `key` names these weights under this precision, tokenizer and template: what a reference is looked up by."""
+    """A model with its tokenizer, and the scorer around it.
+
+    weights_key: names the weights with their precision, tokenizer and chat template; cached
+    reference log-probabilities are looked up by it.
+    """
 
     model: Any
     chat: Chat
     weights_key: str
     path: Path
-    plain_attention: str = "sdpa"  # what the model came with
-    tree_attention: str | None = SDPA  # None: it cannot take trees
-    ranks: DistributedContext | None = (
-        None  # those its weights are sharded over: whatever one of them scores, all do at once
-    )
+    #: The attention with which the model was loaded.
+    plain_attention: str = "sdpa"
+    #: The attention for trees; None if the model does not support trees.
+    tree_attention: str | None = SDPA
+    #: The ranks over which the weights are sharded; all of them have to score at the same time.
+    ranks: DistributedContext | None = None
     meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        # Adapters are modules inside the base model, which scores with or without them.
+        adapted = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
+        core = self.model.get_base_model() if adapted else self.model
+        self.scorer: Any = TreeScorer(core)
 
     @property
     def takes_trees(self) -> bool:
+        """Whether the model scores trees, and not one branch at a time."""
         return self.tree_attention is not None
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; sharded weights may rest elsewhere."""
+        """The device that computes; sharded weights may be stored on another."""
         return torch.device(self.ranks.device) if self.ranks else self.model.device
 
     def branch_logps(self, branches: Sequence[Branch], layout: Layout | None = None) -> Tensor:
-        """Summed log-probability of each branch's targets, nats, in one forward pass.  -> (branches,) fp32, with gradient where enabled"""
+        """Summed log-probability of each branch's targets, in nats, from one forward pass.
+
+        layout: of the same branches, if it was built before.
+        Returns (branches,) fp32, with gradient if gradients are enabled.
+        """
         if not branches:
             return torch.zeros(0, device=self.device)
         layout = layout or self.build_layout(branches)
-        logps = self._forest_logps(layout) if self.takes_trees else self._one_by_one(branches)
-        index = torch.from_numpy(layout.forest.target_branch).to(logps.device)
-        return torch.zeros(len(branches), device=logps.device).index_add(0, index, logps)
+        if self.takes_trees:
+            logps = self._forest_logps(layout)
+        else:
+            logps = self._score_without_trees(branches)
+        branch_of_target = torch.from_numpy(layout.forest.target_branch).to(logps.device)
+        sums = torch.zeros(len(branches), device=logps.device)
+        return sums.index_add(0, branch_of_target, logps)
 
     def build_layout(self, branches: Sequence[Branch]) -> Layout:
-        """The branches as their forest, on the device: all that a forward pass needs and a thread can do ahead of it."""
+        """The layout of the branches' forest, on the device.
+
+        It needs no model, so a thread can build the next one during a forward pass.
+        """
         forest = trees.build(branches)
         plan = TreeLayout.of(forest, self.device)
         if self.tree_attention == VARLEN:
-            _ = plan.gather  # made here, and used in every layer
-        return Layout(forest, to_device(forest.tokens, self.device)[None], plan)
-
-    def __post_init__(self) -> None:
-        adapted = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
-        self.scorer: Any = TreeScorer(
-            self.model.get_base_model() if adapted else self.model
-        )  # with or without adapters around it
+            # Computed and cached here, for all layers.
+            _ = plan.gather
+        ids = to_device(forest.tokens, self.device)[None]
+        return Layout(forest, ids, plan)
 
     def _forest_logps(self, layout: Layout) -> Tensor:
+        """Log-probability of each target of the forest, in nats.  -> (targets,) fp32"""
         return self.scorer(layout.ids, layout.plan.positions[None], layout.plan, layout.forest)
 
-    def _one_by_one(self, branches: Sequence[Branch]) -> Tensor:
-        """The same numbers without trees: each branch by itself through the whole model, with the model's own attention.  # (targets,)"""
+    def _score_without_trees(self, branches: Sequence[Branch]) -> Tensor:
+        """The same numbers, one branch at a time, with the model's attention and full logits.
+
+        Returns (targets,) fp32.
+        """
         parts = []
         for branch in branches:
-            logits = self.scorer(torch.tensor([branch.ids], device=self.device))[0].float()
+            ids = torch.tensor([branch.ids], device=self.device)
+            logits = self.scorer(ids)[0].float()  # (tokens, vocab)
             rows = logits[list(branch.target_positions)]
-            parts.append(
-                rows.log_softmax(-1).gather(
-                    1, torch.tensor(branch.target_tokens, device=rows.device)[:, None]
-                )[:, 0]
-            )
+            tokens = torch.tensor(branch.target_tokens, device=rows.device)
+            parts.append(rows.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
         return torch.cat(parts)
 
     @torch.no_grad()
     def score(self, groups: Sequence[Sequence[Branch]], max_tokens: int) -> Iterator[Tensor]:
-        """Branch log-probabilities of each group, without gradient, packed to `max_tokens` a forward.  yields (branches of the group,)"""
+        """Yields the branch log-probabilities of each group, in nats, without gradient.
+
+        Groups are packed to at most `max_tokens` tokens per forward pass.
+        Each tensor is (branches of the group,) fp32, on the CPU.
+        Raises EngineError if a pack does not fit into the memory of the device.
+        """
         packs = trees.pack(groups, max_tokens)
         for low, high in packs:
             branches = [b for group in groups[low:high] for b in group]
@@ -146,24 +184,36 @@ class Policy:
                 logps = self.branch_logps(branches, layout).cpu()
             except torch.OutOfMemoryError as error:
                 raise EngineError(
-                    f"out of memory with {max_tokens} tokens a pack; lower --max-tokens-per-pack"
+                    f"out of memory with {max_tokens} tokens per pack; lower --max-tokens-per-pack"
                 ) from error
-            self.meter.count(
-                len(layout.forest.tokens) if self.takes_trees else sum(len(b.ids) for b in branches)
-            )
+            self.meter.count(self._n_computed_tokens(branches, layout))
             yield from logps.split([len(group) for group in groups[low:high]])
-        for _ in range(len(packs), max(self.ranks.all_gather(len(packs))) if self.ranks else 0):
-            self.branch_logps([DUMMY_BRANCH])
+        if self.ranks:
+            # Every rank of a sharded model takes part in as many passes as the busiest rank.
+            for _ in range(len(packs), max(self.ranks.all_gather(len(packs)))):
+                self.branch_logps([DUMMY_BRANCH])
         self.reshard()
 
+    def _n_computed_tokens(self, branches: Sequence[Branch], layout: Layout) -> int:
+        """Tokens that the model computes for the branches."""
+        if self.takes_trees:
+            return len(layout.forest.tokens)
+        return sum(len(b.ids) for b in branches)
+
     def reshard(self) -> None:
-        """After passes without a backward: the outermost weights go back to their shards, which is what an optimizer must be given."""
-        if self.ranks and not self.ranks.zero:  # DeepSpeed does so after every pass
+        """Returns the outermost weights to their shards, after passes without a backward pass.
+
+        An optimizer must be created on shards. DeepSpeed does this after every pass.
+        """
+        if self.ranks and not self.ranks.zero:
             self.scorer.reshard()
 
     @contextmanager
     def plain_attention_mode(self) -> Iterator[None]:
-        """Within it the model attends as it came, to whole sequences: for generation."""
+        """Restores the model's plain attention to whole sequences inside the context.
+
+        Generation needs it.
+        """
         self.model.set_attn_implementation(self.plain_attention)
         try:
             yield
@@ -172,5 +222,5 @@ class Policy:
 
 
 def context_length(config: Any) -> int:
-    """Positions a model has; without a limit, more than anybody asks for."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 2**31))
+    """The number of positions of a model, from its config; UNLIMITED if it has no limit."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", UNLIMITED))
