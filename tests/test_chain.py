@@ -263,7 +263,7 @@ def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
     make_model(tmp_path / "base", hidden_size=64)
     with pytest.raises(
         ModelError,
-        match=r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 there, and the adapter's 32",
+        match=r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 in the model and 32 in the adapter",
     ):
         load()
     shutil.rmtree(tmp_path / "base")

@@ -203,7 +203,7 @@ def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
         (4, 0),
     ]
     assert staff(8, backend="openai") == (4, 0)
-    with pytest.raises(ConfigError, match="needs 4 GPUs, and there are 3"):
+    with pytest.raises(ConfigError, match="needs 4 GPUs, but 3 are available"):
         staff(3)
     auto = {"workers": "auto"}
     assert [staff(0, **auto), staff(12, **auto), staff(13, tensor_parallel_size=4, **auto)] == [
@@ -213,7 +213,8 @@ def test_an_actor_has_gpus_where_the_cluster_has_any_and_too_few_are_an_error():
     ]
     assert staff(12, device="cpu", **auto) == (1, 0)
     with pytest.raises(
-        ConfigError, match="--workers 1 with --tensor-parallel-size 4 needs 4 GPUs, and there are 2"
+        ConfigError,
+        match="--workers 1 with --tensor-parallel-size 4 needs 4 GPUs, but 2 are available",
     ):
         staff(2, tensor_parallel_size=4, **auto)
 

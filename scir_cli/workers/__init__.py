@@ -1,6 +1,7 @@
-"""Which workers make the parts of a dataset: none but this process, processes of this machine, or actors of a Ray cluster.
+"""Selects the workers that write the parts of a dataset.
 
-The loop is in pool.py, the processes in local_processes.py, the actors in cluster.py.
+They are this process alone, several processes on this machine, or actors of a Ray cluster.
+The loop is in pool.py, the processes are in processes.py, and the actors in on_ray.py.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from scir_cli.workers import on_ray, pool
 from scir_cli.workers.pool import OnPartDone, WorkerJob
 from scir_cli.workers.processes import LocalProcesses, visible_devices
 
-#: Makes the parts of a dataset kind elsewhere; its last argument is called with the input rows of each part on disk.
-Share = Callable[[str, list[PartTask], Callable[[int], None]], None]
+#: Called with the number of input rows of each part that is on disk.
+Advance = Callable[[int], None]
+
+#: Has workers write the given parts of a dataset kind.
+Share = Callable[[str, list[PartTask], Advance], None]
 
 
 def distribute_parts(target: str, settings: BackendSettings, meter: Meter) -> Share | None:
-    """How `store.write_dataset` has its parts made by settings.workers workers; None if this process makes them.
+    """The function that has workers write parts; None if this process writes them.
 
-    target: as in WorkerJob. meter: what the workers compute is added to it.
+    It is an argument of `dataset.write_dataset`. settings.workers is the number of workers.
+    target: as in WorkerJob.
+    meter: the work of all workers is added to it.
     Raises ConfigError if there are too few GPUs, or if Ray is missing.
     """
     if settings.workers_on == "ray":
@@ -37,24 +43,30 @@ def distribute_parts(target: str, settings: BackendSettings, meter: Meter) -> Sh
         return None
     meter.processes = len(devices)
 
-    def on_this_machine(kind: str, parts: list[PartTask], advance: Callable[[int], None]) -> None:
-        processes = LocalProcesses(WorkerJob(target, settings, kind), devices[: len(parts)])
+    def on_this_machine(kind: str, parts: list[PartTask], advance: Advance) -> None:
+        job = WorkerJob(target, settings, kind)
+        processes = LocalProcesses(job, devices[: len(parts)])
         pool.run(processes, parts, _counted(advance, meter))
 
     return on_this_machine
 
 
 def _on_ray(target: str, settings: BackendSettings, meter: Meter) -> Share:
+    """The function that has Ray actors write parts; arguments as of `distribute_parts`."""
+
     def on_start(n_actors: int) -> None:
         meter.processes = n_actors
 
-    def on_cluster(kind: str, parts: list[PartTask], advance: Callable[[int], None]) -> None:
-        on_ray.run(WorkerJob(target, settings, kind), parts, _counted(advance, meter), on_start)
+    def on_cluster(kind: str, parts: list[PartTask], advance: Advance) -> None:
+        job = WorkerJob(target, settings, kind)
+        on_ray.run(job, parts, _counted(advance, meter), on_start)
 
     return on_cluster
 
 
-def _counted(advance: Callable[[int], None], meter: Meter) -> OnPartDone:
+def _counted(advance: Advance, meter: Meter) -> OnPartDone:
+    """A callback that adds the work of a part to the meter and then calls `advance`."""
+
     def on_done(rows: int, work: Meter | None) -> None:
         if work is not None:
             meter.add(work)

@@ -1,7 +1,9 @@
-"""A pool of workers as actors of a Ray cluster: Ray places them and restarts them, on another node if theirs is lost.
+"""A pool of workers as actors of a Ray cluster.
 
-Parts are written to the shared folder and never travel through Ray. A child process talks to Ray: Ray ends the process
-that does so when its head or raylet is lost, and writes to its terminal.
+Ray places the actors and restarts them, on another node if a node is lost.
+Parts are written to the shared folder and are not sent through Ray.
+A child process connects to Ray, because Ray ends the connected process if the head or raylet is
+lost, and writes to its terminal.
 Left out: starting a cluster of several machines, which Slurm or Kubernetes does.
 """
 
@@ -29,22 +31,24 @@ from scir_cli.workers.pool import OnPartDone, PartWriter, WorkerJob, WorkerMessa
 def run(
     job: WorkerJob, parts: list[PartTask], on_done: OnPartDone, on_start: Callable[[int], None]
 ) -> None:
-    """Has Ray actors make all parts: on the cluster that RAY_ADDRESS or `ray start` provides, else on one of this machine.
+    """Has Ray actors write all parts.
 
-    on_start: called with the number of actors. Raises as pool.run does, and EngineError if the cluster is lost.
+    They run on the cluster of RAY_ADDRESS or `ray start`; if there is none, on a new one of this
+    machine.
+    on_start: called with the number of actors.
+    Raises like pool.run, and EngineError if the cluster is lost.
     """
     if not parts:
         return
     log = storage.log_path(job.settings.output_dir, "ray.log")
-    ours, theirs = multiprocessing.Pipe()
-    child = multiprocessing.get_context("spawn").Process(
-        target=_drive, args=(theirs, os.getpid(), job, parts, str(log))
-    )
+    parent_pipe, child_pipe = multiprocessing.Pipe()
+    arguments = (child_pipe, os.getpid(), job, parts, str(log))
+    child = multiprocessing.get_context("spawn").Process(target=_drive, args=arguments)
     child.start()
-    # Without this, the child's death would not end our reading.
-    theirs.close()
+    # While this copy is open, `recv` would not end when the child dies.
+    child_pipe.close()
     try:
-        while (message := ours.recv()) is not None:
+        while (message := parent_pipe.recv()) is not None:
             if isinstance(message, ScirError):
                 raise message
             if isinstance(message, int):
@@ -53,10 +57,11 @@ def run(
                 on_done(*message)
     except (EOFError, OSError) as error:
         raise EngineError(
-            f"the Ray cluster was lost (its log is {log}); finished parts are kept, the same command goes on from there"
+            f"the Ray cluster was lost (its log is {log}); "
+            "finished parts are kept, the same command resumes from there"
         ) from error
     finally:
-        ours.close()
+        parent_pipe.close()
         child.terminate()
         child.join(30)
         if child.is_alive():
@@ -65,7 +70,11 @@ def run(
 
 
 def _drive(pipe: Connection, parent: int, job: WorkerJob, parts: list[PartTask], log: str) -> None:
-    """The child process: sends the number of actors, (rows, work) of each written part, and at the end None or the error."""
+    """Runs the pool in the child process.
+
+    Sends the number of actors, then (rows, work) of each written part, then None or the error.
+    log: the file for the output of Ray and of this process.
+    """
     exit_with_parent(parent, signal.SIGKILL)
     # Ctrl-C is for the parent, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,23 +89,28 @@ def _drive(pipe: Connection, parent: int, job: WorkerJob, parts: list[PartTask],
         pipe.send(None)
     except ScirError as error:
         pipe.send(error)
-    except Exception as error:  # Ray raises whatever its parts raise; its traceback goes to the log, one line to the parent
-        pipe.send(
-            EngineError(
-                f"Ray failed: {(str(error).strip().splitlines() or [type(error).__name__])[0]}; its log is {log}"
-            )
-        )
+    except Exception as error:
+        # Ray raises errors of many types: the parent gets one line, and the log the traceback.
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        pipe.send(EngineError(f"Ray failed: {reason}; its log is {log}"))
         raise
 
 
 class Actor(PartWriter):
+    """A worker as a Ray actor."""
+
     def check_in(self, folder: str) -> ScirError | None:
-        """Changes to the folder of the command, against which its paths are relative; an error if the node lacks it."""
+        """Changes to the folder of the command; returns an error if the node does not have it.
+
+        Paths of the command are relative to this folder.
+        """
         try:
             os.chdir(folder)
         except OSError:
             return ConfigError(
-                f"{folder} is not on {socket.gethostname()}; the nodes of a cluster need the folders of the command"
+                f"{folder} is not on {socket.gethostname()}; "
+                "the nodes of a cluster need the folders of the command"
             )
         return None
 
@@ -105,42 +119,64 @@ class Actors:
     """A pool (pool.WorkerPool) of Ray actors, at most one per part."""
 
     def __init__(self, job: WorkerJob, n_parts: int) -> None:
+        """Connects to Ray, and starts the actors and their check-ins.
+
+        Raises ConfigError if the cluster has too few GPUs.
+        """
         self.ray: Any = importlib.import_module("ray")
-        # no address="auto": that takes any cluster it finds, another command's own too
+        # Not address="auto": that connects to any cluster, also to that of another command.
         self.ray.init(log_to_driver=False, logging_level="ERROR")
-        n, gpus = worker_and_gpu_counts(
-            job.settings, int(self.ray.cluster_resources().get("GPU", 0))
+        cluster_gpus = int(self.ray.cluster_resources().get("GPU", 0))
+        n, gpus = worker_and_gpu_counts(job.settings, cluster_gpus)
+        remote = self.ray.remote(
+            num_cpus=1,
+            num_gpus=gpus,
+            max_restarts=-1,
+            scheduling_strategy="SPREAD",
         )
-        kind = self.ray.remote(
-            num_cpus=1, num_gpus=gpus, max_restarts=-1, scheduling_strategy="SPREAD"
-        )(Actor)
-        self.actors = [kind.remote(job) for _ in range(min(n, n_parts))]
+        actor_class = remote(Actor)
+        self.actors = [actor_class.remote(job) for _ in range(min(n, n_parts))]
+        #: The worker and part of each call that is running; a check-in has no part.
         self.pending: dict[Any, tuple[int, PartTask | None]] = {}
         for number in range(len(self.actors)):
             self._call(number)
 
     def wait(self) -> list[WorkerMessage]:
+        """The messages that have arrived; blocks until there is at least one."""
         ready, _ = self.ray.wait(list(self.pending))
-        return [self._receive(reference, *self.pending.pop(reference)) for reference in ready]
+        messages = []
+        for reference in ready:
+            number, part = self.pending.pop(reference)
+            messages.append(self._receive(reference, number, part))
+        return messages
 
     def assign(self, worker: int, part: PartTask) -> None:
-        self.pending[self.actors[worker].write.remote(part)] = worker, part
+        """Sends a part to a free actor."""
+        reference = self.actors[worker].write.remote(part)
+        self.pending[reference] = worker, part
 
     def close(self) -> None:
+        """Disconnects from the cluster, which ends the actors."""
         self.ray.shutdown()
 
     def _call(self, number: int) -> None:
-        """Waits for an actor to check in, for as long as Ray takes to place it."""
-        self.pending[
-            self.actors[number].check_in.options(max_task_retries=-1).remote(os.getcwd())
-        ] = number, None
+        """Starts the check-in of an actor, which Ray retries until it has placed the actor."""
+        check_in = self.actors[number].check_in.options(max_task_retries=-1)
+        reference = check_in.remote(os.getcwd())
+        self.pending[reference] = number, None
 
     def _receive(self, reference: Any, number: int, part: PartTask | None) -> WorkerMessage:
+        """The message of a call that has ended; starts a new check-in if it failed.
+
+        Ends the process if the cluster is lost.
+        """
         try:
             result = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
-            print(error, file=sys.stderr, flush=True)  # to the log
-            # Ray retries a check-in as long as there is a cluster, so the cluster is lost; to shut a lost one down may hang.
+            # stderr is the log.
+            print(error, file=sys.stderr, flush=True)
+            # Ray retries a check-in as long as the cluster exists, so the cluster is lost.
+            # `ray.shutdown` may hang on a lost cluster.
             if part is None:
                 os._exit(1)
             result = EngineError(f"its actor ended ({type(error).__name__})")
@@ -156,4 +192,6 @@ class Actors:
 def worker_and_gpu_counts(settings: BackendSettings, gpus: int) -> tuple[int, int]:
     """The number of actors for a cluster of this many GPUs, and the GPUs of each actor."""
     usable = gpus if gpus and pool.uses_gpus(settings) else 0
-    return pool.n_workers(settings, usable), settings.tensor_parallel_size if usable else 0
+    n = pool.n_workers(settings, usable)
+    gpus_per_actor = settings.tensor_parallel_size if usable else 0
+    return n, gpus_per_actor

@@ -1,8 +1,9 @@
-"""The loop that hands the parts of one dataset to a pool of workers, and what a worker does with a part.
+"""Assigns the parts of one dataset to a pool of workers, and writes a part in a worker.
 
-A part depends on the plan alone, so any worker can make it, and a part whose worker died is made again by a free one.
-Workers share nothing but the output folder: parts do not travel between processes.
-The pools themselves are in local_processes.py (one machine) and cluster.py (Ray).
+A part depends on the plan alone, so any worker can write it. If a worker dies, a free worker
+writes its part again.
+Workers share only the output folder: parts are not sent between processes.
+The pools are in processes.py (one machine) and on_ray.py (Ray).
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from scir_cli.engine.throughput import Meter
 from scir_cli.errors import ConfigError, EngineError, ScirError
 from scir_cli.settings import BackendSettings
 
-#: Failures of one part after which the part is at fault and not the worker.
+#: A part or worker that fails this many times ends the run.
 MAX_FAILURES = 3
 
-#: Called for each part that is on disk, with its input rows and what was computed for it.
+#: Called for each part that is on disk, with its number of input rows and the work done for it.
 OnPartDone = Callable[[int, Meter | None], None]
 
 
 class WorkerJob(NamedTuple):
-    """What a worker needs to make parts.
+    """The description of the parts that a worker has to write.
 
-    target: "module:function", which takes the settings and returns the callable that makes a part.
-    kind: dataset kind of the parts.
+    target: "module:function", which takes the settings and returns the callable that computes a
+    part.
+    kind: the dataset kind of the parts.
     """
 
     target: str
@@ -43,7 +45,8 @@ class WorkerJob(NamedTuple):
 class WorkerMessage(NamedTuple):
     """A message from a worker: ready (part and result are None), a finished part, or an error.
 
-    result: what was computed for the part, or the error. A worker that failed starts again and reports ready again.
+    result: the work done for the part, or the error.
+    A worker that failed restarts and reports ready again.
     """
 
     worker: int
@@ -52,6 +55,8 @@ class WorkerMessage(NamedTuple):
 
 
 class WorkerPool(Protocol):
+    """Workers that are identified by numbers, and report by messages."""
+
     def wait(self) -> list[WorkerMessage]:
         """The messages that have arrived; blocks until there is at least one."""
 
@@ -63,35 +68,45 @@ class WorkerPool(Protocol):
 
 
 def uses_gpus(settings: BackendSettings) -> bool:
-    """Whether each worker takes GPUs, if there are any. Raises ConfigError for one chosen GPU."""
+    """Whether each worker uses GPUs, if any are available.
+
+    Raises ConfigError if --device names one GPU.
+    """
     if settings.device == "cpu" or not backends.load(settings.backend).uses_gpus:
         return False
     if settings.device != "auto" and settings.device != "cuda":
         raise ConfigError(
-            f"--workers gives each worker a GPU of its own; leave --device {settings.device} out"
+            f"--workers assigns a different GPU to each worker; remove --device {settings.device}"
         )
     return True
 
 
 def n_workers(settings: BackendSettings, gpus: int) -> int:
-    """The number of workers for this many GPUs; `auto` is as many as the GPUs allow, and one without GPUs.
+    """The number of workers for this many GPUs.
 
+    `auto` is as many as the GPUs allow, and one without GPUs.
     Raises ConfigError if there are fewer GPUs than the workers need.
     """
     each = settings.tensor_parallel_size
     n = max(1, gpus // each) if settings.workers == "auto" else settings.workers
     if gpus and gpus < n * each:
-        step = f"give --workers {gpus // each}" if gpus >= each else "lower --tensor-parallel-size"
+        if gpus >= each:
+            advice = f"pass --workers {gpus // each}"
+        else:
+            advice = "lower --tensor-parallel-size"
         raise ConfigError(
-            f"--workers {n} with --tensor-parallel-size {each} needs {n * each} GPUs, and there are {gpus}; {step}"
+            f"--workers {n} with --tensor-parallel-size {each} needs {n * each} GPUs, "
+            f"but {gpus} are available; {advice}"
         )
     return n
 
 
 def run(pool: WorkerPool, parts: list[PartTask], on_done: OnPartDone) -> None:
-    """Has the pool make all parts, and closes it.
+    """Has the pool write all parts, and closes it.
 
-    Raises EngineError when a part has failed MAX_FAILURES times, and any other error of a worker at once.
+    on_done: called once per part that is on disk.
+    Raises EngineError if a part or worker fails MAX_FAILURES times, and any other error of a
+    worker at once.
     """
     waiting = deque(parts)
     free: set[int] = set()
@@ -108,44 +123,49 @@ def run(pool: WorkerPool, parts: list[PartTask], on_done: OnPartDone) -> None:
                     continue
                 free.discard(worker)
                 if part is not None:
-                    # Second in line, for a worker that is running: the replacement of a dead one starts with another part.
+                    # Second in line, for a worker that is running: the replacement of a dead one
+                    # starts with another part.
                     waiting.insert(1, part)
-                _count_failure(
-                    failures, f"worker {worker}" if part is None else str(part.path), result
-                )
+                name = f"worker {worker}" if part is None else str(part.path)
+                _count_failure(failures, name, result)
             while free and waiting:
                 pool.assign(free.pop(), waiting.popleft())
 
 
 def _count_failure(failures: Counter[str], name: str, error: ScirError) -> None:
-    """Counts an engine failure of a part or worker; raises one too many, and every other error."""
+    """Counts a failure of a part or worker.
+
+    Raises EngineError at failure number MAX_FAILURES, and every other error at once.
+    """
     if not isinstance(error, EngineError):
         raise error
     failures[name] += 1
     if failures[name] == MAX_FAILURES:
         raise EngineError(
             f"{name} failed {MAX_FAILURES} times, last because {error}; "
-            "finished parts are kept, the same command goes on from there"
+            "finished parts are kept, the same command resumes from there"
         )
 
 
 class PartWriter:
-    """Makes and writes parts in a worker; the model is opened with the first part."""
+    """Computes and writes parts in a worker; the model is loaded with the first part."""
 
     def __init__(self, job: WorkerJob) -> None:
         self.job = job
-        self.opened = ExitStack()
+        self.exit_stack = ExitStack()
 
     @cached_property
     def make(self) -> Any:
-        """The callable that makes a part, with its `meter` and `close`."""
-        module, _, function = self.job.target.partition(":")
-        make = getattr(importlib.import_module(module), function)(self.job.settings)
-        self.opened.callback(make.close)
+        """The callable that computes a part, with its `meter` and `close`."""
+        module_name, _, function_name = self.job.target.partition(":")
+        module = importlib.import_module(module_name)
+        function = getattr(module, function_name)
+        make = function(self.job.settings)
+        self.exit_stack.callback(make.close)
         return make
 
     def write(self, part: PartTask) -> Meter | ScirError:
-        """What was computed, once the part is on disk, or the error.
+        """Writes a part and returns the work done for it, or the error.
 
         After an error the process should end: its state is unknown.
         """
@@ -154,8 +174,12 @@ class PartWriter:
             return self.make.meter.pop()  # type: ignore[no-any-return]
         except ScirError as error:
             return error
-        except Exception as error:  # out of memory, for example: another process may succeed
-            return EngineError(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        except Exception as error:
+            # Out of memory, for example: another process may succeed.
+            lines = str(error).splitlines()
+            reason = lines[0] if lines else ""
+            return EngineError(f"{type(error).__name__}: {reason}")
 
     def close(self) -> None:
-        self.opened.close()
+        """Closes the callable that computes parts, if it was created."""
+        self.exit_stack.close()

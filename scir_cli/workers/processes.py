@@ -1,4 +1,4 @@
-"""A pool of worker processes on this machine, each with GPUs of its own."""
+"""A pool of worker processes on this machine; no two of them share a GPU."""
 
 from __future__ import annotations
 
@@ -22,27 +22,36 @@ from scir_cli.workers.pool import PartWriter, WorkerJob, WorkerMessage
 
 
 def visible_devices(settings: BackendSettings) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES of each worker; None for a worker without GPUs. Raises ConfigError for too few GPUs."""
+    """CUDA_VISIBLE_DEVICES of each worker; None for a worker without GPUs.
+
+    Raises ConfigError if there are too few GPUs.
+    """
     import torch
 
-    visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d] or [
-        str(i) for i in range(torch.cuda.device_count())
-    ]
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = [device for device in variable.split(",") if device]
+    if not visible:
+        visible = [str(i) for i in range(torch.cuda.device_count())]
     if not visible or not pool.uses_gpus(settings):
         return [None] * pool.n_workers(settings, 0)
+
     each = settings.tensor_parallel_size
-    return [
-        ",".join(visible[i * each : (i + 1) * each])
-        for i in range(pool.n_workers(settings, len(visible)))
-    ]
+    devices: list[str | None] = []
+    for i in range(pool.n_workers(settings, len(visible))):
+        share = visible[i * each : (i + 1) * each]
+        devices.append(",".join(share))
+    return devices
 
 
 @dataclass
 class Worker:
+    """A worker process, the pipe to it and the part that it computes."""
+
     process: Any
     pipe: Connection
     part: PartTask | None = None
-    busy: bool = True  # also while it starts
+    #: Whether it computes a part or starts.
+    busy: bool = True
 
     def end(self) -> None:
         """Ends a busy process; a free one ends by itself when its pipe closes."""
@@ -52,7 +61,10 @@ class Worker:
 
 
 class LocalProcesses:
-    """A pool (pool.WorkerPool) of one process per entry of `devices`, its CUDA_VISIBLE_DEVICES."""
+    """A pool (pool.WorkerPool) of one process per entry of `devices`.
+
+    devices: CUDA_VISIBLE_DEVICES of each process; None leaves it unset.
+    """
 
     def __init__(self, job: WorkerJob, devices: Sequence[str | None]) -> None:
         self.job = job
@@ -60,41 +72,52 @@ class LocalProcesses:
         self.workers: dict[int, Worker] = {}
 
     def wait(self) -> list[WorkerMessage]:
+        """Starts the processes that are missing, and returns the messages that have arrived.
+
+        Blocks until there is at least one message.
+        """
         for number in range(len(self.devices)):
             if number not in self.workers:
                 self.workers[number] = self._start(number)
-        ready = wait([worker.pipe for worker in self.workers.values()])
-        return [
-            self._receive(number, worker)
-            for number, worker in list(self.workers.items())
-            if worker.pipe in ready
-        ]
+        pipes = [worker.pipe for worker in self.workers.values()]
+        ready = wait(pipes)
+        messages = []
+        # `_receive` removes workers that failed.
+        for number, worker in list(self.workers.items()):
+            if worker.pipe in ready:
+                messages.append(self._receive(number, worker))
+        return messages
 
     def assign(self, worker: int, part: PartTask) -> None:
+        """Sends a part to a free worker."""
         target = self.workers[worker]
         target.part = part
         target.busy = True
-        with contextlib.suppress(OSError):  # it died while it was free: `wait` reports that
+        # If the worker died while it was free, `wait` reports that.
+        with contextlib.suppress(OSError):
             target.pipe.send(part)
 
     def close(self) -> None:
+        """Ends all workers, and waits for their processes."""
         for worker in self.workers.values():
             worker.end()
         for worker in self.workers.values():
             worker.process.join()
 
     def _start(self, number: int) -> Worker:
-        ours, theirs = multiprocessing.Pipe()
-        arguments = (theirs, os.getpid(), self.job, self.devices[number], len(self.devices))
-        process = multiprocessing.get_context("spawn").Process(
-            target=_work, args=arguments, name=f"worker {number}"
-        )
+        """Starts a worker process."""
+        parent_pipe, child_pipe = multiprocessing.Pipe()
+        device = self.devices[number]
+        arguments = (child_pipe, os.getpid(), self.job, device, len(self.devices))
+        context = multiprocessing.get_context("spawn")
+        process = context.Process(target=_work, args=arguments, name=f"worker {number}")
         process.start()
-        # Without this, the worker's death would not end our reading.
-        theirs.close()
-        return Worker(process, ours)
+        # While this copy is open, `recv` would not end when the worker dies.
+        child_pipe.close()
+        return Worker(process, parent_pipe)
 
     def _receive(self, number: int, worker: Worker) -> WorkerMessage:
+        """The message of a worker that has sent one or has died; ends and removes a failed one."""
         part = worker.part
         worker.part = None
         worker.busy = False
@@ -112,11 +135,16 @@ class LocalProcesses:
 
 
 def _work(pipe: Connection, parent: int, job: WorkerJob, visible: str | None, n: int) -> None:
-    """The process of a worker: sends None when it is ready, then the result of each part, and ends after an error."""
+    """Runs a worker in its process.
+
+    Sends None when it is ready, then the result of each part, and ends after an error.
+    visible: its CUDA_VISIBLE_DEVICES. n: the number of workers, which share the CPU cores.
+    """
     exit_with_parent(parent, signal.SIGKILL)
     # Ctrl-C is for the parent, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))
+    threads = max(1, (os.cpu_count() or 1) // n)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     result: Meter | ScirError | None = None
