@@ -62,14 +62,14 @@ MISTAKES = {
     "no verdict branches": (
         EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    reads_verdicts = True"),
         "MODULE:Brevity",
-        "sets reads_verdicts, but one of its branches has not one target token",
+        "sets reads_verdicts, but one of its branches does not have exactly one target token",
     ),
     "other branches than the answers": (
         EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    scores_answers = True").replace("response_ids]", "response_ids[::-1]]"),
         "MODULE:Brevity",
         "sets scores_answers, but its first two branches are not",
     ),
-    "no seats": (EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    has_seats = True"), "MODULE:Brevity", "must have `orders` if, and only if,"),
+    "no seats": (EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    has_seats = True"), "MODULE:Brevity", "have `orders` if, and only if,"),
     "one number for all pairs": (EXAMPLE.replace("rewards[0] - rewards[1]", "rewards.mean()"), "MODULE:Brevity", "one log-odds per pair, a tensor of 6"),
     "a reference that is not given": (
         EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    needs_reference = True"),

@@ -1,4 +1,7 @@
-"""Rows of pairs -> token ids and `Pair`s for the engine; the only place that tokenizes pairs."""
+"""Rows of pairs -> token ids and `Pair`s, as the engine scores them.
+
+No other module tokenizes pairs.
+"""
 
 from __future__ import annotations
 
@@ -21,37 +24,36 @@ from scir_cli.rewards.columns import filter_rows, with_column
 SIDES = ("first", "second")
 PAIR_COLUMNS = ["pair_id", "messages", *SIDES, "rewards", "reference_logps"]
 
-#: Token ids of each pair's prompt
+# the token ids of each pair's prompt
 PromptIds = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair: token ids of what is scored, and text for the judge's prompt."""
+    """A pair as the engine sees it: token ids to score, and text for a judge to read."""
 
     pair_id: str
     messages: Sequence[Message]
     prompt_ids: tuple[int, ...]
-    #: first, second
+    # first, second
     response_ids: tuple[tuple[int, ...], tuple[int, ...]]
-    #: first, second
+    # first, second
     texts: tuple[str, str]
-    #: weights key -> summed log-probabilities of first and second, nats
+    # weights key -> summed log-probabilities of first and second, nats
     reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)
-    #: reward model -> token ids of the answers to its `requests`
+    # reward model -> the token ids of its answers to `requests`
     rationale_token_ids: dict[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Inputs of `odds` beside the policy's log-probabilities; pairs along the last axis."""
+    """The inputs of `odds` besides the policy's log-probabilities; pairs along the last axis."""
 
-    #: (2, pairs) tokens of first and second
+    # (2, pairs) tokens of first and second
     n_tokens: Tensor
-    #: (2, pairs) under the reward reference, nats; NaN if unknown
+    # (2, pairs) under --reward-reference, nats; NaN if unknown
     reference_logps: Tensor
-    #: (pairs,) log-odds in the data, nats; NaN: no verdict.
-    #: fp64 and on the CPU, because no loss uses it
+    # (pairs,) float64 as in the data, on the CPU: it enters no loss; NaN: no verdict
     external: Tensor
 
     @classmethod
@@ -64,76 +66,93 @@ class Context:
     ) -> Context:
         """The context of these pairs.
 
-        reward_reference: weights key of the model whose log-probabilities to use.
-        external: (pairs,) log-odds given in the data, or None.
+        reward_reference: weights key of the reference model; None if no model reads it.
+        external: (pairs,) log-odds from the data, nats; None if the data has none.
         """
-        unknown = (float("nan"), float("nan"))
         key = reward_reference or ""
+        unknown = (float("nan"), float("nan"))
         reference = [pair.reference_logps.get(key, unknown) for pair in pairs]
+
+        lengths = []
+        for pair in pairs:
+            lengths.append([len(ids) for ids in pair.response_ids])
+
         if external is None:
             external = torch.full((len(pairs),), torch.nan)
-        lengths = [[len(ids) for ids in pair.response_ids] for pair in pairs]
         return cls(
-            torch.tensor(lengths, dtype=torch.float32, device=device).T,
-            torch.tensor(reference, dtype=torch.float32, device=device).T,
-            external.double().cpu(),
+            n_tokens=torch.tensor(lengths, dtype=torch.float32, device=device).T,
+            reference_logps=torch.tensor(reference, dtype=torch.float32, device=device).T,
+            external=external.double().cpu(),
         )
 
 
 def encode_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, list[Pair], Counter[str]]:
-    """The pairs that can be tokenized, as rows and as `Pair`s, and the number of drops by reason.
+    """The pairs of a table that can be tokenized, as rows and as `Pair`s, and the drops by reason.
 
-    Drops: as `tokenize_pairs`.
+    Drops: as in `tokenize_pairs`.
     """
     table, prompt_ids, drops = tokenize_pairs(table, chat)
     return table, make_pairs(table, prompt_ids), drops
 
 
 def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Counter[str]]:
-    """The pairs with token ids of both responses, token ids of the prompts, and drops by reason.
+    """The pairs with token ids of both responses, the token ids of their prompts, and the drops.
 
-    Token ids in the table are used unchanged: sampled ids are never encoded again.
-    Neighbors with the same prompt share one rendering of it.
+    Token ids in the table are used as they are: sampled ids are never encoded again.
+    Neighbors with the same prompt share one tuple of its ids.
     Drops: prompt_boundary (the chat template does not render a response as a continuation of its
     prompt).
     """
-    fields: list[dict[str, pa.Array]] = []
-    lacking: list[np.ndarray] = []
-    texts: list[list[str]] = []
-    for side in SIDES:
-        columns = {
-            field.name: pc.struct_field(table[side], field.name).combine_chunks()
-            for field in schemas.RESPONSE
-        }
-        lacks = pc.list_value_length(columns["token_ids"]).fill_null(0).to_numpy() == 0
-        fields.append(columns)
-        lacking.append(lacks)
-        texts.append(columns["text"].to_pylist() if lacks.any() else [])
-    # Row -> token ids, per side
+    sides = [_response_fields(table, side) for side in SIDES]
+    lacking = [_without_token_ids(side) for side in sides]
+    texts = []
+    for side, lacks in zip(sides, lacking, strict=True):
+        texts.append(side["text"].to_pylist() if lacks.any() else [])
+
+    # of each side: row -> token ids
     encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]
     prompt_ids: PromptIds = []
     boundary = np.ones(len(table), bool)
     for row, messages in enumerate(table["messages"].to_pylist()):
         prompt = tuple(chat.prompt_ids(messages))
-        prompt_ids.append(prompt_ids[-1] if prompt_ids and prompt_ids[-1] == prompt else prompt)
+        if prompt_ids and prompt_ids[-1] == prompt:
+            prompt = prompt_ids[-1]
+        prompt_ids.append(prompt)
+
         try:
             for number in range(len(SIDES)):
                 if lacking[number][row]:
                     encoded[number][row] = chat.response_ids(messages, texts[number][row])
         except DataError:
             boundary[row] = False
-    for name, side, rows in zip(SIDES, fields, encoded, strict=True):
+
+    for name, side, rows in zip(SIDES, sides, encoded, strict=True):
         if rows:
             table = with_column(table, name, _with_token_ids(side, rows))
     table, drops = filter_rows(table, boundary, "prompt_boundary")
-    return table, [ids for ids, keep in zip(prompt_ids, boundary, strict=True) if keep], drops
+    kept_prompts = [ids for ids, keep in zip(prompt_ids, boundary, strict=True) if keep]
+    return table, kept_prompts, drops
+
+
+def _response_fields(table: pa.Table, side: str) -> dict[str, pa.Array]:
+    """The fields of one side's responses, (pairs,) each."""
+    fields = {}
+    for response_field in schemas.RESPONSE:
+        values = pc.struct_field(table[side], response_field.name)
+        fields[response_field.name] = values.combine_chunks()
+    return fields
+
+
+def _without_token_ids(side: dict[str, pa.Array]) -> np.ndarray:
+    """Whether a response has no token ids.  -> (pairs,) bool"""
+    lengths = pc.list_value_length(side["token_ids"]).fill_null(0)
+    return lengths.to_numpy() == 0
 
 
 def _with_token_ids(side: dict[str, pa.Array], encoded: dict[int, list[int]]) -> pa.Array:
-    """The responses of one side with the token ids of some rows replaced.
+    """One side's responses, with token ids inserted in the encoded rows.  -> (pairs,)
 
-    side: its fields, (pairs,) each.
-    encoded: row -> token ids.
+    side: the fields of the responses, (pairs,) each; encoded: row -> token ids.
     """
     ids = side["token_ids"].to_pylist()
     for row, tokens in encoded.items():
@@ -143,30 +162,34 @@ def _with_token_ids(side: dict[str, pa.Array], encoded: dict[int, list[int]]) ->
 
 
 def make_pairs(table: pa.Table, prompt_ids: Sequence[tuple[int, ...]]) -> list[Pair]:
-    """The `Pair` of each row; the table has the token ids of all responses.
+    """The `Pair` of each row; the table holds the token ids of all responses.
 
-    prompt_ids: token ids of the prompt of each row.
+    prompt_ids: token ids of each row's prompt.
     """
     rows = table.select(PAIR_COLUMNS).to_pylist()
     return [_make_pair(row, ids) for row, ids in zip(rows, prompt_ids, strict=True)]
 
 
 def _make_pair(row: Mapping[str, Any], prompt_ids: tuple[int, ...]) -> Pair:
-    first = row["first"]
-    second = row["second"]
-    reference_logps = {
-        entry["weights_key"]: (entry["first"], entry["second"]) for entry in row["reference_logps"]
-    }
+    """The `Pair` of a row.  row: the columns PAIR_COLUMNS"""
+    first, second = (row[side] for side in SIDES)
+
+    reference_logps = {}
+    for logps in row["reference_logps"]:
+        reference_logps[logps["weights_key"]] = (logps["first"], logps["second"])
+
     rationales = {}
     for reward in row["rewards"]:
-        if token_ids := reward.get("rationale_token_ids"):
+        token_ids = reward.get("rationale_token_ids")
+        if token_ids:
             rationales[reward["reward_model"]] = token_ids
+
     return Pair(
-        row["pair_id"],
-        row["messages"],
-        prompt_ids,
-        (tuple(first["token_ids"]), tuple(second["token_ids"])),
-        (first["text"], second["text"]),
-        reference_logps,
-        rationales,
+        pair_id=row["pair_id"],
+        messages=row["messages"],
+        prompt_ids=prompt_ids,
+        response_ids=(tuple(first["token_ids"]), tuple(second["token_ids"])),
+        texts=(first["text"], second["text"]),
+        reference_logps=reference_logps,
+        rationale_token_ids=rationales,
     )

@@ -1,4 +1,4 @@
-"""Prompts of the generative reward models, and functions that fill them."""
+"""Prompts of the generative reward models, and how their fields are filled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ First explain in a few sentences which answer is better and why. \
 Then write "Verdict:" and A or B."""
 
 #: The additive five-point rubric of Self-Rewarding Language Models (arXiv 2401.10020), reworded.
-RUBRIC = """Score how well a response answers a question. \
+RUBRIC = """\
+Score how well a response answers a question. \
 Start at 0 and add a point for each of these that holds:
 it is relevant to the question; it answers a good part of it; \
 it answers the question usefully and completely; it is well written and clearly
@@ -45,19 +46,26 @@ Reply with the score, a single digit from 0 to 5."""
 
 
 def question_text(messages: Sequence[Message]) -> str:
-    """The conversation as the judge's prompt contains it, without the system turn.
+    """A conversation as a judge reads it, without its system turn.
 
-    A single user turn is its bare text; of several turns each one begins with its role.
+    The bare text of a single user turn, else each turn with its role.
     """
     turns = [message for message in messages if message["role"] != "system"]
     if len(turns) == 1:
         return turns[0]["content"]
-    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+
+    lines = []
+    for turn in turns:
+        role = turn["role"].capitalize()
+        lines.append(f"{role}: {turn['content']}")
     return "\n".join(lines)
 
 
 def fill(template: str, **values: str) -> list[Message]:
-    """The judge prompt as a one-turn conversation; braces inside the values have no meaning."""
+    """A judge prompt as a one-turn conversation.
+
+    Values are inserted verbatim: braces inside them have no meaning.
+    """
     text = re.sub(r"\{(\w+)\}", lambda field: values.get(field[1], field[0]), template)
     return [{"role": "user", "content": text}]
 
@@ -65,16 +73,20 @@ def fill(template: str, **values: str) -> list[Message]:
 def load_template(path: Path | None, default: str, fields: Sequence[str]) -> str:
     """The judge prompt in a text file, or the default if there is no path.
 
-    Raises ConfigError if the file cannot be read or lacks a field.
+    Raises ConfigError if the file cannot be read or if a field is missing from it.
     """
     if path is None:
         return default
+
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the judge prompt {path} cannot be read: {error}") from error
-    missing = [name for name in fields if "{" + name + "}" not in text]
+
+    placeholders = ["{" + name + "}" for name in fields]
+    missing = [placeholder for placeholder in placeholders if placeholder not in text]
     if missing:
-        required = ", ".join("{" + name + "}" for name in fields)
-        raise ConfigError(f"the judge prompt {path} has no {{{missing[0]}}}; it needs {required}")
+        raise ConfigError(
+            f"the judge prompt {path} has no {missing[0]}; it needs {', '.join(placeholders)}"
+        )
     return text

@@ -1,7 +1,7 @@
-"""The internal reward models: token paths to score per pair, and log-odds from their scores.
+"""The internal reward models: which token paths each scores for a pair, and its log-odds.
 
-Each one derives from `RewardModel`. So does a user's own, named by `--reward-models module:Class`;
-it works in judging, training, evaluation, validation figures and reports.
+Each derives from `RewardModel`. So does a user's class, which `--reward-models module:Class` names:
+it then works in judging, training, evaluation, validation figures and reports.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from scir_cli.rewards.prompts import (
 )
 from scir_cli.settings import RewardSettings
 
-#: The start of each further word in a class name: Brevity|Score, HTTP|Score
+#: Boundaries between the words of a class name: brevity|Score, HTTP|Score
 WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 class RewardModel(ABC):
-    """Base class of every reward model, also of a user's own.
+    """The base class of every reward model: `--reward-models judge,implicit,my_module:Brevity`.
 
     A reward model names the token paths to score for a pair (`branches`), and turns their summed
     log-probabilities under the policy into log-odds that the first response is better (`odds`, a
     pure function). Training calls the same two methods, and gradients flow through `odds`.
-    The smallest one needs no path at all:
+    The smallest reward model needs no path at all:
 
         from scir_cli.rewards.reward_models import RewardModel, RewardOutput
 
@@ -56,26 +56,25 @@ class RewardModel(ABC):
             def odds(self, logps, context):
                 return RewardOutput(context.n_tokens[1] - context.n_tokens[0])
 
-    Exchanging the responses must negate the log-odds.
-    NaN means no verdict; training needs a number for every pair.
+    Exchanging first and second must negate the log-odds.
+    NaN means no verdict; in training each pair needs a number.
     """
 
-    #: Name of its verdicts in datasets, figures and `--rule`; default: class name in snake case
+    #: Name of its verdicts in datasets, figures and label rules; default: class name in snake case
     name: ClassVar[str] = ""
     #: Number of token paths that `branches` returns, the same for each pair
     n_branches: ClassVar[int]
-    #: Each path ends in one target token and enters no loss in `judge`, so a backend may score it
+    #: Each path ends in one target token, so a backend may score it in `judge`, which has no loss
     reads_verdicts: ClassVar[bool] = False
     #: `odds` returns `orders`: the responses are compared in both orders, as A and B
     has_seats: ClassVar[bool] = False
-    #: The first two paths are the answers after their prompt; the next iteration reuses their
+    #: The first two paths are the two answers after their prompt; the next iteration reuses their
     #: log-probabilities
     scores_answers: ClassVar[bool] = False
     #: `odds` reads `context.reference_logps`, so --reward-reference is required
     needs_reference: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
-        """Set the default name: the class name in snake case."""
         if "name" not in vars(cls):
             cls.name = WORD_START.sub("_", cls.__name__).lower()
 
@@ -84,12 +83,15 @@ class RewardModel(ABC):
         self.settings = settings
 
     def requests(self, pair: Pair) -> list[list[int]]:
-        """Prompts (token ids) that need a written answer before `branches`; usually none."""
+        """Prompts (token ids) to answer in text before `branches` is called; usually none."""
         return []
 
     @abstractmethod
     def branches(self, pair: Pair) -> list[Branch]:
-        """Token paths to score; answers to `requests` are in `pair.rationale_token_ids`."""
+        """Token paths to score.
+
+        The answers to `requests`, if any, are in `pair.rationale_token_ids`.
+        """
 
     @abstractmethod
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
@@ -99,11 +101,17 @@ class RewardModel(ABC):
         """
 
 
-class Judge(RewardModel):
-    """Pairwise verdict A or B at the first token of the answer, in both orders.
+def _verdict_branches(prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[Branch]:
+    """Every verdict token after the first prompt, then after the next."""
+    return [verdict(prompt, token) for prompt in prompts for token in tokens]
 
-    Branches: [first as A: "A", "B"; second as A: "A", "B"].
-    """
+
+def _same_verdicts(words: Sequence[str]) -> ConfigError:
+    return ConfigError(f"the verdicts {words} are the same token; choose two with --verdict-tokens")
+
+
+class Judge(RewardModel):
+    """Pairwise verdict A or B at the first token of the answer, in both orders."""
 
     n_branches = 4
     reads_verdicts = True
@@ -111,11 +119,10 @@ class Judge(RewardModel):
 
     @cached_property
     def template(self) -> str:
-        """The judge's prompt with the placeholders {question}, {a} and {b}."""
         return load_template(*self._prompt(), ("question", "a", "b"))
 
     def _prompt(self) -> tuple[Path | None, str]:
-        """The user's prompt file, if any, and the built-in prompt."""
+        """The user's template file, if any, and the default template."""
         return self.settings.judge_prompt, PAIRWISE
 
     def _prompts(self, pair: Pair) -> list[list[int]]:
@@ -124,35 +131,29 @@ class Judge(RewardModel):
         question = question_text(pair.messages)
         prompts = []
         for a, b in ((first, second), (second, first)):
-            text = fill(self.template, question=question, a=a, b=b)
-            prompts.append(self.chat.prompt_ids(text))
+            messages = fill(self.template, question=question, a=a, b=b)
+            prompts.append(self.chat.prompt_ids(messages))
         return prompts
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """Token ids of the two verdicts. Raises ConfigError if they are the same token."""
-        example: list[Message] = [{"role": "user", "content": "Reply with A or B."}]
+        """Token ids of the two verdicts; raises ConfigError if they are the same token."""
+        request: list[Message] = [{"role": "user", "content": "Reply with A or B."}]
         words = self.settings.verdict_tokens
-        tokens = tuple(self.chat.answer_token(example, word) for word in words)
+        tokens = tuple(self.chat.answer_token(request, word) for word in words)
         if len(set(tokens)) == 1:
             raise _same_verdicts(words)
         return tokens
 
     def branches(self, pair: Pair) -> list[Branch]:
-        return [verdict(prompt, token) for prompt in self._prompts(pair) for token in self.tokens]
+        return _verdict_branches(self._prompts(pair), self.tokens)
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
         return log_odds.average_orders(logps.unflatten(0, (2, 2)))
 
 
-def _same_verdicts(words: Sequence[str]) -> ConfigError:
-    return ConfigError(
-        f"the verdicts {words} are the same token; choose two others with --verdict-tokens"
-    )
-
-
 class Rationale(Judge):
-    """The judge writes its reasons first; then its verdict is read as the judge's is."""
+    """The judge with a rationale, which the model writes before its verdict is read."""
 
     def _prompt(self) -> tuple[Path | None, str]:
         return self.settings.rationale_prompt, PAIRWISE_RATIONALE
@@ -161,79 +162,86 @@ class Rationale(Judge):
         return self._prompts(pair)
 
     def branches(self, pair: Pair) -> list[Branch]:
-        reasons = pair.rationale_token_ids.get("rationale")
-        if not reasons:
-            raise DataError(
-                "these pairs hold no rationales; write them first with "
-                "`scir judge --reward-models …,rationale`"
-            )
+        """Both verdicts after prompt and rationale, in both orders.
+
+        Raises DataError if the pair holds no rationales.
+        """
+        # the same for both verdicts
         cue = self._verdicts[0][:-1]
-        branches = []
-        for prompt, written in zip(self._prompts(pair), reasons, strict=True):
-            path = [*prompt, *self._reasons(written), *cue]
-            branches += [verdict(path, token) for token in self.tokens]
-        return branches
+        rationales = pair.rationale_token_ids.get("rationale")
+        if not rationales:
+            raise DataError(
+                "these pairs hold no rationales: "
+                "write them first with `scir judge --reward-models …,rationale`"
+            )
+
+        prompts = []
+        for prompt, rationale in zip(self._prompts(pair), rationales, strict=True):
+            prompts.append([*prompt, *self._without_verdict(rationale), *cue])
+        return _verdict_branches(prompts, self.tokens)
 
     @cached_property
     def _verdicts(self) -> list[list[int]]:
-        """Token ids after the reasons, per verdict; only the last id differs.
+        """Token ids of the text after the rationale, up to and including each verdict.
 
-        Raises ConfigError if both are the same, ModelError if a verdict takes several tokens.
+        Both are equal except for their last token.
+        Raises ConfigError if the verdicts are the same token, ModelError if they are not one each.
         """
         words = self.settings.verdict_tokens
-        ends = []
-        for word in words:
-            encoded = self.chat.tokenizer(f"\n\nVerdict: {word}", add_special_tokens=False)
-            ends.append(list(encoded["input_ids"]))
-        if ends[0] == ends[1]:
+        endings = [self._encode(f"\n\nVerdict: {word}") for word in words]
+        if endings[0] == endings[1]:
             raise _same_verdicts(words)
-        if ends[0][:-1] != ends[1][:-1]:
+        if endings[0][:-1] != endings[1][:-1]:
             quoted = " and ".join(map(repr, words))
             raise ModelError(
-                f"this tokenizer splits the verdicts {quoted} into several tokens; "
+                f"the verdicts {quoted} are not one token each for this tokenizer; "
                 "choose others with --verdict-tokens"
             )
-        return ends
+        return endings
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(end[-1] for end in self._verdicts)
+        return tuple(ending[-1] for ending in self._verdicts)
 
-    def _reasons(self, written: Sequence[int]) -> list[int]:
-        """Token ids of the reasons without the verdict that the model may have written.
+    def _encode(self, text: str) -> list[int]:
+        return list(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-        The verdict is read from probabilities instead.
-        """
-        tokenizer = self.chat.tokenizer
-        text = tokenizer.decode([token for token in written if token not in self.chat.end_ids])
-        reasons = text.split("Verdict:")[0].rstrip()
-        return list(tokenizer(reasons, add_special_tokens=False)["input_ids"])
+    def _without_verdict(self, rationale: Sequence[int]) -> list[int]:
+        """The rationale up to its own verdict, which is read from probabilities instead."""
+        content = [token for token in rationale if token not in self.chat.end_ids]
+        text = self.chat.tokenizer.decode(content)
+        return self._encode(text.split("Verdict:")[0].rstrip())
 
 
 class Rubric(RewardModel):
-    """Expected score (0 to 5) of each response over the score tokens (arXiv 2401.10020)."""
+    """Additive score 0-5 of each response: its expectation over the score tokens (2401.10020)."""
 
     n_branches = 12
     reads_verdicts = True
 
     @cached_property
     def template(self) -> str:
-        """The rubric's prompt with the placeholders {question} and {response}."""
         return load_template(self.settings.rubric_prompt, RUBRIC, ("question", "response"))
 
     def branches(self, pair: Pair) -> list[Branch]:
         question = question_text(pair.messages)
-        filled = [fill(self.template, question=question, response=text) for text in pair.texts]
-        tokens = [self.chat.answer_token(filled[0], str(score)) for score in range(6)]
-        prompts = [self.chat.prompt_ids(text) for text in filled]
-        return [verdict(prompt, token) for prompt in prompts for token in tokens]
+        requests = [fill(self.template, question=question, response=text) for text in pair.texts]
+        tokens = [self.chat.answer_token(requests[0], str(score)) for score in range(6)]
+        prompts = [self.chat.prompt_ids(request) for request in requests]
+        return _verdict_branches(prompts, tokens)
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        # Scores first, as expected_score expects: (6, 2, pairs) -> (2, pairs)
-        by_score = logps.unflatten(0, (2, 6)).transpose(0, 1)
-        scores, mass = log_odds.expected_score(by_score)
-        difference = log_odds.difference(scores, self.settings.rubric_scale)
-        return RewardOutput(difference.log_odds, verdict_mass=mass.mean(0))
+        # (6 scores, 2 responses, pairs)
+        score_logps = logps.unflatten(0, (2, 6)).transpose(0, 1)
+        # (2, pairs) each
+        scores, mass = log_odds.expected_score(score_logps)
+        output = log_odds.difference(scores, self.settings.rubric_scale)
+        return RewardOutput(output.log_odds, verdict_mass=mass.mean(0))
+
+
+def _answer_branches(prompt_ids: Sequence[int], pair: Pair) -> list[Branch]:
+    """Both responses after this prompt."""
+    return [continuation(prompt_ids, ids) for ids in pair.response_ids]
 
 
 class Implicit(RewardModel):
@@ -244,10 +252,11 @@ class Implicit(RewardModel):
     needs_reference = True
 
     def branches(self, pair: Pair) -> list[Branch]:
-        return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
+        return _answer_branches(pair.prompt_ids, pair)
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        scale = self.settings.implicit_scale * self.settings.implicit_beta
+        settings = self.settings
+        scale = settings.implicit_scale * settings.implicit_beta
         return log_odds.difference(logps - context.reference_logps, scale)
 
 
@@ -258,27 +267,28 @@ class Likelihood(RewardModel):
     scores_answers = True
 
     def branches(self, pair: Pair) -> list[Branch]:
-        return [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
+        return _answer_branches(pair.prompt_ids, pair)
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
-        return log_odds.difference(logps / context.n_tokens, self.settings.likelihood_scale)
+        per_token = logps / context.n_tokens
+        return log_odds.difference(per_token, self.settings.likelihood_scale)
 
 
 class Pmi(RewardModel):
-    """Pointwise mutual information of prompt and answer per token (ours).
+    """Pointwise mutual information of prompt and answer, per token of the answer (ours).
 
-    The mean over the answer's tokens of log p(token | prompt) - log p(token | empty prompt).
+    The mean log-ratio of the answer with and without its prompt.
     """
 
     n_branches = 4
     scores_answers = True
 
     def branches(self, pair: Pair) -> list[Branch]:
-        nothing = self.chat.prompt_ids([{"role": "user", "content": ""}])
-        branches = []
-        for prompt in (pair.prompt_ids, nothing):
-            branches += [continuation(prompt, ids) for ids in pair.response_ids]
-        return branches
+        empty_prompt = self.chat.prompt_ids([{"role": "user", "content": ""}])
+        return [
+            *_answer_branches(pair.prompt_ids, pair),
+            *_answer_branches(empty_prompt, pair),
+        ]
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
         # (2, pairs) each
@@ -288,7 +298,7 @@ class Pmi(RewardModel):
 
 
 class External(RewardModel):
-    """Log-odds or scores given in the input dataset."""
+    """Log-odds that are part of the data."""
 
     n_branches = 0
 
@@ -301,41 +311,49 @@ class External(RewardModel):
 
 BUILT_IN = (Judge, Implicit, Rubric, Rationale, Likelihood, Pmi, External)
 TABLE: dict[str, type[RewardModel]] = {model.name: model for model in BUILT_IN}
-#: Words with another meaning in `filter --rule` or in tables
+#: Words that a rule of `filter` or a table uses besides the names of reward models
 RESERVED = {*TABLE, "agree", "agreed", "all", "average", "gold", "majority", "none", "random"}
-#: Endings of the two orders' names, if the penalty compares the orders of a model with seats
+#: In the penalty a model with seats counts as two, with these suffixes
 ORDERS = ("_forward", "_swapped")
 
 
 def load(name: str) -> type[RewardModel]:
-    """The class of a built-in name or of "module:Class".
+    """The class of a built-in name or "module:Class".
 
-    Raises ConfigError if there is none, or if it lacks what a reward model needs.
+    Raises ConfigError if the name is unknown or if the class cannot be used.
     """
     if name in TABLE:
         return TABLE[name]
     if not plugins.is_target(name):
         raise ConfigError(f"unknown reward model '{name}'.{suggest(name, TABLE)}")
+
     model = plugins.load_class(name, RewardModel, "reward model")
     if not isinstance(getattr(model, "n_branches", None), int):
         raise ConfigError(
             f"reward model '{name}' lacks n_branches, "
             "the number of token paths that `branches` returns"
         )
-    is_word = re.fullmatch(r"[a-z]\w*", model.name)
-    if not is_word or model.name in RESERVED or model.name.endswith(ORDERS):
+    if not _is_usable_name(model.name):
+        reserved = ", ".join(sorted(RESERVED))
+        suffixes = " or ".join(ORDERS)
         raise ConfigError(
-            f"reward model '{name}' cannot be called '{model.name}': set its attribute `name` to "
-            f"letters, digits and _ (reserved: {', '.join(sorted(RESERVED))}, and names that end "
-            f"in {' or '.join(ORDERS)})"
+            f"reward model '{name}' cannot be called '{model.name}': "
+            "set its attribute `name` to another one, of letters, digits and _ "
+            f"(reserved: {reserved}, and names that end in {suffixes})"
         )
     return model
 
 
-def load_all(names: Sequence[str]) -> dict[str, type[RewardModel]]:
-    """The classes of these names by the name of their verdicts, in this order.
+def _is_usable_name(name: str) -> bool:
+    if name in RESERVED or name.endswith(ORDERS):
+        return False
+    return re.fullmatch(r"[a-z]\w*", name) is not None
 
-    Raises ConfigError as `load` does, and if two classes have one name.
+
+def load_all(names: Sequence[str]) -> dict[str, type[RewardModel]]:
+    """The classes of these names under the name of their verdicts, in this order.
+
+    Raises ConfigError as `load` does, and if two classes have the same name.
     """
     models: dict[str, type[RewardModel]] = {}
     for name in names:
@@ -350,26 +368,29 @@ def load_all(names: Sequence[str]) -> dict[str, type[RewardModel]]:
 
 
 def make(names: Sequence[str], chat: Chat, settings: RewardSettings) -> dict[str, RewardModel]:
-    """The reward models by the name of their verdicts; raises as `load_all` does."""
+    """The reward models of these names, under the name of their verdicts, in this order.
+
+    Raises ConfigError as `load_all` does.
+    """
     return {name: model(chat, settings) for name, model in load_all(names).items()}
 
 
 def all_branches(models: dict[str, RewardModel], pair: Pair) -> list[Branch]:
     """The branches of all models for a pair, one model after the other.
 
-    Raises ConfigError if a user's model does not return what its attributes promise.
+    Raises ConfigError if a user's model contradicts its attributes.
     """
-    every = []
+    collected = []
     for name, model in models.items():
         branches = model.branches(pair)
         if name not in TABLE:
             _check(model, pair, branches)
-        every += branches
-    return every
+        collected += branches
+    return collected
 
 
 def _check(model: RewardModel, pair: Pair, branches: list[Branch]) -> None:
-    """Raises ConfigError if a user's model does not return what its attributes promise."""
+    """Raises ConfigError if a user's model returns other branches than its attributes promise."""
     if len(branches) != model.n_branches:
         raise ConfigError(
             f"reward model '{model.name}' returned {len(branches)} branches for a pair; "
@@ -378,20 +399,20 @@ def _check(model: RewardModel, pair: Pair, branches: list[Branch]) -> None:
     if model.reads_verdicts and any(len(branch.target_tokens) != 1 for branch in branches):
         raise ConfigError(
             f"reward model '{model.name}' sets reads_verdicts, "
-            "but one of its branches has not one target token"
+            "but one of its branches does not have exactly one target token"
         )
-    answers = [continuation(pair.prompt_ids, ids) for ids in pair.response_ids]
+    answers = _answer_branches(pair.prompt_ids, pair)
     if model.scores_answers and branches[:2] != answers:
         raise ConfigError(
-            f"reward model '{model.name}' sets scores_answers, but its first two branches are not "
-            "continuation(pair.prompt_ids, ids) for ids in pair.response_ids"
+            f"reward model '{model.name}' sets scores_answers, but its first two branches are "
+            "not continuation(pair.prompt_ids, ids) for ids in pair.response_ids"
         )
 
 
 def answer_logps(models: dict[str, RewardModel], logps: Tensor) -> Tensor | None:
-    """The policy's log-probabilities of both answers; None if no model scores them.
+    """The policy's log-probabilities of both answers, None if no model scores them.
 
-    logps: (pairs, branches), nats -> (pairs, 2), nats
+    logps: (pairs, branches), nats -> (pairs, 2)
     """
     parts = branch_slices(models)
     for name, model in models.items():
@@ -401,36 +422,38 @@ def answer_logps(models: dict[str, RewardModel], logps: Tensor) -> Tensor | None
 
 
 def branch_slices(models: dict[str, RewardModel]) -> dict[str, slice]:
-    """The positions of each model's branches in the result of `all_branches`."""
+    """The positions of each model's branches among those of `all_branches`."""
     slices = {}
     start = 0
     for name, model in models.items():
-        slices[name] = slice(start, start + model.n_branches)
-        start += model.n_branches
+        end = start + model.n_branches
+        slices[name] = slice(start, end)
+        start = end
     return slices
 
 
 def all_outputs(
     models: dict[str, RewardModel], logps: Tensor, context: Context
 ) -> dict[str, RewardOutput]:
-    """The output of each model by name.
+    """Each model's output, with log-odds (pairs,) in nats.
 
-    logps: (pairs, branches), nats, in the order of `all_branches`.
-    Raises ConfigError if an output lacks a log-odds per pair, or has `orders` without seats.
+    logps: (pairs, branches), the summed log-probabilities of `all_branches`, nats.
+    Raises ConfigError if a user's model returns an output of another shape than promised.
     """
     outputs = {}
     for name, part in branch_slices(models).items():
         outputs[name] = models[name].odds(logps[:, part].T, context)
+
+    shape = context.external.shape
     for name, output in outputs.items():
-        is_output = isinstance(output, RewardOutput)
-        if not is_output or output.log_odds.shape != context.external.shape:
+        if not isinstance(output, RewardOutput) or output.log_odds.shape != shape:
             raise ConfigError(
                 f"reward model '{name}' has to return RewardOutput with one log-odds per pair, "
                 f"a tensor of {len(context.external)}"
             )
         if models[name].has_seats != (output.orders is not None):
             raise ConfigError(
-                f"reward model '{name}': its RewardOutput must have `orders` if, and only if, "
+                f"reward model '{name}': its RewardOutput have `orders` if, and only if, "
                 "its attribute has_seats is True"
             )
     return outputs
