@@ -1,4 +1,7 @@
-"""What a dataset folder holds beside its rows: a card, a schema version, and the input's columns."""
+"""What a dataset folder holds beside its rows.
+
+A card, a schema version, and the input's columns.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,8 @@ def test_a_card_lists_every_column_with_its_meaning(tmp_path: Path, kind: str):
 def test_a_folder_that_was_uploaded_with_its_card_opens_in_datasets(tmp_path: Path):
     prompts(tmp_path / "p")
     assert datasets.load_from_disk(str(tmp_path / "p"))["prompt_id"] == ["a", "b"]
-    # the hub's copy: `datasets` refuses state.json on this machine only, where load_from_disk is meant
+    # the hub's copy: `datasets` refuses state.json on this machine only, where load_from_disk is
+    # meant
     left_out = shutil.ignore_patterns("state.json", ".*")
     shutil.copytree(tmp_path / "p", tmp_path / "uploaded", ignore=left_out)
     opened = datasets.load_dataset(str(tmp_path / "uploaded"), cache_dir=str(tmp_path / "cache"))

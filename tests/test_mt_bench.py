@@ -1,4 +1,7 @@
-"""MT-Bench's single-answer grading: questions of several turns, answers that see those before them, grades from probabilities."""
+"""MT-Bench's single-answer grading.
+
+Questions of several turns, answers that see those before them, grades from probabilities.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Ranks and packs change nothing but speed: two CPU processes (gloo) train what one does, sharded or not, and go on from each other's checkpoints."""
+"""Ranks and packs change nothing but speed.
+
+Two CPU processes (gloo) train what one does, sharded or not, and go on from each other's
+checkpoints.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What users bring, read from files made here; the hub is a stand-in, for no test touches the network."""
+"""What users bring, read from files made here.
+
+The hub is a stand-in, for no test touches the network.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What the study compares: a setup (world, sizes, steps) and methods, each a recipe of recipes/methods/ with a few settings changed."""
+"""What the study compares.
+
+A setup (world, sizes, steps) and methods, each a recipe of recipes/methods/ with a few settings
+changed.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ from typing import Any
 from study import real, world
 from study.world import Size
 
-#: Where a setup's world comes from: its data sets, models, gold scorer, and what is measured of answers.
+#: Where a setup's world comes from: its data sets, models, gold scorer, and what is measured of
+#: answers.
 WORLDS: dict[str, Any] = {"tasks": world, "text": real}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe and what is changed in it; scores: the purpose for which gold scores become a column of its candidates (oracle, external)."""
+    """A recipe and what is changed in it.
+
+    Scores: the purpose for which gold scores become a column of its candidates (oracle, external).
+    """
 
     name: str
     recipe: str
@@ -24,9 +32,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Setup:
-    """A world's size and the settings of each kind of training; `loop` holds for every method alike.
+    """A world's size and the settings of each kind of training; `loop` holds for every method
+    alike.
 
-    Learning rate, steps and beta of the loop were chosen on the oracle alone, on a world that is not in any table (docs/log.md).
+    Learning rate, steps and beta of the loop were chosen on the oracle alone, on a world that is
+    not in any table (docs/log.md).
     """
 
     size: Size | real.Size = field(default_factory=Size)
@@ -72,7 +82,8 @@ RIVALS = [
     Method("oracle", "external", scores="oracle"),
 ]
 
-#: How far labels can take the judge: the verdict's loss, and nothing else, on gold labels of the same pairs.
+#: How far labels can take the judge: the verdict's loss, and nothing else, on gold labels of the
+#: same pairs.
 VERDICTS = Method(
     "verdict oracle",
     "external",
@@ -110,8 +121,10 @@ MAIN = [
     Method("srlm half step", "srlm", {"learning_rate": 5e-5}),
 ]
 
-#: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the experiment. The committed results
-#: have more: arms of settings that lost or did nothing and are gone (LAST_WITH_ALL_ARMS in report.py).
+#: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the
+#: experiment. The committed results
+#: have more: arms of settings that lost or did nothing and are gone (LAST_WITH_ALL_ARMS in
+#: report.py).
 ABLATION = [
     Method("srlm", "srlm"),
     L3,
@@ -175,7 +188,8 @@ WITH_JUDGES = [
 FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), SCIR, L3, BEFORE]
 
 
-#: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's. 48 steps are what the oracle
+#: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the
+#: quickstart's. 48 steps are what the oracle
 #: needs to show its labels; in 12 it did not (docs/log.md).
 REAL = Setup(
     world="text", size=real.Size(), dtype="bf16", iterations=1, max_new_tokens=48,
