@@ -99,7 +99,8 @@ class StageSettings(Settings):
 
     output_dir: Annotated[Path, PlainValidator(to_path)] = config.setting(
         ...,
-        "Output folder, or a URL (s3://…). The same command resumes an interrupted run.",
+        "Output folder; for a dataset also a URL (s3://…). "
+        "The same command resumes an interrupted run.",
         group=INPUT_OUTPUT,
         affects_output=False,
     )
