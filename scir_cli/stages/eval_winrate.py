@@ -41,6 +41,9 @@ Row = dict[str, Any]
 
 NO_SKLEARN = f"needs scikit-learn: {install_hint('eval')}"
 
+#: Columns of AlpacaEval's annotations that must hold text.
+ANNOTATION_TEXTS = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
+
 #: Columns of AlpacaEval's df_gamed.csv that are read.
 GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty")
 
@@ -62,9 +65,10 @@ class Match:
     @property
     def lengths(self) -> Array:
         """Lengths of the model's and the other's responses.  -> (2, rows) characters"""
-        ours = [len(row["output"]) for row in self.rows]
-        others = [len(row["other_output"]) for row in self.rows]
-        return np.array([ours, others], dtype=np.float64)
+        lengths = []
+        for column in ("output", "other_output"):
+            lengths.append([len(row[column]) for row in self.rows])
+        return np.array(lengths, dtype=np.float64)
 
 
 def run(settings: EvalWinrateSettings) -> Json:
@@ -73,7 +77,11 @@ def run(settings: EvalWinrateSettings) -> Json:
     digests = [readers.digest(spec) for spec in inputs]
     scorer = None if settings.annotations else Scorer(settings)
     gamed = read_gamed(settings.gamed_baselines) if settings.gamed_baselines else None
-    plan: Json = {"stage": "eval winrate", "settings": settings.plan(), "inputs": digests}
+    plan: Json = {
+        "stage": "eval winrate",
+        "settings": settings.plan(),
+        "inputs": digests,
+    }
     if scorer:
         plan |= scorer.keys
     if settings.gamed_baselines:
@@ -84,20 +92,23 @@ def run(settings: EvalWinrateSettings) -> Json:
     else:
         matches, dropped = from_responses(settings)
     if settings.dry_run:
-        n = sum(len(match.rows) for match in matches)
-        return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
+        n_kept = sum(len(match.rows) for match in matches)
+        return {"dry_run": True, "plan": plan, "rows_in": n_kept + dropped.total()}
 
     def make(low: int, high: int) -> Part:
         scored = matches
         if scorer:
-            scored = _judged(matches, settings, scorer, hashing.digest_json(digests))
-            annotations = [row for match in scored for row in _annotation_rows(match)]
-            write_json(settings.output_dir / "annotations.json", annotations)
-        rows = [row for match in scored for row in _score_rows(match)]
+            digest = hashing.digest_json(digests)
+            scored = _judged(matches, settings, scorer, digest)
+            _write_annotations(settings.output_dir / "annotations.json", scored)
+        rows = []
+        for match in scored:
+            rows += _score_rows(match)
         return Part(rows, len(rows))
 
     def summarize(written: dataset.Dataset) -> Json:
-        return summary(_with_scores(matches, written), dropped, gamed, settings.seed)
+        scored = _with_scores(matches, written)
+        return summary(scored, dropped, gamed, settings.seed)
 
     manifest = dataset.write_dataset(
         settings.output_dir,
@@ -116,8 +127,10 @@ def run(settings: EvalWinrateSettings) -> Json:
 
 def _response_specs(settings: EvalWinrateSettings) -> list[str]:
     """The files of responses, the baseline's last."""
-    baseline = [settings.baseline] if settings.baseline else []
-    return [*settings.responses, *baseline]
+    specs = [*settings.responses]
+    if settings.baseline:
+        specs.append(settings.baseline)
+    return specs
 
 
 # ------------------------------------------------------------------------ responses
@@ -133,21 +146,22 @@ def from_responses(settings: EvalWinrateSettings) -> tuple[list[Match], Counter[
     specs = _response_specs(settings)
     files = [load_responses(spec, dropped, settings.limit) for spec in specs]
     names = _model_names(specs, files)
+    pairs = list(itertools.combinations(range(len(specs)), 2))
     if settings.baseline:
-        baseline = len(specs) - 1
-        pairs = [(i, baseline) for i in range(baseline)]
-    else:
-        pairs = list(itertools.combinations(range(len(specs)), 2))
+        last = len(specs) - 1
+        pairs = [(i, j) for i, j in pairs if j == last]
 
     matches = []
     for i, j in pairs:
         rows = _common(files[i], files[j], dropped)
         if not rows:
+            reasons = dict(+dropped) or "both are empty"
             raise DataError(
                 f"{specs[i]} and {specs[j]} have no instruction in common with two different "
-                f"answers ({dict(+dropped) or 'both are empty'})"
+                f"answers ({reasons})"
             )
-        matches.append(Match(names[i], names[j], rows, np.full(len(rows), np.nan)))
+        no_verdicts = np.full(len(rows), np.nan)
+        matches.append(Match(names[i], names[j], rows, no_verdicts))
     return matches, +dropped
 
 
@@ -158,9 +172,12 @@ def _model_names(specs: list[str], files: list[dict[str, Row]]) -> list[str]:
     """
     names = []
     for spec, file in zip(specs, files, strict=True):
-        generators = (row["generator"] for row in file.values() if row["generator"])
-        names.append(next(generators, Path(spec).stem))
-    return names if len(set(names)) == len(names) else specs
+        generators = [row["generator"] for row in file.values()]
+        stem = Path(spec).stem
+        names.append(next(filter(None, generators), stem))
+
+    is_unique = len(set(names)) == len(names)
+    return names if is_unique else specs
 
 
 def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -> dict[str, Row]:
@@ -176,8 +193,14 @@ def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -
 
 
 def _from_candidates(path: Path, limit: int | None) -> dict[str, Row]:
+    """The first response to each prompt in a candidates dataset, by instruction.
+
+    limit: number of prompts
+    """
     responses: dict[str, Row] = {}
-    for row in dataset.read_dataset(path, "candidates").to_pylist():
+    candidates = dataset.read_dataset(path, "candidates")
+    for row in candidates.to_pylist():
+        instruction = prompts.question_text(row["messages"])
         response = {
             "messages": row["messages"],
             "output": row["response"],
@@ -188,11 +211,15 @@ def _from_candidates(path: Path, limit: int | None) -> dict[str, Row]:
             "subset": row["subset"],
             "extra": row["extra"],
         }
-        responses.setdefault(prompts.question_text(row["messages"]), response)
+        responses.setdefault(instruction, response)
     return dict(itertools.islice(responses.items(), limit))
 
 
 def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> dict[str, Row]:
+    """The responses of an AlpacaEval file, by instruction; repeated ones are dropped.
+
+    limit: number of rows
+    """
     responses: dict[str, Row] = {}
     rows = _json_list(spec, ("instruction", "output"))[:limit]
     for i, row in enumerate(rows):
@@ -200,9 +227,13 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
         if instruction in responses:
             dropped["duplicate_instruction"] += 1
             continue
-        generator = row["generator"] if isinstance(row.get("generator"), str) else None
+
+        generator = row.get("generator")
+        if not isinstance(generator, str):
+            generator = None
+        message = {"role": "user", "content": instruction}
         responses[instruction] = {
-            "messages": [{"role": "user", "content": instruction}],
+            "messages": [message],
             "output": row["output"],
             "generator": generator,
             "author": generator,
@@ -215,25 +246,39 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
 
 
 def _json_list(spec: str, texts: Sequence[str]) -> list[Row]:
-    """A JSON list of objects; raises DataError if an object has no text in one of `texts`."""
+    """The objects of a JSON list.
+
+    texts: the columns that each object must have, with text
+    Raises DataError if the file holds something else.
+    """
     try:
-        rows = json.loads(Path(spec).read_text(encoding="utf-8"))
+        content = Path(spec).read_text(encoding="utf-8")
+        rows = json.loads(content)
     except (OSError, ValueError) as error:
         raise DataError(f"{spec} is not a readable JSON file ({error})") from error
-    expected = f"a JSON list of objects with {', '.join(map(repr, texts))}"
+
+    columns = ", ".join(map(repr, texts))
+    expected = f"a JSON list of objects with {columns}"
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{spec} should be {expected}, and not empty")
-
     for number, row in enumerate(rows, 1):
-        columns = row if isinstance(row, dict) else {}
-        missing = [name for name in texts if not isinstance(columns.get(name), str)]
-        if missing:
+        missing = _missing_text(row, texts)
+        if missing is not None:
             shown = ", ".join(row) if isinstance(row, dict) else repr(row)[:60]
             raise DataError(
-                f"{spec}, row {number}: no text in '{missing[0]}' (it has {shown}); "
+                f"{spec}, row {number}: no text in '{missing}' (it has {shown}); "
                 f"expected {expected}"
             )
     return rows
+
+
+def _missing_text(row: Any, texts: Sequence[str]) -> str | None:
+    """The first of the columns `texts` in which a row has no text; None if it has all of them."""
+    columns = row if isinstance(row, dict) else {}
+    for name in texts:
+        if not isinstance(columns.get(name), str):
+            return name
+    return None
 
 
 def _common(responses: dict[str, Row], others: dict[str, Row], dropped: Counter[str]) -> list[Row]:
@@ -248,15 +293,15 @@ def _common(responses: dict[str, Row], others: dict[str, Row], dropped: Counter[
         elif not row["output"].strip() or not other["output"].strip():
             dropped["empty_response"] += 1
         else:
-            rows.append(
-                {
-                    "instruction": instruction,
-                    "other_output": other["output"],
-                    "other_author": other["author"],
-                    **row,
-                }
-            )
-    dropped["not_in_responses"] += len(set(others) - set(responses))
+            match = {
+                "instruction": instruction,
+                "other_output": other["output"],
+                "other_author": other["author"],
+            }
+            rows.append(match | row)
+
+    unanswered = set(others) - set(responses)
+    dropped["not_in_responses"] += len(unanswered)
     return rows
 
 
@@ -272,29 +317,24 @@ def from_annotations(
     stay: they are draws.
     Raises DataError if a file holds annotations of several annotators.
     """
-    dropped: Counter[str] = Counter()
     by_pair: dict[tuple[str, str], list[Row]] = {}
-    fields = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
     for spec in specs:
-        rows = _json_list(spec, fields)[:limit]
-        annotators = sorted({str(row.get("annotator")) for row in rows})
-        if len(annotators) > 1:
-            raise DataError(
-                f"{spec} holds annotations of {len(annotators)} annotators "
-                f"({', '.join(annotators)}); give one file for each"
-            )
-        for number, row in enumerate(rows, 1):
+        rows = _json_list(spec, ANNOTATION_TEXTS)[:limit]
+        _check_one_annotator(spec, rows)
+        for i, row in enumerate(rows):
             annotation = {
                 "instruction": row["instruction"],
                 "output": row["output_2"],
                 "other_output": row["output_1"],
-                "position": (number - 1, len(rows)),
+                "position": (i, len(rows)),
                 "index": row.get("index"),
                 "subset": row.get("dataset"),
-                "preference": _preference(row, spec, number),
+                "preference": _preference(row, spec, i + 1),
             }
-            by_pair.setdefault((row["generator_2"], row["generator_1"]), []).append(annotation)
+            pair = (row["generator_2"], row["generator_1"])
+            by_pair.setdefault(pair, []).append(annotation)
 
+    dropped: Counter[str] = Counter()
     matches = []
     for (model, other), rows in by_pair.items():
         dropped["duplicate_annotation"] += _drop_duplicates(rows)
@@ -303,16 +343,28 @@ def from_annotations(
     return matches, +dropped
 
 
+def _check_one_annotator(spec: str, rows: list[Row]) -> None:
+    """Raises DataError if a file holds annotations of several annotators."""
+    annotators = sorted({str(row.get("annotator")) for row in rows})
+    if len(annotators) > 1:
+        names = ", ".join(annotators)
+        raise DataError(
+            f"{spec} holds annotations of {len(annotators)} annotators ({names}); "
+            "pass one file for each"
+        )
+
+
 def _drop_duplicates(rows: list[Row]) -> int:
     """Removes repeated annotations of the same two outputs in place; returns their number."""
-    before = len(rows)
+    n_dropped = 0
     seen: set[tuple[str, str, str]] = set()
     for row in list(rows):
         key = (row["instruction"], row["output"], row["other_output"])
         if key in seen:
+            n_dropped += 1
             rows.remove(row)
         seen.add(key)
-    return before - len(rows)
+    return n_dropped
 
 
 def _preference(row: Row, spec: str, number: int) -> float:
@@ -322,12 +374,15 @@ def _preference(row: Row, spec: str, number: int) -> float:
     Raises DataError if the value is missing or none of these.
     """
     if "preference" not in row:
+        columns = ", ".join(row)
         raise DataError(
-            f"{spec}, row {number}: no 'preference' (it has {', '.join(row)}); "
+            f"{spec}, row {number}: no 'preference' (it has {columns}); "
             "expected AlpacaEval's annotations"
         )
     value = row["preference"]
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
+        return math.nan
+    if isinstance(value, float) and math.isnan(value):
         return math.nan
 
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -356,25 +411,41 @@ def _judged(
             pair = _pair(row)
             pairs[pair["pair_id"]] = pair
     table = schemas.to_table("judged", pairs.values())
+    bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
+    inputs = PairInput(table, bounds, Counter(), digest)
 
     folder = settings.output_dir / "judged"
     inner = settings.model_copy(update={"output_dir": folder, "overwrite": False})
-    bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
-    write_judged_dataset("eval winrate", inner, scorer, PairInput(table, bounds, Counter(), digest))
+    write_judged_dataset("eval winrate", inner, scorer, inputs)
 
-    v = from_table(dataset.read_dataset(folder, "judged"))
-    first_model = v.names.index(next(iter(scorer.models)))
-    log_odds_of = dict(zip(v.pair_ids, v.log_odds[first_model], strict=True))
+    log_odds_of = _log_odds(folder, next(iter(scorer.models)))
     judged = []
     for match in matches:
-        log_odds = np.array([log_odds_of.get(_pair_id(row), math.nan) for row in match.rows])
-        sigmoid = np.exp(-np.logaddexp(0, -log_odds))
-        judged.append(replace(match, preference=sigmoid))
+        log_odds = []
+        for row in match.rows:
+            pair_id = _pair_id(row)
+            log_odds.append(log_odds_of.get(pair_id, math.nan))
+        preference = _sigmoid(np.array(log_odds))
+        judged.append(replace(match, preference=preference))
     return judged
 
 
+def _log_odds(folder: Path, reward_model: str) -> dict[str, float]:
+    """pair_id -> log-odds (nats) of one reward model in a judged dataset."""
+    v = from_table(dataset.read_dataset(folder, "judged"))
+    k = v.names.index(reward_model)
+    return dict(zip(v.pair_ids, v.log_odds[k], strict=True))
+
+
+def _sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), which does not overflow.  (rows,) -> (rows,)"""
+    return np.exp(-np.logaddexp(0, -x))
+
+
 def _pair_id(row: Row) -> str:
-    return hashing.digest_json([row["messages"], row["output"], row["other_output"]])[:16]
+    """The id of a pair: a digest of the conversation and both responses."""
+    content = [row["messages"], row["output"], row["other_output"]]
+    return hashing.digest_json(content)[:16]
 
 
 def _pair(row: Row) -> Row:
@@ -394,6 +465,7 @@ def _pair(row: Row) -> Row:
 
 
 def _response(text: str, author: str | None) -> Row:
+    """A response in the form of a judged dataset."""
     return {
         "candidate_id": None,
         "text": text,
@@ -404,7 +476,9 @@ def _response(text: str, author: str | None) -> Row:
 
 
 def _example_id(row: Row) -> str:
-    return hashing.digest_json([row["instruction"], row["output"], row["other_output"]])[:16]
+    """The id of a row of the scores dataset: a digest of the instruction and both responses."""
+    content = [row["instruction"], row["output"], row["other_output"]]
+    return hashing.digest_json(content)[:16]
 
 
 def _with_scores(matches: list[Match], scores: dataset.Dataset) -> list[Match]:
@@ -414,16 +488,20 @@ def _with_scores(matches: list[Match], scores: dataset.Dataset) -> list[Match]:
     """
     preferences: dict[tuple[str, str, str], float] = {}
     for table in scores.tables():
-        for row in table.select(["example_id", "value", "detail"]).to_pylist():
+        columns = table.select(["example_id", "value", "detail"])
+        for row in columns.to_pylist():
             names = json.loads(row["detail"])
             key = (names["model"], names["other"], row["example_id"])
-            preferences[key] = math.nan if row["value"] is None else row["value"]
+            value = row["value"]
+            preferences[key] = math.nan if value is None else value
 
     joined = []
     for match in matches:
-        keys = [(match.model, match.other, _example_id(row)) for row in match.rows]
-        values = np.array([preferences[key] for key in keys])
-        joined.append(replace(match, preference=values))
+        values = []
+        for row in match.rows:
+            key = (match.model, match.other, _example_id(row))
+            values.append(preferences[key])
+        joined.append(replace(match, preference=np.array(values)))
     return joined
 
 
@@ -442,6 +520,14 @@ def _score_rows(match: Match) -> list[Row]:
             }
         )
     return rows
+
+
+def _write_annotations(path: Path, matches: list[Match]) -> None:
+    """Writes the preferences of all matches in AlpacaEval's form."""
+    annotations = []
+    for match in matches:
+        annotations += _annotation_rows(match)
+    write_json(path, annotations)
 
 
 def _annotation_rows(match: Match) -> list[Row]:
@@ -470,7 +556,8 @@ def _annotation_rows(match: Match) -> list[Row]:
 def summary(matches: list[Match], dropped: Counter[str], gamed: Gamed | None, seed: int) -> Json:
     """The win rates of each match, one scale for all models, and notes on their reliability.
 
-    dropped: instructions by reason; gamed: AlpacaEval's baselines for its length-controlled rate
+    dropped: instructions by reason
+    gamed: AlpacaEval's baselines for its length-controlled rate
     """
     notes: list[str] = []
     unmatched = dropped["not_in_baseline"] + dropped["not_in_responses"]
@@ -485,13 +572,16 @@ def summary(matches: list[Match], dropped: Counter[str], gamed: Gamed | None, se
         match_figures, match_notes = _figures(match, gamed, seed)
         figures.append(match_figures)
         notes += [f"{match.model} against {match.other}: {note}" for note in match_notes]
-    if gamed is None and any(m["length_controlled_win_rate"] is not None for m in figures):
+    has_controlled = any(m["length_controlled_win_rate"] is not None for m in figures)
+    if gamed is None and has_controlled:
         notes.append(
             "without --gamed-baselines, length-controlled rates are not AlpacaEval's: "
             "the regression has no difficulty and no regularization to baselines"
         )
 
-    scale = _bradley_terry(matches, seed, notes) if win_rates.sklearn_available() else None
+    scale = None
+    if win_rates.sklearn_available():
+        scale = _bradley_terry(matches, seed, notes)
     return {"matches": figures, "bradley_terry": scale, "notes": notes}
 
 
@@ -543,21 +633,25 @@ def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | 
     Each has its win rate over the last model; both also with style controlled, if models and
     style can be separated (else a note is added). None without any verdict.
     """
-    models = list(dict.fromkeys([m.model for m in matches] + [m.other for m in matches]))
+    names = [match.model for match in matches] + [match.other for match in matches]
+    models = list(dict.fromkeys(names))
     preference = np.concatenate([match.preference for match in matches])
     if np.isnan(preference).all():
         return None
 
+    def fitted(matrix: Array) -> dict[str, Array]:
+        return win_rates.bradley_terry(matrix, preference, groups, len(models), seed=seed)
+
     design, groups = _style_design(matches, models)
     without_style = design[:, : len(models) - 1]
-    fits = {"": win_rates.bradley_terry(without_style, preference, groups, len(models), seed=seed)}
+    fits = {"": fitted(without_style)}
     style_weights = None
     condition = win_rates.condition_number(design)
     if condition <= win_rates.MAX_CONDITION:
-        fit = win_rates.bradley_terry(design, preference, groups, len(models), seed=seed)
-        fits["style_controlled_"] = fit
-        if len(fit["style"]):
-            style_weights = dict(zip(win_rates.STYLE, fit["style"].tolist(), strict=True))
+        fits["style_controlled_"] = fitted(design)
+        weights = fits["style_controlled_"]["style"].tolist()
+        if weights:
+            style_weights = dict(zip(win_rates.STYLE, weights, strict=True))
     else:
         notes.append(
             "no style-controlled rates: the models' style differs too regularly to separate it "
@@ -570,10 +664,8 @@ def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | 
         for prefix, fit in fits.items():
             row |= _strength(prefix, fit, i)
         rows.append(row)
-    return {
-        "models": sorted(rows, key=lambda row: -row["strength"]),
-        "style_weights": style_weights,
-    }
+    rows.sort(key=lambda row: -row["strength"])
+    return {"models": rows, "style_weights": style_weights}
 
 
 def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[str]]:
@@ -592,23 +684,26 @@ def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[
             counts.append(win_rates.markdown_counts(row["output"]))
             other_counts.append(win_rates.markdown_counts(row["other_output"]))
             instructions.append(row["instruction"])
-    style = win_rates.style_differences(np.array(counts, float), np.array(other_counts, float))
-    return win_rates.design_matrix(np.array(indices), len(models), style), instructions
+
+    style = win_rates.style_differences(
+        np.array(counts, float),
+        np.array(other_counts, float),
+    )
+    matrix = win_rates.design_matrix(np.array(indices), len(models), style)
+    return matrix, instructions
 
 
 def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
     """Strength of model i (nats) and win rate over the last model, with their intervals."""
-    strength = float(fit["strength"][i])
-    low = float(fit["low"][i])
-    high = float(fit["high"][i])
-    return {
-        f"{prefix}strength": strength,
-        f"{prefix}low": low,
-        f"{prefix}high": high,
-        f"{prefix}win_rate": 1 / (1 + math.exp(-strength)),
-        f"{prefix}win_rate_low": 1 / (1 + math.exp(-low)),
-        f"{prefix}win_rate_high": 1 / (1 + math.exp(-high)),
-    }
+    figures = {}
+    for name in ("strength", "low", "high"):
+        figures[f"{prefix}{name}"] = float(fit[name][i])
+
+    suffixes = {"strength": "", "low": "_low", "high": "_high"}
+    for name, suffix in suffixes.items():
+        strength = figures[f"{prefix}{name}"]
+        figures[f"{prefix}win_rate{suffix}"] = 1 / (1 + math.exp(-strength))
+    return figures
 
 
 # ------------------------------------------------------------------------ gamed baselines
@@ -617,17 +712,18 @@ def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
 def read_gamed(path: Path) -> Gamed:
     """AlpacaEval's df_gamed.csv; raises DataError if a column or a number is missing."""
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
     expected = ", ".join(GAMED_COLUMNS)
+    rows = list(csv.DictReader(text.splitlines()))
     if not rows or set(GAMED_COLUMNS) - set(rows[0]):
         shown = ", ".join(rows[0]) if rows else "no rows"
         raise DataError(
             f"{path} should be AlpacaEval's df_gamed.csv with the columns {expected}; "
             f"it has {shown}"
         )
-
     try:
         index = [int(float(row["index"])) for row in rows]
         preference = _csv_numbers(rows, "preference")
@@ -635,14 +731,21 @@ def read_gamed(path: Path) -> Gamed:
         difficulty = _csv_numbers(rows, "instruction_difficulty")
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected numbers in {expected}") from error
-    # Reversed, so that the first row of each instruction is the one that stays.
-    of_index = dict(zip(index[::-1], difficulty[::-1].tolist(), strict=True))
+
+    # An instruction has one row per model; the difficulty of its first row is used.
+    of_index: dict[int, float] = {}
+    for i, value in zip(index, difficulty.tolist(), strict=True):
+        of_index.setdefault(i, value)
     return Gamed(preference, std_delta_len, difficulty, of_index)
 
 
 def _csv_numbers(rows: list[dict[str, str]], column: str) -> Array:
     """A column of numbers, NaN if a cell is empty.  -> (rows,)"""
-    return np.array([float(row[column] or math.nan) for row in rows])
+    numbers = []
+    for row in rows:
+        cell = row[column]
+        numbers.append(float(cell or math.nan))
+    return np.array(numbers)
 
 
 def difficulties(match: Match, gamed: Gamed) -> Array:
