@@ -370,6 +370,23 @@ def grade(questions: list[Row], answers: Answers, judge: LazyPolicy, max_tokens:
 
     max_tokens: per forward pass
     """
+    to_grade = _answers_to_grade(questions, answers, judge.chat)
+    groups = []
+    for item in to_grade:
+        if item.n_tokens <= judge.context_length:
+            groups.append(item.branches)
+    scores = iter(_grade_groups(groups, judge, max_tokens))
+
+    rows = []
+    for item in to_grade:
+        fits = item.n_tokens <= judge.context_length
+        value, mass = next(scores) if fits else (None, None)
+        rows.append(_score_row(item, value, mass))
+    return rows
+
+
+def _answers_to_grade(questions: list[Row], answers: Answers, chat: Chat) -> list[_Answer]:
+    """Every answer with its branches, in the order of questions and turns."""
     to_grade = []
     for question in questions:
         replies = answers.get(question["id"], [])
@@ -377,21 +394,9 @@ def grade(questions: list[Row], answers: Answers, judge: LazyPolicy, max_tokens:
         for turn in range(n_answered):
             conversation = dialogue(question, replies, turn)
             reference = question["reference"][turn : turn + 1]
-            prompts = branches(judge.chat, conversation, reference)
+            prompts = branches(chat, conversation, reference)
             to_grade.append(_Answer(question, turn, prompts))
-
-    fits = [item.n_tokens <= judge.context_length for item in to_grade]
-    groups = []
-    for item, fit in zip(to_grade, fits, strict=True):
-        if fit:
-            groups.append(item.branches)
-    scores = iter(_grade_groups(groups, judge, max_tokens))
-
-    rows = []
-    for item, fit in zip(to_grade, fits, strict=True):
-        value, mass = next(scores) if fit else (None, None)
-        rows.append(_score_row(item, value, mass))
-    return rows
+    return to_grade
 
 
 def _score_row(item: _Answer, value: float | None, mass: float | None) -> Row:

@@ -93,7 +93,11 @@ def run(settings: EvalWinrateSettings) -> Json:
         matches, dropped = from_responses(settings)
     if settings.dry_run:
         n_kept = sum(len(match.rows) for match in matches)
-        return {"dry_run": True, "plan": plan, "rows_in": n_kept + dropped.total()}
+        return {
+            "dry_run": True,
+            "plan": plan,
+            "rows_in": n_kept + dropped.total(),
+        }
 
     def make(low: int, high: int) -> Part:
         scored = matches
@@ -119,7 +123,10 @@ def run(settings: EvalWinrateSettings) -> Json:
         overwrite=settings.overwrite,
         dropped_before=dropped,
         summarise=summarize,
-        inputs={"inputs": ", ".join(inputs), "model": settings.model},
+        inputs={
+            "inputs": ", ".join(inputs),
+            "model": settings.model,
+        },
     )
     html.write_for("eval winrate", settings)
     return manifest
@@ -139,20 +146,16 @@ def _response_specs(settings: EvalWinrateSettings) -> list[str]:
 def from_responses(settings: EvalWinrateSettings) -> tuple[list[Match], Counter[str]]:
     """Each file of responses against the baseline, and the dropped instructions by reason.
 
-    Without a baseline, every pair of files is compared.
+    Without a baseline, every pair of files is compared. The preferences are NaN: nothing is
+    judged here.
     Raises DataError if two files have no instruction with different responses.
     """
     dropped: Counter[str] = Counter()
     specs = _response_specs(settings)
     files = [load_responses(spec, dropped, settings.limit) for spec in specs]
     names = _model_names(specs, files)
-    pairs = list(itertools.combinations(range(len(specs)), 2))
-    if settings.baseline:
-        last = len(specs) - 1
-        pairs = [(i, j) for i, j in pairs if j == last]
-
     matches = []
-    for i, j in pairs:
+    for i, j in _compared(len(specs), has_baseline=bool(settings.baseline)):
         rows = _common(files[i], files[j], dropped)
         if not rows:
             reasons = dict(+dropped) or "both are empty"
@@ -165,6 +168,18 @@ def from_responses(settings: EvalWinrateSettings) -> tuple[list[Match], Counter[
     return matches, +dropped
 
 
+def _compared(n_files: int, *, has_baseline: bool) -> list[tuple[int, int]]:
+    """The pairs of files to compare, by their indices.
+
+    has_baseline: the last file is the baseline, and all others are compared with it alone
+    """
+    pairs = list(itertools.combinations(range(n_files), 2))
+    if not has_baseline:
+        return pairs
+    last = n_files - 1
+    return [pair for pair in pairs if pair[1] == last]
+
+
 def _model_names(specs: list[str], files: list[dict[str, Row]]) -> list[str]:
     """The model of each file: its first generator, else the file's name without the suffix.
 
@@ -172,9 +187,12 @@ def _model_names(specs: list[str], files: list[dict[str, Row]]) -> list[str]:
     """
     names = []
     for spec, file in zip(specs, files, strict=True):
-        generators = [row["generator"] for row in file.values()]
-        stem = Path(spec).stem
-        names.append(next(filter(None, generators), stem))
+        name = Path(spec).stem
+        for row in file.values():
+            if row["generator"]:
+                name = row["generator"]
+                break
+        names.append(name)
 
     is_unique = len(set(names)) == len(names)
     return names if is_unique else specs
@@ -282,15 +300,20 @@ def _missing_text(row: Any, texts: Sequence[str]) -> str | None:
 
 
 def _common(responses: dict[str, Row], others: dict[str, Row], dropped: Counter[str]) -> list[Row]:
-    """The instructions with two different responses; counts all others in `dropped`."""
+    """The instructions with two different responses; counts all others in `dropped`.
+
+    responses, others: of two models, by instruction
+    """
     rows = []
     for instruction, row in responses.items():
         other = others.get(instruction)
         if other is None:
             dropped["not_in_baseline"] += 1
-        elif row["output"] == other["output"]:
+            continue
+        texts = (row["output"], other["output"])
+        if texts[0] == texts[1]:
             dropped["identical_responses"] += 1
-        elif not row["output"].strip() or not other["output"].strip():
+        elif not all(text.strip() for text in texts):
             dropped["empty_response"] += 1
         else:
             match = {
@@ -322,16 +345,10 @@ def from_annotations(
         rows = _json_list(spec, ANNOTATION_TEXTS)[:limit]
         _check_one_annotator(spec, rows)
         for i, row in enumerate(rows):
-            annotation = {
-                "instruction": row["instruction"],
-                "output": row["output_2"],
-                "other_output": row["output_1"],
-                "position": (i, len(rows)),
-                "index": row.get("index"),
-                "subset": row.get("dataset"),
-                "preference": _preference(row, spec, i + 1),
-            }
             pair = (row["generator_2"], row["generator_1"])
+            annotation = _annotation(row)
+            annotation["position"] = (i, len(rows))
+            annotation["preference"] = _preference(row, spec, i + 1)
             by_pair.setdefault(pair, []).append(annotation)
 
     dropped: Counter[str] = Counter()
@@ -341,6 +358,17 @@ def from_annotations(
         preference = np.array([row.pop("preference") for row in rows])
         matches.append(Match(model, other, rows, preference))
     return matches, +dropped
+
+
+def _annotation(row: Row) -> Row:
+    """A row of `Match` from an AlpacaEval annotation, in which the model is the second one."""
+    return {
+        "instruction": row["instruction"],
+        "output": row["output_2"],
+        "other_output": row["output_1"],
+        "index": row.get("index"),
+        "subset": row.get("dataset"),
+    }
 
 
 def _check_one_annotator(spec: str, rows: list[Row]) -> None:
@@ -370,6 +398,7 @@ def _drop_duplicates(rows: list[Row]) -> int:
 def _preference(row: Row, spec: str, number: int) -> float:
     """P(output_2 is better) in an annotation; NaN for null.
 
+    spec, number: file and row (from 1), for messages
     AlpacaEval 2 writes 1 + P; AlpacaEval 1 wrote 1, 2, and 0 or 1.5 for a draw.
     Raises DataError if the value is missing or none of these.
     """
@@ -402,7 +431,9 @@ def _judged(
 ) -> list[Match]:
     """The matches with the preferences of the first reward model; writes OUT/judged.
 
-    digest: of all inputs
+    scorer: the judge, with its reward models
+    digest: of all inputs, which the plan of OUT/judged records
+    A pair without a verdict has the preference NaN.
     """
     # A pair that occurs in several matches is judged once.
     pairs = {}
@@ -415,7 +446,11 @@ def _judged(
     inputs = PairInput(table, bounds, Counter(), digest)
 
     folder = settings.output_dir / "judged"
-    inner = settings.model_copy(update={"output_dir": folder, "overwrite": False})
+    changes = {
+        "output_dir": folder,
+        "overwrite": False,
+    }
+    inner = settings.model_copy(update=changes)
     write_judged_dataset("eval winrate", inner, scorer, inputs)
 
     log_odds_of = _log_odds(folder, next(iter(scorer.models)))
@@ -432,7 +467,8 @@ def _judged(
 
 def _log_odds(folder: Path, reward_model: str) -> dict[str, float]:
     """pair_id -> log-odds (nats) of one reward model in a judged dataset."""
-    v = from_table(dataset.read_dataset(folder, "judged"))
+    judged = dataset.read_dataset(folder, "judged")
+    v = from_table(judged)
     k = v.names.index(reward_model)
     return dict(zip(v.pair_ids, v.log_odds[k], strict=True))
 
@@ -485,29 +521,34 @@ def _with_scores(matches: list[Match], scores: dataset.Dataset) -> list[Match]:
     """The matches with their preferences from a scores dataset.
 
     The join is by the names of both models and the example's id, not by the order of rows.
+    The figures of a resumed run are computed from the dataset, as those of a new run are.
     """
-    preferences: dict[tuple[str, str, str], float] = {}
+    preferences: dict[tuple[str, str, str], float | None] = {}
     for table in scores.tables():
         columns = table.select(["example_id", "value", "detail"])
         for row in columns.to_pylist():
             names = json.loads(row["detail"])
             key = (names["model"], names["other"], row["example_id"])
-            value = row["value"]
-            preferences[key] = math.nan if value is None else value
+            preferences[key] = row["value"]
 
     joined = []
     for match in matches:
         values = []
         for row in match.rows:
             key = (match.model, match.other, _example_id(row))
-            values.append(preferences[key])
+            value = preferences[key]
+            values.append(math.nan if value is None else value)
         joined.append(replace(match, preference=np.array(values)))
     return joined
 
 
 def _score_rows(match: Match) -> list[Row]:
     """One row of the scores dataset per instruction; the value is null without a verdict."""
-    detail = json.dumps({"model": match.model, "other": match.other}, ensure_ascii=False)
+    names = {
+        "model": match.model,
+        "other": match.other,
+    }
+    detail = json.dumps(names, ensure_ascii=False)
     rows = []
     for row, value in zip(match.rows, match.preference, strict=True):
         rows.append(
@@ -586,7 +627,10 @@ def summary(matches: list[Match], dropped: Counter[str], gamed: Gamed | None, se
 
 
 def _figures(match: Match, gamed: Gamed | None, seed: int) -> tuple[Json, list[str]]:
-    """The win rates of one match, and notes on their reliability."""
+    """The win rates of one match, and notes on their reliability.
+
+    The length-controlled rate is null, with a reason, if it cannot be computed.
+    """
     lengths = match.lengths
     plain = win_rates.win_rate(match.preference)
     if win_rates.sklearn_available():
@@ -630,8 +674,9 @@ def _figures(match: Match, gamed: Gamed | None, seed: int) -> tuple[Json, list[s
 def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | None:
     """The strength of each model in nats above the last one, the strongest first.
 
-    Each has its win rate over the last model; both also with style controlled, if models and
-    style can be separated (else a note is added). None without any verdict.
+    Each model also has its win rate over the last one. Both figures also exist with style
+    controlled, if the data separate models and style; otherwise a note is added to `notes`.
+    None if there is no verdict.
     """
     names = [match.model for match in matches] + [match.other for match in matches]
     models = list(dict.fromkeys(names))
@@ -664,8 +709,13 @@ def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | 
         for prefix, fit in fits.items():
             row |= _strength(prefix, fit, i)
         rows.append(row)
-    rows.sort(key=lambda row: -row["strength"])
+    rows.sort(key=_strongest_first)
     return {"models": rows, "style_weights": style_weights}
+
+
+def _strongest_first(row: Row) -> float:
+    strength: float = row["strength"]
+    return -strength
 
 
 def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[str]]:
@@ -678,7 +728,9 @@ def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[
     other_counts = []
     instructions = []
     for match in matches:
-        pair = (models.index(match.model), models.index(match.other))
+        model = models.index(match.model)
+        other = models.index(match.other)
+        pair = (model, other)
         for row in match.rows:
             indices.append(pair)
             counts.append(win_rates.markdown_counts(row["output"]))
@@ -694,16 +746,26 @@ def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[
 
 
 def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
-    """Strength of model i (nats) and win rate over the last model, with their intervals."""
-    figures = {}
-    for name in ("strength", "low", "high"):
-        figures[f"{prefix}{name}"] = float(fit[name][i])
+    """Strength of model i (nats) and win rate over the last model, with their intervals.
 
-    suffixes = {"strength": "", "low": "_low", "high": "_high"}
-    for name, suffix in suffixes.items():
-        strength = figures[f"{prefix}{name}"]
-        figures[f"{prefix}win_rate{suffix}"] = 1 / (1 + math.exp(-strength))
-    return figures
+    prefix: of the names of the figures
+    """
+    strength = float(fit["strength"][i])
+    low = float(fit["low"][i])
+    high = float(fit["high"][i])
+    return {
+        f"{prefix}strength": strength,
+        f"{prefix}low": low,
+        f"{prefix}high": high,
+        f"{prefix}win_rate": _probability(strength),
+        f"{prefix}win_rate_low": _probability(low),
+        f"{prefix}win_rate_high": _probability(high),
+    }
+
+
+def _probability(log_odds: float) -> float:
+    """The probability that log-odds (nats) stand for."""
+    return 1 / (1 + math.exp(-log_odds))
 
 
 # ------------------------------------------------------------------------ gamed baselines
@@ -716,10 +778,11 @@ def read_gamed(path: Path) -> Gamed:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
-    expected = ", ".join(GAMED_COLUMNS)
     rows = list(csv.DictReader(text.splitlines()))
-    if not rows or set(GAMED_COLUMNS) - set(rows[0]):
-        shown = ", ".join(rows[0]) if rows else "no rows"
+    columns = list(rows[0]) if rows else []
+    expected = ", ".join(GAMED_COLUMNS)
+    if set(GAMED_COLUMNS) - set(columns):
+        shown = ", ".join(columns) or "no rows"
         raise DataError(
             f"{path} should be AlpacaEval's df_gamed.csv with the columns {expected}; "
             f"it has {shown}"
@@ -736,7 +799,12 @@ def read_gamed(path: Path) -> Gamed:
     of_index: dict[int, float] = {}
     for i, value in zip(index, difficulty.tolist(), strict=True):
         of_index.setdefault(i, value)
-    return Gamed(preference, std_delta_len, difficulty, of_index)
+    return Gamed(
+        preference=preference,
+        std_delta_len=std_delta_len,
+        difficulty=difficulty,
+        of_index=of_index,
+    )
 
 
 def _csv_numbers(rows: list[dict[str, str]], column: str) -> Array:
@@ -760,11 +828,14 @@ def difficulties(match: Match, gamed: Gamed) -> Array:
     no_index = 0
     for row in match.rows:
         index = row["index"]
-        if index is None and row["position"] and row["position"][1] == n_instructions:
-            index = row["position"][0]
+        position = row["position"]
+        if index is None and position:
+            number, n_rows = position
+            index = number if n_rows == n_instructions else None
+
         if index is None:
             no_index += 1
-        values.append(math.nan if index is None else gamed.of_index.get(index, math.nan))
+        values.append(gamed.of_index.get(index, math.nan))
     if no_index:
         raise DataError(
             f"{no_index} of {len(values)} rows have no 'index', and their file does not hold all "
