@@ -227,7 +227,10 @@ def _explain(item: Any) -> str:
         return f"'{name}' is missing; pass {flag}"
 
     message: str = item["msg"].removeprefix("Value error, ")
-    return f"'{name}' is {item['input']!r}: {message}" if name else message
+    if not name:
+        return message
+    value = item["input"]
+    return f"'{name}' is {value!r}: {message}"
 
 
 # ------------------------------------------------------------------------ help
@@ -244,9 +247,13 @@ def _is_list(info: Any) -> bool:
 
 def choices(info: Any) -> tuple[str, ...]:
     """The words that a setting accepts; () if it also accepts other values."""
-    members = [member for member in _members(info.annotation) if member is not NoneType]
-    is_choice = len(members) == 1 and get_origin(members[0]) is Literal
-    return get_args(members[0]) if is_choice else ()
+    members = list(_members(info.annotation))
+    if NoneType in members:
+        members.remove(NoneType)
+
+    if len(members) == 1 and get_origin(members[0]) is Literal:
+        return get_args(members[0])
+    return ()
 
 
 def metavar(info: Any) -> str:
