@@ -6,12 +6,11 @@ The options are generated from the declarations in settings.py. This module does
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import signal
 import sys
 import traceback as tracebacks
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from scir_cli import __version__, config, recipe, registry
-from scir_cli.errors import ConfigError, ScirError
+from scir_cli.errors import ConfigError, ScirError, json_text, print_line, shown
 from scir_cli.registry import Stage
 from scir_cli.report import tables
 from scir_cli.settings import StageSettings, report_problem
@@ -32,6 +31,9 @@ SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
 
 #: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
 INTERRUPTED = 130
+
+#: Characters of a traceback that are printed
+LONGEST_TRACEBACK = 20_000
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -152,9 +154,9 @@ def _run(stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool) -> Non
     is_launched = "SCIR_LAUNCHED" in os.environ
     if is_launched or not _is_first_rank():
         return
-    print(tables.summary_line(stage.name, str(settings.output_dir), manifest), file=sys.stderr)
+    print_line(tables.summary_line(stage.name, str(settings.output_dir), manifest))
     if as_json:
-        print(json.dumps(manifest, ensure_ascii=False))
+        print(json_text(manifest))
     else:
         tables.print_results(stage, manifest)
 
@@ -263,7 +265,7 @@ def _reporting(traceback: bool) -> Iterator[None]:
         sys.stderr.close()
         raise typer.Exit(1) from None
     except ScirError as error:
-        _print_error(str(error).splitlines(), traceback)
+        _print_error(error.messages, traceback)
         raise typer.Exit(error.exit_code) from None
     except Exception as error:
         # A bug of this program, or an unforeseen failure of a library.
@@ -273,13 +275,13 @@ def _reporting(traceback: bool) -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _print_error(messages: list[str], traceback: bool) -> None:
+def _print_error(messages: Sequence[str], traceback: bool) -> None:
     """Prints an error on stderr, one line per message; other ranks than the first are silent."""
     if traceback:
-        tracebacks.print_exc()
+        print(shown(tracebacks.format_exc(), keep="\n", most=LONGEST_TRACEBACK), file=sys.stderr)
     if _is_first_rank():
         for message in messages:
-            print(f"scir: error: {message}", file=sys.stderr)
+            print_line(f"scir: error: {message}")
 
 
 # ------------------------------------------------------------------------ scir run
@@ -350,7 +352,7 @@ def run_recipe(
 
         result = run.run(steps, quiet=as_json, page=page)
         if as_json:
-            print(json.dumps(result, ensure_ascii=False))
+            print(json_text(result))
         else:
             run.show(result)
 
@@ -388,7 +390,7 @@ def main() -> None:
         message = error.format_message()  # type: ignore[attr-defined]
         # The message is empty if the help was printed.
         if message:
-            print(f"scir: error: {message} (scir --help)", file=sys.stderr)
+            print_line(f"scir: error: {message} (scir --help)")
         status = 2
     if "WORLD_SIZE" in os.environ:
         # A rank's work is on disk. gloo's threads may still release tensors, which aborts an

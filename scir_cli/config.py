@@ -187,7 +187,7 @@ def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
     except ValidationError as error:
         problems += [f"{where}: {_explain(item)}" for item in error.errors()]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return result
 
 

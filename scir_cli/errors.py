@@ -112,7 +112,10 @@ INVISIBLE = re.compile(
 #: Names of parameters whose values are secret, inside of a URL and elsewhere. max_new_tokens and
 #: eos_token=… are no secrets.
 SECRET_PARAMETER = r"[\w.-]*(?:token|key|secret|passw|pwd|auth|credential|sig|sas)[\w.-]*"
-SECRET_NAME = r"(?<![a-z0-9])(?:api[_-]?key|(?:access|secret)[_-]?key|secret|passw(?:or)?d|(?:hf|auth|access|api)[_-]token)"
+SECRET_NAME = (
+    r"(?<![a-z0-9])(?:api[_-]?key|(?:access|secret)[_-]?key|secret|passw(?:or)?d"
+    r"|(?:hf|auth|access|api)[_-]token)"
+)
 SECRETS = (
     # http://TOKEN@host and s3://user:KEY@host. In abfs://container@account there is no secret.
     (re.compile(r"(https?://)[^\s/?#'\"]*@", re.IGNORECASE), r"\1***@"),
