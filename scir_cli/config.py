@@ -11,6 +11,9 @@ the paper's.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -66,7 +69,8 @@ def setting(
     affects_output  it is part of the plan; False if it cannot change a row, so that an interrupted
                     run may resume with another value
     affects_fit     a scale or lambda that was fitted under another value is fitted again
-    limits          pydantic's bounds: gt, ge, lt, le
+    limits          pydantic's bounds: gt, ge, lt, le; a number without bounds gets the widest, and
+                    allow_inf_nan=True accepts numbers that are not finite
     """
     roles: Any = {
         "group": group,
@@ -96,13 +100,48 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return tuple(members)
 
 
+#: A number as text. int() and float() also accept 1_000, digits of other scripts, inf and nan.
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+#: Characters of a number
+LONGEST_NUMBER = 40
+
+
+def _check_number(text: str) -> None:
+    """Raises ValueError unless the text is a finite number in the digits 0 to 9."""
+    if len(text) > LONGEST_NUMBER or not NUMBER.fullmatch(text):
+        raise ValueError("expected a finite number, written with the digits 0 to 9")
+
+
+def _list_from_text(text: str) -> list[str]:
+    """The items of a list: a JSON list of texts, or words between commas."""
+    if text.startswith("["):
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError):
+            items = None
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+    words = [word.strip() for word in text.split(",")]
+    return [word for word in words if word]
+
+
+def list_as_text(values: Sequence[Any]) -> str:
+    """A list as the command line accepts it: with commas, or as JSON if that is ambiguous."""
+    items = [str(value) for value in values]
+    text = ",".join(items)
+    return text if _list_from_text(text) == items else json.dumps(items, ensure_ascii=False)
+
+
 class Settings(BaseModel):
     """Settings of a stage, or a group of them that is nested in another class.
 
     They are frozen, and an unknown name is an error.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     #: Setting or group -> the group in which this command's help shows it instead.
     regrouped: ClassVar[dict[str, str]] = {}
@@ -112,18 +151,34 @@ class Settings(BaseModel):
     def _from_text(cls, value: Any, info: Any) -> Any:
         """A value from the text of a command line; other values unchanged.
 
-        "null" and "none" are None if the default is None, and a list is split at its commas.
+        "null" and "none" are None if the default is None, except for texts. A list is split at its
+        commas, or written as JSON. A number has only the digits 0 to 9, and no underscores.
         """
         if not isinstance(value, str):
             return value
 
         field = cls.model_fields[info.field_name]
+        if "\0" in value:
+            raise ValueError("it contains a null character")
+        if _is_list(field):
+            return _list_from_text(value)
+        if str in _members(field.annotation):
+            return value
         if value.lower() in ("null", "none") and field.default is None:
             return None
-        if not _is_list(field):
-            return value
-        words = [word.strip() for word in value.split(",")]
-        return [word for word in words if word]
+        if _is_number(field) and value not in _literals(field):
+            _check_number(value)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _has_no_repeats(cls, value: Any) -> Any:
+        """Raises ValueError if a list names something twice."""
+        if isinstance(value, list | tuple):
+            for index, word in enumerate(value):
+                if word in value[:index]:
+                    raise ValueError(f"it names {word!r} twice")
+        return value
 
     def plan(self) -> dict[str, Any]:
         """The settings that determine the rows, JSON-ready; a digest of its content for a file.
@@ -237,6 +292,20 @@ def _explain(item: Any) -> str:
 
 #: Characters. A longer list of choices is shown at the end of the help text.
 WIDEST_METAVAR = 14
+
+
+def _is_number(info: Any) -> bool:
+    """True if a setting accepts a number."""
+    return not {int, float}.isdisjoint(_members(info.annotation))
+
+
+def _literals(info: Any) -> set[str]:
+    """The words that a setting accepts beside other values."""
+    words: set[str] = set()
+    for member in _members(info.annotation):
+        if get_origin(member) is Literal:
+            words |= set(get_args(member))
+    return words
 
 
 def _is_list(info: Any) -> bool:
