@@ -26,7 +26,7 @@ from pydantic import (
     field_validator,
 )
 
-from scir_cli.errors import ConfigError, suggest
+from scir_cli.errors import ConfigError, redact, suggest
 
 # The groups of a command's help.
 INPUT_OUTPUT = "Input and output"
@@ -69,8 +69,8 @@ def setting(
     affects_output  it is part of the plan; False if it cannot change a row, so that an interrupted
                     run may resume with another value
     affects_fit     a scale or lambda that was fitted under another value is fitted again
-    limits          pydantic's bounds: gt, ge, lt, le; a number without bounds gets the widest, and
-                    allow_inf_nan=True accepts numbers that are not finite
+    limits          pydantic's bounds: gt, ge, lt, le, of which a number needs a lower and an upper
+                    one; allow_inf_nan=True accepts numbers that are not finite
     """
     roles: Any = {
         "group": group,
@@ -190,12 +190,24 @@ class Settings(BaseModel):
             if not role(info, "affects_output"):
                 excluded.add(name)
 
-        plan = self.model_dump(mode="json", exclude=excluded)
+        plan: dict[str, Any] = without_secrets(self.model_dump(mode="json", exclude=excluded))
         for name, value in self:
             if name in plan and isinstance(value, Path) and value.is_file():
                 digest = hashlib.blake2b(value.read_bytes(), digest_size=8).hexdigest()
                 plan[name] = f"a file of digest {digest}"
         return plan
+
+
+def without_secrets(value: Any) -> Any:
+    """The value with a digest after each text that `redact` has changed, so that texts differ."""
+    if isinstance(value, dict):
+        return {name: without_secrets(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    if not isinstance(value, str) or redact(value) == value:
+        return value
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{redact(value)} (digest {digest})"
 
 
 def fields(settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:

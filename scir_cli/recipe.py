@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from scir_cli import config
-from scir_cli.errors import ConfigError, suggest
+from scir_cli.errors import ConfigError, is_visible, redact, suggest
 from scir_cli.registry import STAGES
 
 KEYS = ("extends", "name", "output_dir", "set", "all", "steps")
@@ -35,6 +35,7 @@ MOST_BYTES = 256 * 1024
 MOST_VALUES = 20_000
 MOST_STEPS = 1000
 MOST_EXTENDED = 10
+MOST_LEVELS = 50
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,29 @@ class Step:
         return words
 
     def shell_command(self) -> str:
-        return shlex.join(["scir", *self.arguments])
+        """The step as a shell runs it, with `***` in place of passwords, keys and tokens."""
+        words = [_shell_word(redact(word)) for word in self.arguments]
+        return " ".join(["scir", *words])
+
+
+def _shell_word(word: str) -> str:
+    """A word quoted for sh; printf makes the characters that cannot be seen."""
+    core = word.rstrip("\n")
+    if all(character in "\n\t" or is_visible(character) for character in core):
+        return shlex.quote(word)
+
+    # A shell removes line breaks at the end of $(…), so they follow it.
+    breaks = word[len(core) :]
+    codes = ""
+    for character in core:
+        if character == "\\":
+            codes += "\\\\"
+        elif is_visible(character):
+            codes += character
+        else:
+            octets = character.encode("utf-8", "surrogateescape")
+            codes += "".join(f"\\0{octet:03o}" for octet in octets)
+    return f'"$(printf %b {shlex.quote(codes)})"' + (shlex.quote(breaks) if breaks else "")
 
 
 def load(
@@ -140,6 +163,21 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "number" if isinstance(value, int | float) else "value")
 
 
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that stops at content nested deeper than MOST_LEVELS."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As in PyYAML; raises RecursionError below MOST_LEVELS."""
+        self.level += 1
+        if self.level > MOST_LEVELS:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping of names to plain values: text, numbers, truth values, lists, mappings.
 
@@ -151,7 +189,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             content = file.read(MOST_BYTES + 1)
         if len(content) > MOST_BYTES:
             raise ConfigError(f"{path} has more than {MOST_BYTES} bytes; is it a recipe?")
-        loader = yaml.SafeLoader(content.decode("utf-8-sig"))
+        loader = _Loader(content.decode("utf-8-sig"))
         root = loader.get_single_node()
         if root is not None:
             _check_node(path, root, {})
@@ -218,6 +256,8 @@ def _check_plain(path: Path, value: Any) -> None:
     elif isinstance(value, str):
         if "\0" in value:
             raise ConfigError(f"{path}: {value!r} contains a null character")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{path}: {value!r} contains half of a surrogate pair")
     elif value is not None and not isinstance(value, bool | int | float):
         kind = type(value).__name__
         raise ConfigError(f"{path}: {value} is read as a {kind}; write it in quotes")

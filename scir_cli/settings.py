@@ -5,9 +5,11 @@ The help texts are read at 80 columns. docs/method.md has the reasons for the de
 
 from __future__ import annotations
 
+import os
+import re
 from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -64,6 +66,15 @@ RewardModelName = Annotated[str, AfterValidator(_reward_model)]
 #: order of magnitude.
 IMPLICIT_SCALE = 5.0
 
+#: The bound of counts that have none of their own
+MOST_COUNT = 1_000_000_000
+
+MOST_WORKERS = 1024
+
+#: The bound of factors and weights
+LARGEST_FACTOR = 1e6
+
+# A setting has its upper bound beside its default: one in the type would replace it.
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
@@ -72,9 +83,11 @@ def _workers(value: Any) -> int | str:
     """The value of --workers, "auto" or a number; raises ValueError for other values."""
     if value == "auto":
         return "auto"
-    if isinstance(value, bool) or not str(value).isdecimal() or not int(value):
-        raise ValueError("expected a number of at least 1, or auto")
-    return int(value)
+    text = str(value)
+    is_count = not isinstance(value, bool) and re.fullmatch("[0-9]{1,4}", text)
+    if not is_count or not 1 <= int(text) <= MOST_WORKERS:
+        raise ValueError(f"expected a number from 1 to {MOST_WORKERS}, or auto")
+    return int(text)
 
 
 def _scale(value: Any) -> float | str:
@@ -86,27 +99,36 @@ def _scale(value: Any) -> float | str:
     if not isinstance(value, bool):
         with suppress(TypeError, ValueError):
             number = float(value)
-    if not 0 < number < float("inf"):
-        raise ValueError("expected a number above 0, or fitted")
+    if not 0 < number <= LARGEST_FACTOR:
+        raise ValueError(f"expected a number above 0, at most {LARGEST_FACTOR:g}, or fitted")
     return number
 
 
 FittedOrNumber = Annotated[float | Literal["fitted"], PlainValidator(_scale)]
 
 
+def _folder(value: Any) -> Any:
+    """The path or URL of an output folder; raises ValueError if it is no text."""
+    if not isinstance(value, str | PurePath) and not hasattr(value, "fs"):
+        raise ValueError("expected a folder")
+    return to_path(value)
+
+
 class StageSettings(Settings):
     """Settings of every stage."""
 
-    output_dir: Annotated[Path, PlainValidator(to_path)] = config.setting(
+    output_dir: Annotated[Path, PlainValidator(_folder)] = config.setting(
         ...,
         "Output folder; for a dataset also a URL (s3://…). "
         "The same command resumes an interrupted run.",
         group=INPUT_OUTPUT,
         affects_output=False,
     )
-    seed: int = config.setting(0, "Seed of all random choices.", group=INPUT_OUTPUT)
+    seed: int = config.setting(
+        0, "Seed of all random choices.", group=INPUT_OUTPUT, ge=0, le=2**32 - 1
+    )
     limit: Positive | None = config.setting(
-        None, "Use only the first N rows of the input.", group=RARE
+        None, "Use only the first N rows of the input.", group=RARE, le=MOST_COUNT
     )
     overwrite: bool = config.setting(
         False,
@@ -139,6 +161,21 @@ class ReportSettings(StageSettings):
             raise ValueError(problem)
         return value
 
+    @model_validator(mode="after")
+    def _report_is_beside_the_output(self) -> ReportSettings:
+        if self.report is None or is_remote(self.output_dir):
+            return self
+        report = self.report.resolve()
+        out = self.output_dir.resolve()
+        if report == out or report in out.parents:
+            raise ValueError(f"report {self.report} is or holds output_dir {self.output_dir}")
+        return self
+
+
+#: The line of a page's head by which a later run recognizes it, and the bytes that are searched
+PAGE_MARK = b'<meta name="generator" content="scir">'
+MARK_WITHIN = 1024
+
 
 def report_problem(path: Path) -> str | None:
     """Why an HTML page cannot be written to `path`; None if it can.
@@ -147,9 +184,35 @@ def report_problem(path: Path) -> str | None:
     """
     if find_spec("matplotlib") is None:
         return f"an HTML page needs the package matplotlib: {install_hint('report')}"
+    try:
+        return _place_problem(path)
+    except OSError as error:
+        return f"it cannot be written: {error.strerror}"
+
+
+def _place_problem(path: Path) -> str | None:
+    """Why `path` is no place for a page: it is taken, has another ending, or lies in a file."""
     if path.is_dir():
         return "this is a folder; expected the name of a file, for example results.html"
+    # No input and no file of an output folder has this ending.
+    if path.suffix.lower() not in (".html", ".htm"):
+        return "expected the name of an HTML file, for example results.html"
+    if os.path.lexists(path) and not _is_page(path):
+        return "a file is there that is no page of scir; choose another name"
+    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        return f"{parent} is a file; choose another folder"
+    if not os.access(parent, os.W_OK):
+        return f"{parent} cannot be written; choose another folder"
     return None
+
+
+def _is_page(path: Path) -> bool:
+    """Whether `path` is a file that --report wrote."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return PAGE_MARK in file.read(MARK_WITHIN)
 
 
 class ModelSettings(StageSettings):
@@ -191,6 +254,7 @@ class ModelSettings(StageSettings):
         "Maximum number of tokens per forward pass; sequences are packed without padding.",
         group=MODEL,
         affects_output=False,
+        le=MOST_COUNT,
     )
 
 
@@ -217,6 +281,7 @@ class RewardSettings(ModelSettings):
         "of magnitude.",
         group=REWARDS,
         gt=0,
+        le=LARGEST_FACTOR,
     )
     implicit_beta: float = config.setting(
         0.1,
@@ -224,9 +289,15 @@ class RewardSettings(ModelSettings):
         group=RARE,
         affects_fit=True,
         gt=0,
+        le=LARGEST_FACTOR,
     )
     rubric_scale: float = config.setting(
-        1.0, "Log-odds (nats) per rubric point.", group=RARE, affects_fit=True, gt=0
+        1.0,
+        "Log-odds (nats) per rubric point.",
+        group=RARE,
+        affects_fit=True,
+        gt=0,
+        le=LARGEST_FACTOR,
     )
     likelihood_scale: float = config.setting(
         1.0,
@@ -235,6 +306,7 @@ class RewardSettings(ModelSettings):
         group=RARE,
         affects_fit=True,
         gt=0,
+        le=LARGEST_FACTOR,
     )
     judge_prompt: Path | None = config.setting(
         None,
@@ -291,10 +363,10 @@ class JudgingSettings(RewardSettings):
     """Further settings of a stage that judges pairs."""
 
     rationale_max_tokens: Positive = config.setting(
-        128, "Maximum number of tokens per rationale.", group=RARE
+        128, "Maximum number of tokens per rationale.", group=RARE, le=1_000_000
     )
     rationale_batch_size: Positive = config.setting(
-        16, "Rationales sampled per batch.", group=RARE, affects_output=False
+        16, "Rationales sampled per batch.", group=RARE, affects_output=False, le=1_000_000
     )
     score_column: str | None = config.setting(
         None,
@@ -322,9 +394,9 @@ class EndpointArguments(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = None
-    retries: Annotated[int, Field(ge=0)] = 6
-    timeout: Annotated[float, Field(gt=0)] = 600.0
-    top_logprobs: Positive = 20
+    retries: Annotated[int, Field(ge=0, le=1000)] = 6
+    timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0
+    top_logprobs: Annotated[int, Field(ge=1, le=1000)] = 20
 
 
 class BackendSettings(ModelSettings):
@@ -352,7 +424,11 @@ class BackendSettings(ModelSettings):
         affects_output=False,
     )
     tensor_parallel_size: Positive = config.setting(
-        1, "vllm: number of GPUs per copy of the model.", group=WORKERS, affects_output=False
+        1,
+        "vllm: number of GPUs per copy of the model.",
+        group=WORKERS,
+        affects_output=False,
+        le=1024,
     )
     gpu_memory_utilization: float | None = config.setting(
         None,
@@ -366,6 +442,7 @@ class BackendSettings(ModelSettings):
         None,
         "vllm: maximum sequence length in tokens; longer rows are dropped. Default: the model's.",
         group=RARE,
+        le=100_000_000,
     )
     vllm_arg: list[str] = config.setting(
         [], "vllm: further engine arguments, for example enforce_eager=true.", group=WORKERS
@@ -437,7 +514,7 @@ class SamplingSettings(BackendSettings):
         affects_output=False,
     )
     temperature: float = config.setting(
-        0.8, "Sampling temperature; 0 is greedy.", group=SAMPLING, ge=0
+        0.8, "Sampling temperature; 0 is greedy.", group=SAMPLING, ge=0, le=100
     )
     top_p: float = config.setting(
         0.95,
@@ -447,23 +524,26 @@ class SamplingSettings(BackendSettings):
         le=1,
     )
     max_new_tokens: Positive = config.setting(
-        512, "Maximum number of tokens per response.", group=SAMPLING
+        512, "Maximum number of tokens per response.", group=SAMPLING, le=1_000_000
     )
     system_prompt: str | None = config.setting(
         None, "System message before each prompt.", group=SAMPLING
     )
     batch_size: Positive = config.setting(
-        16, "Responses sampled per batch.", group=SAMPLING, affects_output=False
+        16, "Responses sampled per batch.", group=SAMPLING, affects_output=False, le=1_000_000
     )
     rows_per_part: Positive = config.setting(
-        64, "Prompts per part; an interrupted run loses at most the current part.", group=RARE
+        64,
+        "Prompts per part; an interrupted run loses at most the current part.",
+        group=RARE,
+        le=10_000_000,
     )
 
 
 class GenerateSettings(SamplingSettings):
     """Settings of `scir generate`."""
 
-    n: Positive = config.setting(5, "Responses per prompt.", group=SAMPLING)
+    n: Positive = config.setting(5, "Responses per prompt.", group=SAMPLING, le=10_000)
 
     @model_validator(mode="after")
     def _differ(self) -> GenerateSettings:
@@ -499,7 +579,10 @@ class JudgeSettings(JudgingSettings, BackendSettings):
         group=REWARDS,
     )
     rows_per_part: Positive = config.setting(
-        64, "Input rows per part; an interrupted run loses at most the current part.", group=RARE
+        64,
+        "Input rows per part; an interrupted run loses at most the current part.",
+        group=RARE,
+        le=10_000_000,
     )
 
 
@@ -546,7 +629,7 @@ class CheckConsistencySettings(ReportSettings):
         group=AGREEMENT,
         affects_output=False,
     )
-    rows_per_part: Positive = config.setting(50_000, "Rows per part.", group=RARE)
+    rows_per_part: Positive = config.setting(50_000, "Rows per part.", group=RARE, le=10_000_000)
 
 
 class FilterSettings(StageSettings):
@@ -572,7 +655,11 @@ class FilterSettings(StageSettings):
         group=LABELS,
     )
     min_margin: float = config.setting(
-        0.0, "Smallest |log-odds| (nats) of the labelling models for a label.", group=LABELS, ge=0
+        0.0,
+        "Smallest |log-odds| (nats) of the labelling models for a label.",
+        group=LABELS,
+        ge=0,
+        le=LARGEST_FACTOR,
     )
     min_confidence: float = config.setting(
         0.5,
@@ -582,15 +669,20 @@ class FilterSettings(StageSettings):
         lt=1,
     )
     min_response_tokens: int = config.setting(
-        0, "Drop pairs with a response of fewer tokens than this.", group=SELECTION, ge=0
+        0,
+        "Drop pairs with a response of fewer tokens than this.",
+        group=SELECTION,
+        ge=0,
+        le=MOST_COUNT,
     )
     max_response_tokens: Positive | None = config.setting(
-        None, "Drop pairs with a response of more tokens than this.", group=SELECTION
+        None, "Drop pairs with a response of more tokens than this.", group=SELECTION, le=MOST_COUNT
     )
     max_pairs_per_prompt: Positive | None = config.setting(
         None,
         "Maximum number of pairs per prompt; those with the largest margins are kept.",
         group=SELECTION,
+        le=MOST_COUNT,
     )
     dedup: bool = config.setting(
         True,
@@ -619,7 +711,7 @@ class FilterSettings(StageSettings):
         "Average CREAM's consistency over all prompts, or compute it for each prompt.",
         group=RARE,
     )
-    rows_per_part: Positive = config.setting(50_000, "Rows per part.", group=RARE)
+    rows_per_part: Positive = config.setting(50_000, "Rows per part.", group=RARE, le=10_000_000)
 
 
 def entropy_ceiling(n_models: int) -> float:
@@ -634,10 +726,14 @@ class LoraSettings(Settings):
     """Settings of low-rank adapters."""
 
     rank: int = config.setting(
-        0, "Rank of LoRA adapters; 0 trains all weights.", group=MEMORY, ge=0
+        0, "Rank of LoRA adapters; 0 trains all weights.", group=MEMORY, ge=0, le=65_536
     )
     alpha: int = config.setting(
-        16, "LoRA alpha: the adapters' output is scaled by alpha / rank.", group=RARE, ge=1
+        16,
+        "LoRA alpha: the adapters' output is scaled by alpha / rank.",
+        group=RARE,
+        ge=1,
+        le=1_000_000,
     )
     target_modules: str = config.setting(
         "all-linear",
@@ -675,20 +771,24 @@ class TrainSettings(RewardSettings, ReportSettings):
         affects_output=False,
     )
 
-    learning_rate: float = config.setting(5e-7, "Peak learning rate.", group=OPTIMIZER, gt=0)
-    num_epochs: Positive = config.setting(1, "Passes over the data.", group=OPTIMIZER)
+    learning_rate: float = config.setting(
+        5e-7, "Peak learning rate.", group=OPTIMIZER, gt=0, le=1000
+    )
+    num_epochs: Positive = config.setting(1, "Passes over the data.", group=OPTIMIZER, le=1000)
     max_steps: Positive | None = config.setting(
-        None, "Stop after this many optimizer steps.", group=OPTIMIZER
+        None, "Stop after this many optimizer steps.", group=OPTIMIZER, le=MOST_COUNT
     )
     batch_size: Positive = config.setting(
         32,
         "Pairs per optimizer step, computed in packs of at most --max-tokens-per-pack.",
         group=OPTIMIZER,
+        le=1_000_000,
     )
     max_tokens_per_step: Positive | None = config.setting(
         None,
         "Tokens per optimizer step, instead of --batch-size: as many pairs as fit.",
         group=RARE,
+        le=MOST_COUNT,
     )
     max_tokens_per_pack: Positive = config.setting(
         8192,
@@ -696,6 +796,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         "halved if memory runs out.",
         group=MEMORY,
         affects_output=False,
+        le=MOST_COUNT,
     )
     schedule: Literal["cosine", "linear", "constant"] = config.setting(
         "cosine", "Learning-rate schedule after the warm-up.", group=OPTIMIZER
@@ -703,12 +804,15 @@ class TrainSettings(RewardSettings, ReportSettings):
     warmup_ratio: Rate = config.setting(
         0.1, "Fraction of the steps in which the learning rate rises.", group=OPTIMIZER
     )
-    weight_decay: float = config.setting(0.0, "Weight decay of AdamW.", group=OPTIMIZER, ge=0)
+    weight_decay: float = config.setting(
+        0.0, "Weight decay of AdamW.", group=OPTIMIZER, ge=0, le=LARGEST_FACTOR
+    )
     max_grad_norm: float = config.setting(
         1.0,
         "Maximum norm of the gradient; larger gradients are scaled down to it.",
         group=OPTIMIZER,
         gt=0,
+        le=1e12,
     )
     gradient_checkpointing: bool = config.setting(
         False,
@@ -736,6 +840,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         group=PREFERENCE_LOSS,
         affects_fit=True,
         gt=0,
+        le=LARGEST_FACTOR,
     )
     target_margin: float = config.setting(
         0.0,
@@ -743,6 +848,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         group=PREFERENCE_LOSS,
         affects_fit=True,
         ge=0,
+        le=LARGEST_FACTOR,
     )
     # docs/study.md (main, sweep and real) has the reason for the defaults of implicit_scale and
     # penalty_ratio: with lambda 1 at an implicit scale of 5, the policy learned its own mistakes.
@@ -751,6 +857,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         "lambda: weight of the inconsistency penalty. Default: fitted by --penalty-ratio.",
         group=CONSISTENCY,
         ge=0,
+        le=LARGEST_FACTOR,
     )
     penalty_ratio: float = config.setting(
         2.0,
@@ -759,6 +866,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         group=CONSISTENCY,
         affects_fit=True,
         gt=0,
+        le=LARGEST_FACTOR,
     )
     entropy_weight: float = config.setting(
         0.1,
@@ -767,6 +875,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         group=CONSISTENCY,
         affects_fit=True,
         ge=0,
+        le=LARGEST_FACTOR,
     )
     implicit_scale: FittedOrNumber = config.setting(  # type: ignore[assignment]
         "fitted",
@@ -810,13 +919,14 @@ class TrainSettings(RewardSettings, ReportSettings):
         affects_output=False,
     )
     anchor_weight: float = config.setting(
-        1.0, "Weight of the verdict loss on --anchors.", group=CONSISTENCY, ge=0
+        1.0, "Weight of the verdict loss on --anchors.", group=CONSISTENCY, ge=0, le=LARGEST_FACTOR
     )
     sft_response_weight: float = config.setting(
         1.0,
         "sft: weight of the chosen response's mean token loss, relative to the verdict loss.",
         group=RARE,
         ge=0,
+        le=LARGEST_FACTOR,
     )
 
     num_processes: Positive = config.setting(
@@ -824,6 +934,7 @@ class TrainSettings(RewardSettings, ReportSettings):
         "Number of local processes, one per GPU. Leave at 1 under torchrun or accelerate launch.",
         group=MEMORY,
         affects_output=False,
+        le=1024,
     )
     sharding: Literal["ddp", "fsdp"] = config.setting(
         "ddp",
@@ -840,10 +951,17 @@ class TrainSettings(RewardSettings, ReportSettings):
         affects_output=False,
     )
     validation_every: Positive = config.setting(
-        50, "Optimizer steps between evaluations on the validation pairs.", group=LOGGING
+        50,
+        "Optimizer steps between evaluations on the validation pairs.",
+        group=LOGGING,
+        le=MOST_COUNT,
     )
     save_every: Positive = config.setting(
-        100, "Optimizer steps between checkpoints.", group=LOGGING, affects_output=False
+        100,
+        "Optimizer steps between checkpoints.",
+        group=LOGGING,
+        affects_output=False,
+        le=MOST_COUNT,
     )
     report_to: list[str] = config.setting(
         [],
@@ -931,7 +1049,7 @@ class EvalRewardsSettings(JudgingSettings, ReportSettings):
         path=True,
         affects_output=False,
     )
-    rows_per_part: Positive = config.setting(64, "Input rows per part.", group=RARE)
+    rows_per_part: Positive = config.setting(64, "Input rows per part.", group=RARE, le=10_000_000)
 
 
 class EvalWinrateSettings(JudgingSettings, ReportSettings):
@@ -980,7 +1098,7 @@ class EvalWinrateSettings(JudgingSettings, ReportSettings):
         f"Reward models that judge: any of {', '.join(REWARD_MODELS)}.",
         group=REWARDS,
     )
-    rows_per_part: Positive = config.setting(64, "Input rows per part.", group=RARE)
+    rows_per_part: Positive = config.setting(64, "Input rows per part.", group=RARE, le=10_000_000)
 
     @model_validator(mode="after")
     def _has_something_to_compare(self) -> EvalWinrateSettings:
@@ -1000,7 +1118,7 @@ class EvalResponsesSettings(SamplingSettings):
     n: ClassVar[int] = 1
 
     temperature: float = config.setting(
-        0.7, "Sampling temperature; 0 is greedy.", group=SAMPLING, ge=0
+        0.7, "Sampling temperature; 0 is greedy.", group=SAMPLING, ge=0, le=100
     )
     generator: str = config.setting(
         "scir", "Name of the model in responses.json.", group=INPUT_OUTPUT
@@ -1047,9 +1165,10 @@ class EvalMtBenchSettings(SamplingSettings, ReportSettings):
         "Sampling temperature. Default: FastChat's for the question's category.",
         group=SAMPLING,
         ge=0,
+        le=100,
     )
     max_new_tokens: Positive = config.setting(
-        1024, "Maximum number of tokens per response.", group=SAMPLING
+        1024, "Maximum number of tokens per response.", group=SAMPLING, le=1_000_000
     )
 
     @model_validator(mode="after")

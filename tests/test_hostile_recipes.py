@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import time
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from helpers import run_command
+from pydantic.fields import FieldInfo
 
-from scir_cli import config, recipe
-from scir_cli.errors import ConfigError
-from scir_cli.settings import BackendSettings, FilterSettings, GenerateSettings
+from scir_cli import config, recipe, registry
+from scir_cli.errors import ConfigError, StoreError
+from scir_cli.report import html
+from scir_cli.settings import (
+    BackendSettings,
+    CheckConsistencySettings,
+    FilterSettings,
+    GenerateSettings,
+)
 
 STEP = "generate: {model: m, input: p, output_dir: '{out}/c'}"
 LEVELS = [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 12)]
@@ -162,3 +172,117 @@ def test_a_list_that_names_something_twice_is_refused():
     flags = {"input": "i", "output_dir": "o", "agree_on": "judge,implicit,judge"}
     with pytest.raises(ConfigError, match="it names 'judge' twice"):
         config.build(FilterSettings, flags, where="test")
+
+
+def bounds(info: Any) -> dict[str, Any]:
+    """The bounds of a setting, those declared with its type and those beside its help."""
+    kinds = [info.annotation, *get_args(info.annotation)]
+    metadata = [*info.metadata, *(m for kind in kinds for m in getattr(kind, "__metadata__", ()))]
+    while any(isinstance(m, FieldInfo) for m in metadata):
+        metadata = [n for m in metadata for n in (m.metadata if isinstance(m, FieldInfo) else [m])]
+    names = ("gt", "ge", "lt", "le")
+    return {name: getattr(m, name) for m in metadata for name in names if hasattr(m, name)}
+
+
+@pytest.mark.parametrize("stage", registry.STAGES)
+def test_every_number_of_a_command_has_a_lower_and_an_upper_bound(stage: str):
+    for name, info in config.fields(registry.STAGES[stage].settings).items():
+        kind = str(info.annotation)
+        if ("int" in kind or "float" in kind) and name not in ("workers", "implicit_scale"):
+            known = bounds(info)
+            assert {"gt", "ge"} & set(known) and {"lt", "le"} & set(known), (name, known)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("n", "10001", "less than or equal to 10000"),
+        ("seed", "-1", "greater than or equal to 0"),
+        ("limit", "1000000001", "less than or equal to 1000000000"),
+        ("temperature", "101", "less than or equal to 100"),
+        ("max_new_tokens", "9" * 39, "less than or equal to 1000000"),
+        ("workers", "1025", "expected a number from 1 to 1024, or auto"),
+        ("workers", "²", "expected a number from 1 to 1024, or auto"),
+    ],
+)
+def test_a_number_out_of_bounds_is_named_with_its_value_and_its_bound(
+    name: str, value: str, bound: str
+):
+    values = {"model": "m", "input": "i", "output_dir": "o", name: value}
+    with pytest.raises(ConfigError) as caught:
+        config.build(GenerateSettings, values, where="test")
+    (message,) = caught.value.messages
+    assert message.startswith(f"test: '{name}' is '{value}': ")
+    assert bound in message or "digits" in message
+
+
+def test_a_plan_has_a_digest_in_place_of_a_secret():
+    def plan(key: str) -> str:
+        values = {"model": "m", "output_dir": "o", "vllm_arg": f"hf_token={key}"}
+        return str(config.build(BackendSettings, values, where="test").plan()["vllm_arg"])
+
+    assert "KEY" not in plan("KEY1")
+    assert plan("KEY1") == plan("KEY1") != plan("KEY2")
+
+
+def test_a_dry_run_prints_no_secret_and_nothing_that_cannot_be_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    values = r'model: m, input: p, output_dir: o, base_url: "http://u:KEY@h/v1", '
+    values += r'system_prompt: "a\e[2J\\n\u200bb\n"'
+    (tmp_path / "r.yaml").write_text(f"steps: [{{generate: {{{values}}}}}]", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["run", "r.yaml", "--dry-run"], monkeypatch) == 0
+    script = capfd.readouterr().out
+    assert "KEY" not in script and "***@h/v1" in script
+    assert not re.search("[\x00-\x09\x0b-\x1f\u200b]", script)
+    words = script.splitlines(keepends=True)[2:]
+    shell = "scir() { printf '%s|' \"$@\"; }\n" + "".join(words)
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, check=True)
+    assert done.stdout.decode().split("|")[-2] == "a\x1b[2J\\n\u200bb\n"
+
+
+def report(path: Path, out: str = "out") -> None:
+    values = {"input": "i", "output_dir": str(path.parent / out), "report": str(path)}
+    config.build(CheckConsistencySettings, values, where="test")
+
+
+@pytest.mark.parametrize("content", ["", "<!doctype html>\n<html>", "x" * 2000 + "scir"])
+def test_a_report_is_not_written_over_another_file(content: str, tmp_path: Path):
+    path = tmp_path / "page.html"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match="a file is there that is no page of scir"):
+        report(path)
+    with pytest.raises(StoreError, match="a file is there that is no page of scir"):
+        html.write(path, html.Page("", "", [], []))
+    assert path.read_text(encoding="utf-8") == content
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data-00000.arrow", "page", ".html"])
+def test_a_report_has_the_ending_of_a_page(name: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="expected the name of an HTML file"):
+        report(tmp_path / name)
+
+
+def test_a_report_is_not_the_output_folder_nor_in_a_file_nor_a_device_or_dangling_link(
+    tmp_path: Path,
+):
+    (tmp_path / "link.html").symlink_to("/dev/null")
+    (tmp_path / "gone.html").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for name in ("link.html", "gone.html"):
+        with pytest.raises(ConfigError, match="a file is there"):
+            report(tmp_path / name)
+    with pytest.raises(ConfigError, match="file is a file; choose another folder"):
+        report(tmp_path / "file" / "page.html")
+    for out in ("out.html", "out.html/inner"):
+        with pytest.raises(ConfigError, match="is or holds output_dir"):
+            report(tmp_path / "out.html", out)
+
+
+def test_a_report_is_written_over_a_page_of_ours(tmp_path: Path):
+    path = tmp_path / "new" / "page.html"
+    for title in ("first", "second"):
+        report(path)
+        html.write(path, html.Page(title, "", [], []))
+        assert title in path.read_text(encoding="utf-8")
