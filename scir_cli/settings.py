@@ -492,9 +492,31 @@ class FilterSettings(StageSettings):
     )
     rule: str = config.setting(
         "agree",
-        "Source of the labels: agree, majority, the name of a reward model, or random:RATE:MODEL (labels of MODEL, judge "
-        "if left out, for a random share of the pairs).",
+        "Source of the labels: agree, majority, consensus (soft labels from the pooled log-odds of --voters), the name of a "
+        "reward model, or random:RATE:MODEL (labels of MODEL, judge if left out, for a random share of the pairs).",
         group=LABELS,
+    )
+    voters: list[str] = config.setting(
+        ["judge", "likelihood", "pmi"],
+        "consensus: the reward models whose log-odds are pooled, with sizes matched to the first's; or all.",
+        group=LABELS,
+    )
+    soft_labels: bool = config.setting(
+        False,
+        "Write the probability that a label is correct, by which train's losses weigh it; consensus always does.",
+        group=LABELS,
+    )
+    temperature: float | None = config.setting(
+        None,
+        "Soft labels: p = sigmoid(log-odds / temperature). Default: fitted on --calibrate-on, else 1.",
+        group=LABELS,
+        gt=0,
+    )
+    calibrate_on: str | None = config.setting(
+        None,
+        "Judged dataset of labeled pairs (the seed pairs) with the verdicts of the same reward models, to fit the temperature.",
+        group=LABELS,
+        path=True,
     )
     agree_on: list[str] | None = config.setting(
         None, "Reward models that must agree. Default: all.", group=LABELS
@@ -545,6 +567,25 @@ class FilterSettings(StageSettings):
         "all", "Average CREAM's consistency over all prompts, or use each prompt's own.", group=RARE
     )
     rows_per_part: Positive = config.setting(50_000, "Rows per part.", group=RARE)
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether labels get a probability from log-odds."""
+        return self.soft_labels or self.rule == "consensus"
+
+    @model_validator(mode="after")
+    def _soft_labels_have_log_odds(self) -> FilterSettings:
+        if self.is_soft and (self.rule in ("agree", "majority") or self.cream_previous):
+            raise ValueError(
+                "soft_labels are the sigmoid of one log-odds: use --rule consensus or a reward model, without --cream-previous"
+            )
+        if self.calibrate_on is not None and self.temperature is not None:
+            raise ValueError("give either --temperature or --calibrate-on, which fits it")
+        if (self.calibrate_on or self.temperature) and not self.is_soft:
+            raise ValueError(
+                "--temperature and --calibrate-on need --soft-labels or --rule consensus"
+            )
+        return self
 
 
 def entropy_ceiling(n_models: int) -> float:
