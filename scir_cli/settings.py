@@ -723,10 +723,10 @@ class TrainSettings(RewardSettings, ReportSettings):
         group=CONSISTENCY,
         affects_fit=True,
     )
-    mask: Literal["all", "judge"] = config.setting(
-        "all",
-        "Which reward models must agree for a pair to enter the preference loss: all, or the judge alone (then every "
-        "pair with a verdict).",
+    target: Literal["agreed", "judge", "consensus"] = config.setting(
+        "agreed",
+        "Labels of the preference loss: agreed (the verdict that all reward models share, other pairs left out), judge (its "
+        "verdict, every pair), or consensus (the input's soft labels, which the judge learns as well in both orders).",
         group=CONSISTENCY,
         affects_fit=True,
     )
@@ -795,6 +795,11 @@ class TrainSettings(RewardSettings, ReportSettings):
         affects_output=False,
     )
 
+    @property
+    def learns_consensus(self) -> bool:
+        """Whether the objective is SCIR with the input's soft labels in place of the agreed verdict."""
+        return self.objective == "scir" and self.target == "consensus"
+
     @model_validator(mode="after")
     def _quantized_trains_adapters(self) -> TrainSettings:
         if self.quantization != "none" and (not self.lora.rank or self.sharding == "fsdp"):
@@ -846,7 +851,12 @@ class TrainSettings(RewardSettings, ReportSettings):
     @model_validator(mode="after")
     def _scir_trains_judge_and_implicit(self) -> TrainSettings:
         names = set(self.reward_models)
-        if self.objective == "scir" and not (
+        if self.learns_consensus:
+            if "judge" not in names or self.anchors is not None:
+                raise ValueError(
+                    "target consensus trains the reward model 'judge' on the input's labels: name it, and leave anchors out"
+                )
+        elif self.objective == "scir" and not (
             {"judge", "implicit"} <= names and "external" not in names
         ):
             raise ValueError(

@@ -119,7 +119,7 @@ ABLATION = [
         Method(name, "scir", L3.settings | settings)
         for name, settings in {
             "orders averaged": {"judge_orders": "averaged"},
-            "no mask": {"mask": "judge"},
+            "no mask": {"target": "judge"},
             "no entropy": {"entropy_weight": 0.0},
             "judge not trained": {"stop_gradient": "judge"},
             "threshold 0.6": {"min_confidence": 0.6},

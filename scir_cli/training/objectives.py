@@ -242,7 +242,7 @@ class Scir(_Base):
         )  # (K, pairs)
         masses = torch.stack([a.verdict_mass for a in said.values() if a.verdict_mass is not None])
         silent = (masses.detach() < s.min_verdict_mass).any(0)
-        masking = averaged if s.mask == "all" else judge.log_odds[None]
+        masking = averaged if s.target == "agreed" else judge.log_odds[None]
         voters = masking.detach().masked_fill(silent, float("nan"))
         own = logps[:, self.branch_slices["implicit"]]
         ratios = self.log_ratios(own, examples)
