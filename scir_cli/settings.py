@@ -506,9 +506,9 @@ class FilterSettings(StageSettings):
         "Write the probability that a label is correct, by which train's losses weigh it; consensus always does.",
         group=LABELS,
     )
-    temperature: float | None = config.setting(
+    label_temperature: float | None = config.setting(
         None,
-        "Soft labels: p = sigmoid(log-odds / temperature). Default: fitted on --calibrate-on, else 1.",
+        "Soft labels: p = sigmoid(log-odds / label_temperature). Default: fitted on --calibrate-on, else 1.",
         group=LABELS,
         gt=0,
     )
@@ -579,11 +579,9 @@ class FilterSettings(StageSettings):
             raise ValueError(
                 "soft_labels are the sigmoid of one log-odds: use --rule consensus or a reward model, without --cream-previous"
             )
-        if self.calibrate_on is not None and self.temperature is not None:
-            raise ValueError("give either --temperature or --calibrate-on, which fits it")
-        if (self.calibrate_on or self.temperature) and not self.is_soft:
+        if (self.calibrate_on or self.label_temperature) and not self.is_soft:
             raise ValueError(
-                "--temperature and --calibrate-on need --soft-labels or --rule consensus"
+                "--label-temperature and --calibrate-on need --soft-labels or --rule consensus"
             )
         return self
 

@@ -185,7 +185,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "filter",
         input=str(root / "judged"),
         rule="consensus",
-        temperature=0.2,
+        label_temperature=0.2,
         output_dir=root / "preferences",
     )
     return root

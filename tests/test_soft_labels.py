@@ -64,7 +64,7 @@ def test_consensus_labels_every_pair_with_the_probability_of_its_pool(tmp_path: 
         "filter",
         input=str(tmp_path / "judged"),
         rule="consensus",
-        temperature=2 / (3 * LN3),
+        label_temperature=2 / (3 * LN3),
         output_dir=tmp_path / "out",
     )
     # z = (2 + 2 + 2) / 3, (2 - 2 - 2) / 3, (-2 - 2 + 4) / 3 = 0, (2 + 2 - 4) / 3 = 0, no verdict of likelihood
@@ -92,7 +92,7 @@ def test_one_reward_model_has_soft_labels_where_they_are_requested(tmp_path: Pat
     soft = rows_of(tmp_path / "soft")
     assert [row["label_probability"] for row in soft] == pytest.approx([3 / 4, 9 / 10, 81 / 82])
     assert [row["label"] for row in soft] == ["first", "second", "first"]
-    run("filter", **common, soft_labels=True, temperature=2.0, output_dir=tmp_path / "warm")
+    run("filter", **common, soft_labels=True, label_temperature=2.0, output_dir=tmp_path / "warm")
     warm = rows_of(tmp_path / "warm")
     assert [row["label_probability"] for row in warm][1:] == pytest.approx([3 / 4, 9 / 10])
 
@@ -101,7 +101,7 @@ def test_a_temperature_near_zero_makes_hard_labels_of_a_pool(tmp_path: Path):
     source = labeled(tmp_path / "judged")
     common = {"input": str(source), "rule": "consensus"}
     run("filter", **common, output_dir=tmp_path / "soft")
-    run("filter", **common, temperature=1e-9, output_dir=tmp_path / "hard")
+    run("filter", **common, label_temperature=1e-9, output_dir=tmp_path / "hard")
     soft, hard = rows_of(tmp_path / "soft"), rows_of(tmp_path / "hard")
     assert [row["label"] for row in soft] == [row["label"] for row in hard]
     assert {row["label_probability"] for row in hard} == {1.0}
@@ -131,7 +131,7 @@ def test_the_temperature_is_fitted_on_labeled_pairs_and_stands_in_the_manifest(t
         "filter",
         input=str(own),
         rule="consensus",
-        temperature=fit["temperature"],
+        label_temperature=fit["temperature"],
         output_dir=tmp_path / "given",
     )
     fitted, given = rows_of(tmp_path / "out"), rows_of(tmp_path / "given")
@@ -161,8 +161,7 @@ def test_the_temperature_is_fitted_on_labeled_pairs_and_stands_in_the_manifest(t
         ),
         (THREE, {"voters": ["judge", "judge"]}, ConfigError, "each once"),
         (THREE, {"rule": "agree", "soft_labels": True}, ConfigError, "one log-odds"),
-        (THREE, {"temperature": 1.0, "calibrate_on": "x"}, ConfigError, "give either"),
-        (THREE, {"rule": "judge", "temperature": 2.0}, ConfigError, "need --soft-labels"),
+        (THREE, {"rule": "judge", "label_temperature": 2.0}, ConfigError, "need --soft-labels"),
     ],
 )
 def test_what_cannot_be_pooled_is_refused(
@@ -254,7 +253,7 @@ def test_labels_that_say_nothing_are_warned_about(tmp_path: Path):
         "filter",
         input=str(source),
         rule="consensus",
-        temperature=100.0,
+        label_temperature=100.0,
         output_dir=tmp_path / "out",
     )
     (line,) = manifest["summary"]["soft_labels"]["warnings"]

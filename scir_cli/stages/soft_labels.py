@@ -77,15 +77,15 @@ def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Poo
     log_odds, lengths = _numbers(pairs, voters)
     sizes = check_voters(log_odds, voters, settings.input)
     temperature, calibration = 1.0, None
-    if settings.temperature is not None:
-        temperature = settings.temperature
+    if settings.label_temperature is not None:
+        temperature = settings.label_temperature
     elif settings.calibrate_on is not None:
         calibration = calibrate(settings.calibrate_on, voters)
         temperature = calibration["temperature"]
     elif settings.rule == "consensus":
         warn(
             "the labels have temperature 1, and log-odds of one model are no probabilities of another: "
-            "fit it with --calibrate-on LABELED_PAIRS, or give --temperature"
+            "fit it with --calibrate-on LABELED_PAIRS, or give --label-temperature"
         )
     pooled = consensus.pool(log_odds, sizes)
     correlations = {
@@ -156,7 +156,7 @@ def calibrate(folder: str, voters: list[str]) -> Json:
         fitted = consensus.fit_temperature(pooled, gold)
     except CalibrationError as error:
         raise DataError(
-            f"--calibrate-on {folder}: {error}. Give more or harder pairs, or --temperature"
+            f"--calibrate-on {folder}: {error}. Give more or harder pairs, or --label-temperature"
         ) from error
     models = {
         voter: _voter_figures(row, gold, lengths)
