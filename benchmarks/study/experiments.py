@@ -206,7 +206,7 @@ def softly(name: str, recipe: str, scores: str = "", **settings: Any) -> Method:
 #: Verdicts of the oracle in the loss of consensus-judge: gold labels, all of them sure.
 GOLD_TARGET = {"objective": "scir", "target": "consensus", "reward_models": ["judge", "external"]}
 
-#: Consensus labels, their rivals, controls, and gold labels under the same losses. docs/method.md, section 6.
+#: Consensus labels, their rivals, controls, and gold labels under the same losses. docs/method.md, section 8.
 CONSENSUS = [
     Method("srlm", "srlm"),
     Method("srlm-soft", "srlm-soft"),

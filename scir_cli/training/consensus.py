@@ -7,7 +7,7 @@
     p_ik  probability of the judge in order k that the first response is better
     H     cross entropy: the judge learns the soft label in both orders, and the label has no gradient
 
-Both terms are means over pairs, so a step can be taken pack by pack. Standing [ours]; docs/method.md, section 6.
+Both terms are means over pairs, so a step can be taken pack by pack. Standing [ours]; docs/method.md, section 8.
 """
 
 from __future__ import annotations
