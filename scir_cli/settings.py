@@ -847,15 +847,21 @@ class TrainSettings(RewardSettings, ReportSettings):
         return self
 
     @model_validator(mode="after")
+    def _consensus_has_a_judge(self) -> TrainSettings:
+        if self.learns_consensus and ("judge" not in self.reward_models or self.anchors):
+            raise ValueError(
+                "target consensus trains the reward model 'judge' on the input's labels: "
+                "name it, and leave anchors out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scir_trains_judge_and_implicit(self) -> TrainSettings:
         names = set(self.reward_models)
-        if self.learns_consensus:
-            if "judge" not in names or self.anchors is not None:
-                raise ValueError(
-                    "target consensus trains the reward model 'judge' on the input's labels: name it, and leave anchors out"
-                )
-        elif self.objective == "scir" and not (
-            {"judge", "implicit"} <= names and "external" not in names
+        if (
+            self.objective == "scir"
+            and not self.learns_consensus
+            and not ({"judge", "implicit"} <= names and "external" not in names)
         ):
             raise ValueError(
                 "objective scir trains the reward models 'judge' and 'implicit' together, and other internal ones beside them; "

@@ -1,10 +1,13 @@
-"""Several reward models -> one log-odds and a soft label per pair: a logarithmic opinion pool and its temperature (numpy only).
+"""Several reward models -> one log-odds and a soft label per pair (numpy only).
+
+A logarithmic opinion pool, and its temperature fitted to labeled pairs.
 
 log_odds   (voters, pairs) nats, positive: first better, 0: a tie, NaN: no verdict
 gold       (pairs,) +1 first better, -1 second better, NaN unlabelled
 
-Pool: Genest & Zidek 1986, doi 10.1214/ss/1177013825. Temperature: Guo et al. 2017, arXiv 1706.04599.
-Swapping first and second negates log-odds, pooled log-odds and gold; no label or temperature changes.
+Pool: Genest & Zidek 1986, doi 10.1214/ss/1177013825.
+Temperature: Guo et al. 2017, arXiv 1706.04599.
+Swapping first and second negates log-odds, pooled log-odds and gold; temperatures stay.
 """
 
 from __future__ import annotations
@@ -26,11 +29,14 @@ MAX_NEWTON_STEPS = 100
 
 
 class CalibrationError(Exception):
-    """No temperature can be fitted to these pairs; the message says why, and is the end of a sentence."""
+    """No temperature can be fitted to these pairs; the message is the reason."""
 
 
 def sizes(log_odds: Array) -> Array:
-    """Median |a| of each voter, nats; zeros and missing verdicts left out, NaN where nothing is left.  -> (voters,)"""
+    """Median |a| of each voter, nats, without zeros and missing verdicts.
+
+    NaN if nothing is left.  log_odds: (voters, pairs) -> (voters,)
+    """
     found = []
     for row in np.abs(log_odds):
         known = row[row > 0]
@@ -39,11 +45,13 @@ def sizes(log_odds: Array) -> Array:
 
 
 def pool(log_odds: Array, voter_sizes: Array, weights: Array | None = None) -> Array:
-    """Pooled log-odds of each pair, in the nats of the first voter.  NaN where one voter has no verdict.
+    """Pooled log-odds of each pair, in the nats of the first voter.
 
     z = m_1 sum_k w_k a_k / m_k,  m_k: size of voter k,  sum_k w_k = 1.
 
-    log_odds: (voters, pairs), voter_sizes: (voters,), weights: (voters,) of any sum; equal by default -> (pairs,)
+    log_odds: (voters, pairs), voter_sizes: (voters,)
+    weights: (voters,) of any sum; equal by default
+    -> (pairs,), NaN if one voter has no verdict
     """
     if weights is None:
         weights = np.ones(len(log_odds))
@@ -54,7 +62,10 @@ def pool(log_odds: Array, voter_sizes: Array, weights: Array | None = None) -> A
 
 
 def label_probability(pooled: Array, temperature: float = 1.0) -> Array:
-    """Probability that first is better.  p = sigmoid(z / T); pooled: (pairs,) nats -> (pairs,), NaN for no verdict"""
+    """Probability that first is better.  p = sigmoid(z / T)
+
+    pooled: (pairs,) nats -> (pairs,), NaN for no verdict
+    """
     size = np.exp(-np.abs(pooled) / temperature)
     probability: Array = np.where(pooled >= 0, 1.0, size) / (1 + size)
     return probability
@@ -76,11 +87,14 @@ class Calibration:
 
 
 def fit_temperature(pooled: Array, gold: Array) -> Calibration:
-    """Maximum-likelihood temperature of p = sigmoid(z / T) for labeled pairs. Raises CalibrationError if there is none.
+    """Maximum-likelihood temperature of p = sigmoid(z / T) for labeled pairs.
 
-    With b = 1 / T and x = gold z, the negative log-likelihood  sum softplus(-b x)  is convex in b; Newton's method, bracketed.
-    The interval is that of log T, from the curvature at the optimum:  T exp(+-1.96 / (b sqrt(sum x^2 p (1 - p)))).
-    It takes pairs for independent; pairs of one prompt are not quite.
+    Raises CalibrationError if there is none.
+
+    With b = 1 / T and x = gold z, the negative log-likelihood  sum softplus(-b x)  is convex in b;
+    Newton's method, bracketed. The interval is that of log T, from the curvature at the optimum:
+    T exp(+-1.96 / (b sqrt(sum x^2 p (1 - p)))).
+    It assumes independent pairs; pairs of one prompt are not quite.
 
     pooled: (pairs,) nats;  gold: (pairs,)
     """
@@ -88,15 +102,18 @@ def fit_temperature(pooled: Array, gold: Array) -> Calibration:
     x = x[np.isfinite(x) & (x != 0)]
     if len(x) < MIN_CALIBRATION_PAIRS:
         raise CalibrationError(
-            f"{len(x)} labeled pairs have a verdict, and a temperature needs at least {MIN_CALIBRATION_PAIRS}"
+            f"{len(x)} labeled pairs have a verdict, and a temperature needs at least "
+            f"{MIN_CALIBRATION_PAIRS}"
         )
     if (x > 0).all():
         raise CalibrationError(
-            f"all {len(x)} labeled pairs are labeled correctly (separable), so that every lower temperature fits better"
+            f"all {len(x)} labeled pairs are labeled correctly (separable), "
+            "so that every lower temperature fits better"
         )
     if x.sum() <= 0:
         raise CalibrationError(
-            f"the pooled log-odds are no better than chance on the {len(x)} labeled pairs (accuracy {(x > 0).mean():.3f})"
+            f"the pooled log-odds are no better than chance on the {len(x)} labeled pairs "
+            f"(accuracy {(x > 0).mean():.3f})"
         )
     inverse = _newton(x)
     wrong = label_probability(-x, 1 / inverse)
@@ -118,7 +135,10 @@ def fit_temperature(pooled: Array, gold: Array) -> Calibration:
 
 
 def _newton(x: Array) -> float:
-    """b > 0 where  sum x sigmoid(-b x)  is 0; that sum falls from above 0 at b = 0 to below it.  x: (pairs,)"""
+    """The b > 0 at which  sum x sigmoid(-b x)  is 0.  x: (pairs,)
+
+    The sum falls in b: above 0 at b = 0, below 0 at last.
+    """
     low, high = 0.0, math.inf
     b = 1 / float(np.abs(x).mean())
     for _ in range(MAX_NEWTON_STEPS):
@@ -139,7 +159,10 @@ def _newton(x: Array) -> float:
 
 
 def correlations(log_odds: Array) -> dict[tuple[int, int], float]:
-    """Correlation of each two voters about 0, over the pairs on which both have a verdict; NaN if one is 0 everywhere."""
+    """Correlation about 0 of each two voters, by their places.
+
+    Over the pairs on which both have a verdict; NaN if one is 0 everywhere.
+    """
     found = {}
     for i, j in combinations(range(len(log_odds)), 2):
         both = ~np.isnan(log_odds[i] + log_odds[j])
@@ -151,6 +174,6 @@ def correlations(log_odds: Array) -> dict[tuple[int, int], float]:
 
 
 def is_constant(log_odds: Array) -> bool:
-    """Whether a voter has one value on all its pairs, of more than one; that of a tie on all pairs included.  (pairs,)"""
+    """Whether a voter has one value on all its pairs, and has more than one pair.  (pairs,)"""
     known = log_odds[~np.isnan(log_odds)]
     return len(known) > 1 and bool(np.ptp(known) == 0)

@@ -1,6 +1,7 @@
-"""Labels with a probability, for `filter`: the pool of the voters over all pairs, its temperature, and what to warn about.
+"""Soft labels for `filter`: the pool of the voters, its temperature, and warnings.
 
-The equations are in analysis/consensus.py. A pool is fitted once, to numbers of all pairs; parts are then labeled one by one.
+The equations are in analysis/consensus.py. A pool is fitted once, to the log-odds of all pairs;
+parts are then labeled one by one.
 """
 
 from __future__ import annotations
@@ -30,15 +31,19 @@ ONE_VOTER = 0.98
 #: A rank correlation of labels and length beyond this is warned about [ours].
 LONG_LABELS = 0.5
 
-#: Mean certainties of soft labels outside of these are warned about: hard labels under another name, or no labels [ours].
+#: A mean certainty outside of these is warned about: hard labels in disguise, or none [ours].
 CERTAINTY = (0.55, 0.99)
 
-STUDENT = "the implicit reward is the policy in training, so its vote confirms what the policy does already"
+STUDENT = (
+    "the implicit reward is the policy in training, "
+    "so its vote confirms what the policy does already"
+)
 
 
 def voters_of(settings: FilterSettings, known: list[str]) -> list[str]:
-    """The reward models of --rule consensus. Raises ConfigError for a missing or repeated one, and for `implicit` if not named.
+    """The reward models that vote under --rule consensus.
 
+    Raises ConfigError for a missing or repeated one, and for `implicit` if it is not named.
     known: the reward models of the dataset; "all" stands for all of them.
     """
     voters = known if settings.voters == ["all"] else settings.voters
@@ -61,19 +66,22 @@ def voters_of(settings: FilterSettings, known: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Pool:
-    """The pool of some voters: what turns their log-odds into calibrated ones, and figures for the manifest."""
+    """Turns log-odds of some voters into calibrated ones; has figures for the manifest."""
 
     sizes: Array  # (voters,) nats
     temperature: float
     figures: Json
 
     def __call__(self, log_odds: Array) -> Array:
-        """Calibrated pooled log-odds: their sigmoid is the label's probability.  (voters, pairs) -> (1, pairs)"""
+        """Calibrated pooled log-odds, nats.  (voters, pairs) -> (1, pairs)"""
         return consensus.pool(log_odds, self.sizes)[None] / self.temperature
 
 
 def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Pool:
-    """The pool of the voters over all pairs. Raises DataError for verdicts or labeled pairs that cannot be used."""
+    """The pool of the voters over all pairs.
+
+    Raises DataError for verdicts that cannot be pooled or labeled pairs that fit no temperature.
+    """
     log_odds, lengths = _numbers(pairs, voters)
     sizes = check_voters(log_odds, voters, settings.input)
     temperature, calibration = 1.0, None
@@ -84,7 +92,7 @@ def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Poo
         temperature = calibration["temperature"]
     elif settings.rule == "consensus":
         warn(
-            "the labels have temperature 1, and log-odds of one model are no probabilities of another: "
+            "the labels have temperature 1, but the sizes of log-odds differ from model to model: "
             "fit it with --calibrate-on LABELED_PAIRS, or give --label-temperature"
         )
     pooled = consensus.pool(log_odds, sizes)
@@ -109,7 +117,10 @@ def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Poo
 
 
 def _numbers(pairs: Dataset, voters: list[str]) -> tuple[Array, Array]:
-    """Log-odds of the voters, and length of first minus second.  -> (voters, pairs) nats, (pairs,)"""
+    """Log-odds of the voters, and length of first minus second.
+
+    -> (voters, pairs) nats, (pairs,) tokens
+    """
     log_odds, lengths = [], []
     for table in pairs.tables():
         log_odds.append(verdicts.log_odds(table, voters))
@@ -118,7 +129,10 @@ def _numbers(pairs: Dataset, voters: list[str]) -> tuple[Array, Array]:
 
 
 def check_voters(log_odds: Array, voters: list[str], source: Any) -> Array:
-    """The voters' sizes. Raises DataError for a voter that is silent, constant, or a copy of another.  -> (voters,) nats"""
+    """The voters' sizes.  -> (voters,) nats
+
+    Raises DataError for a voter without verdicts, a constant one, or a copy of another.
+    """
     sizes = consensus.sizes(log_odds)
     for voter, size, row in zip(voters, sizes, log_odds, strict=True):
         if math.isnan(size) or consensus.is_constant(row):
@@ -129,21 +143,25 @@ def check_voters(log_odds: Array, voters: list[str], source: Any) -> Array:
                 else "a verdict on none of the"
             )
             raise DataError(
-                f"{source}: '{voter}' has {what} pairs, so it has no vote; leave it out of the voters"
+                f"{source}: '{voter}' has {what} pairs, so it has no vote; "
+                "leave it out of the voters"
             )
     if (~np.isnan(log_odds).any(0)).sum() > 2:
         for (i, j), value in consensus.correlations(log_odds).items():
             if abs(value) > 1 - 1e-9:
                 raise DataError(
-                    f"{source}: '{voters[i]}' and '{voters[j]}' are the same voter (correlation {value:.3f}); name one of them"
+                    f"{source}: '{voters[i]}' and '{voters[j]}' are the same voter "
+                    f"(correlation {value:.3f}); name one of them"
                 )
     return sizes
 
 
 def calibrate(folder: str, voters: list[str]) -> Json:
-    """The temperature of the pool on labeled pairs, and figures of each voter there. Raises DataError if it cannot be fitted.
+    """The temperature of the pool on labeled pairs, and figures of each voter on them.
 
-    folder: a judged dataset with gold labels and the voters' verdicts. Sizes are matched on these pairs themselves.
+    Raises DataError if no temperature can be fitted.
+    folder: a judged dataset with gold labels and the voters' verdicts. Sizes are matched on these
+    pairs themselves.
     """
     pairs = dataset.open_dataset(to_path(folder), "judged")
     missing = [voter for voter in voters if voter not in verdicts.model_names(pairs.tables())]
@@ -173,7 +191,10 @@ def calibrate(folder: str, voters: list[str]) -> Json:
 
 
 def _voter_figures(log_odds: Array, gold: Array, lengths: Array) -> Json:
-    """Accuracy, calibration and temperature of one voter; no temperature where none can be fitted.  (pairs,) each"""
+    """Accuracy, calibration and temperature (None if none can be fitted) of one voter.
+
+    log_odds, gold, lengths: (pairs,)
+    """
     correct = (1 + np.sign(log_odds) * gold) / 2
     figures: Json = {
         **statistics.rate_with_interval("accuracy", correct),
@@ -189,7 +210,7 @@ def _voter_figures(log_odds: Array, gold: Array, lengths: Array) -> Json:
 
 
 def guards(figures: Json, pooled: Array) -> list[str]:
-    """What a person should look at before training on these labels, one line each.  pooled: (pairs,) nats"""
+    """Warnings about these labels, one line each.  pooled: (pairs,) nats"""
     known = pooled[~np.isnan(pooled)]
     if len(known) < MIN_PAIRS:
         return []
@@ -209,15 +230,16 @@ def guards(figures: Json, pooled: Array) -> list[str]:
     if not CERTAINTY[0] <= certainty <= CERTAINTY[1]:
         degree = "sure of everything" if certainty > CERTAINTY[1] else "hardly sure of anything"
         lines.append(
-            f"the labels are {degree}: mean certainty {certainty:.3f} at temperature {figures['temperature']:.3g}"
+            f"the labels are {degree}: mean certainty {certainty:.3f} "
+            f"at temperature {figures['temperature']:.3g}"
         )
     if (np.sign(known) == np.sign(known[0])).all():
-        lines.append(
-            f"all {len(known)} labels prefer the {'first' if known[0] > 0 else 'second'} response of the pair"
-        )
+        place = "first" if known[0] > 0 else "second"
+        lines.append(f"all {len(known)} labels prefer the {place} response of the pair")
     if (figures["calibration"] or {}).get("one_sided"):
         lines.append(
-            "all gold labels of --calibrate-on are on one side: a voter that prefers that side looks accurate"
+            "all gold labels of --calibrate-on are on one side: "
+            "a voter that prefers that side looks accurate"
         )
     return lines
 

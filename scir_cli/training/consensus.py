@@ -1,13 +1,17 @@
-"""SCIR with the consensus as its target (`objective: scir`, `target: consensus`): no mask, and nothing is pulled towards the student.
+"""SCIR with the consensus as its target: `objective: scir`, `target: consensus`.
+
+No mask, and no reward model is pulled towards the student.
 
     L = mean_i [ C_i l(label_i) + (1 - C_i) l(-label_i) ]  +  lambda mean_i mean_k H(t_i, p_ik)
 
     l     preference loss of the policy (dpo, ipo, simpo, sppo)
-    C_i   probability that the label of pair i is correct; t_i that its first response is better: C_i or 1 - C_i
+    C_i   probability that the label of pair i is correct
+    t_i   probability that its first response is better: C_i or 1 - C_i
     p_ik  probability of the judge in order k that the first response is better
-    H     cross entropy: the judge learns the soft label in both orders, and the label has no gradient
+    H     cross entropy: the judge learns the soft label in both orders; labels have no gradient
 
-Both terms are means over pairs, so a step can be taken pack by pack. Standing [ours]; docs/method.md, section 8.
+Both terms are means over pairs, so a step can be taken pack by pack.
+Standing [ours]; docs/method.md, section 8.
 """
 
 from __future__ import annotations
@@ -47,7 +51,10 @@ class Consensus(Dpo):
         return loss, self._metrics(logps, examples, terms)
 
     def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The preference loss and the judge's cross entropy, before lambda.  logps: (pairs, 6), nats"""
+        """The preference loss and the judge's cross entropy, before lambda.
+
+        logps: (pairs, 6), nats
+        """
         label = self.labels(examples, logps)
         certainty = torch.tensor([e.label_probability for e in examples], device=logps.device)
         responses = logps[:, RESPONSES]
@@ -67,7 +74,7 @@ class Consensus(Dpo):
     def _metrics(
         self, logps: Tensor, examples: Sequence[Example], terms: dict[str, Tensor]
     ) -> Metrics:
-        """Figures of the pairs, with the names that SCIR's have; also warns if the judge collapses."""
+        """Figures of the pairs under the names of SCIR's; warns if the judge collapses."""
         logps = logps.detach()
         label, judge = self.labels(examples, logps), self._verdicts(logps)
         assert judge.orders is not None and judge.verdict_mass is not None
