@@ -108,8 +108,8 @@ def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagree
     tiny_policy: Policy,
 ):
     against = [*SURE, -3.0, 0.0]  # h = -2 and 2: the implicit reward prefers the second
-    for mask, rate in (("all", 0.0), ("judge", 1.0)):
-        _, metrics = objective(tiny_policy.chat, mask=mask).loss(logps(against), [example()])
+    for target, rate in (("agreed", 0.0), ("judge", 1.0)):
+        _, metrics = objective(tiny_policy.chat, target=target).loss(logps(against), [example()])
         assert metrics["scir/mask_rate"] == rate
 
 

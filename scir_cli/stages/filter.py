@@ -21,6 +21,7 @@ from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.report.progress import progress
 from scir_cli.settings import FilterSettings
+from scir_cli.stages import soft_labels
 
 #: Why a pair is dropped, known by its place; "": it is not. For the first of them it has no label, and --keep-unlabelled keeps it without one.
 REASONS = ("", "no_verdict", "tie", "disagree", "below_confidence", "below_margin", "not_sampled", "too_short", "too_long",
@@ -46,12 +47,14 @@ class Rule:
         elif name == "random":
             number, _, model = number.partition(":")
             models = [model or "judge"]
+        elif settings.rule == "consensus":
+            models = soft_labels.voters_of(settings, known)
         else:
             models = [settings.rule]
         for model in models:
             if model not in known:
                 raise ConfigError(
-                    f"--rule {settings.rule}: the dataset has no verdicts of '{model}'.{suggest(model, [*known, 'agree', 'majority'])}"
+                    f"--rule {settings.rule}: the dataset has no verdicts of '{model}'.{suggest(model, [*known, 'agree', 'majority', 'consensus'])}"
                 )
         return cls(
             models,
@@ -87,22 +90,29 @@ def run(settings: FilterSettings) -> Json:
         "input": hashing.digest_path(path),
         "previous": settings.cream_previous
         and hashing.digest_path(to_path(settings.cream_previous)),
+        "calibration": settings.calibrate_on
+        and hashing.digest_path(to_path(settings.calibrate_on)),
     }
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
     out = settings.output_dir
+    label = PairLabeller(settings, pairs, rule)
     with progress("filter", pairs.num_rows) as advance:
         manifest = dataset.write_dataset(
             out,
             "preferences",
             plan,
             dataset.part_bounds(pairs.num_rows, settings.rows_per_part),
-            PairLabeller(settings, pairs, rule),
+            label,
             overwrite=settings.overwrite,
             advance=advance,
-            summarise=_summary,
-            inputs={"input": settings.input, "previous": settings.cream_previous},
+            summarise=lambda made: _summary(made) | label.figures,
+            inputs={
+                "input": settings.input,
+                "previous": settings.cream_previous,
+                "calibration": settings.calibrate_on,
+            },
         )
     if settings.trl_jsonl and not (out / "trl.jsonl").exists():
         write_trl(dataset.open_dataset(out, "preferences"), out / "trl.jsonl")
@@ -114,6 +124,9 @@ class PairLabeller:
 
     def __init__(self, settings: FilterSettings, pairs: Dataset, rule: Rule) -> None:
         self.settings, self.pairs, self.rule = settings, pairs, rule
+        self.pool: soft_labels.Pool | None = None
+        if settings.is_soft:
+            self.pool = soft_labels.fit_pool(settings, pairs, rule.models)
         self.per_token: np.ndarray | None = None  # (models that label, 1) nats
         if settings.length_neutral:
             *votes, lengths = self._of_all(
@@ -143,16 +156,22 @@ class PairLabeller:
             REASONS[one["values"]]: one["counts"]
             for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()
         }
-        probability = (
-            np.full(len(kept), np.nan)
-            if self.label_probability is None
-            else self.label_probability[low:high]
-        )
+        if self.pool:
+            probability = statistics.confidence_of(margin)
+        elif self.label_probability is not None:
+            probability = self.label_probability[low:high]
+        else:
+            probability = np.full(len(kept), np.nan)
         return Part(
             _preferences(table, kept, np.where(reasons, 0.0, sign), margin, probability),
             high - low,
             Counter(drops),
         )
+
+    @property
+    def figures(self) -> Json:
+        """What the manifest's summary holds beside counts of labels."""
+        return {"soft_labels": self.pool.figures} if self.pool else {}
 
     def _of_all(self, numbers: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
         return np.concatenate(
@@ -175,6 +194,8 @@ class PairLabeller:
 
     def votes(self, table: pa.Table) -> np.ndarray:
         votes = verdicts.log_odds(table, self.rule.models)  # (models that label, pairs)
+        if self.pool:
+            votes = self.pool(votes)  # (1, pairs)
         return (
             votes
             if self.per_token is None

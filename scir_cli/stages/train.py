@@ -40,6 +40,7 @@ from scir_cli.rewards.pairs import Pair
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, dry_run, fitting, objectives, trackers
+from scir_cli.training.consensus import Consensus
 from scir_cli.training.examples import encode_examples, load_labelled_rows, load_training_rows
 from scir_cli.training.model_folder import write_model_folder
 from scir_cli.training.objectives import Example, Metrics, Objective
@@ -129,6 +130,7 @@ class TrainJob:
         for name, spec in (("validation", settings.validation), ("anchors", settings.anchors)):
             digests[name] = spec and readers.digest(spec)
         is_scir = settings.objective == "scir"
+        reads_implicit = is_scir and not settings.learns_consensus
         if is_scir and settings.entropy_weight > LARGE_ENTROPY_WEIGHT:
             warn(
                 f"--entropy-weight {settings.entropy_weight:g} is large: pairs grow sure of what they happen to say. 0.1 is the default"
@@ -139,7 +141,9 @@ class TrainJob:
         adapt = partial(adapters.add_adapters, settings=settings) if settings.lora.rank else None
         policy = LazyPolicy(settings, settings.model, adapt=adapt, **sharding)
         reference = (
-            open_reward_reference(settings, policy, ["implicit"], **sharding) if is_scir else None
+            open_reward_reference(settings, policy, ["implicit"], **sharding)
+            if reads_implicit
+            else None
         )
         reward_key = reference.weights_key if reference else None
         fitted = fitting.load_fitted_values(policy.path, settings, reward_key) if is_scir else {}
@@ -193,8 +197,8 @@ class TrainJob:
         return TrainData([*examples, *anchors], validation, self.dropped + drops + lost)
 
     def _encode_input(self) -> tuple[list[Example], Counter[str]]:
-        # SCIR takes its own pairs without their labels: it makes its own.
-        labelled = self.settings.objective != "scir"
+        # SCIR makes labels of its own, unless its target is the consensus that the data hold.
+        labelled = self.settings.objective != "scir" or self.settings.learns_consensus
         return encode_examples(
             self.rows, self.objective, self.policy, self.settings.input, labelled=labelled
         )
@@ -246,7 +250,7 @@ class TrainJob:
             validate,
             self.ranks,
         )
-        if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
+        if isinstance(objective, objectives.Scir | Consensus) and settings.penalty_weight is None:
             objective.penalty_weight = self.ranks.broadcast_from_main(
                 fitting.fit_penalty_weight(trainer, settings.penalty_ratio)
             )
@@ -308,9 +312,8 @@ def build_objective(
     settings: TrainSettings, policy: LazyPolicy, reward_key: str | None
 ) -> Objective:
     """The objective of the settings.  reward_key: weights key of the reward reference, if there is one"""
-    return objectives.TABLE[settings.objective](
-        settings, policy.chat, policy.weights_key, reward_key
-    )
+    made = Consensus if settings.learns_consensus else objectives.TABLE[settings.objective]
+    return made(settings, policy.chat, policy.weights_key, reward_key)
 
 
 def add_reference_logps(
