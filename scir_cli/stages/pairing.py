@@ -22,6 +22,7 @@ from scir_cli.rewards.columns import filter_rows, rewards_column
 from scir_cli.rewards.log_odds import RewardOutput
 from scir_cli.rewards.pairs import SIDES
 from scir_cli.settings import JudgeSettings
+from scir_cli.stages import damage
 
 Index = np.ndarray  # (pairs,) rows of a table
 
@@ -58,7 +59,8 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
     if folders.is_dataset(path) and files.read_json(path / "plan.json").get("stage") == "generate":
         candidates = dataset.open_dataset(path, "candidates").head(settings.limit)
         bounds = dataset.group_bounds(candidates, "prompt_id", settings.rows_per_part)
-        make_pairs = crossed_pairs if rule == "cross" else candidate_pairs
+        makers = {"cross": crossed_pairs, "damaged": damage.damaged_pairs}
+        make_pairs = makers.get(rule, candidate_pairs)
         pairs = PairInput(candidates, bounds, Counter(), readers.digest(settings.input))
         pairs.make_pairs = partial(make_pairs, external=settings.score_column)
     else:
@@ -77,12 +79,12 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
 def parse_pair_rule(text: str) -> tuple[str, int]:
     """The name of the rule in --pairs, and K of random:K (0 for the others). Raises ConfigError."""
     name, _, number = text.partition(":")
-    if name in ("all", "best-worst", "cross") and not number:
+    if name in ("all", "best-worst", "cross", "damaged") and not number:
         return name, 0
     if name == "random" and number.isdigit() and int(number):
         return name, int(number)
     raise ConfigError(
-        f"--pairs is {text!r}; it takes all, best-worst, cross, or random:K with K pairs a prompt"
+        f"--pairs is {text!r}; it takes all, best-worst, cross, damaged, or random:K with K pairs a prompt"
     )
 
 
