@@ -1,7 +1,7 @@
 """Pairs ordered by construction: a response beside itself damaged (`judge --pairs damaged`).
 
-They need no person's labels and calibrate soft labels (`filter --calibrate-on`). Whether they suit a
-model's own pairs is not measured yet: damage is easier to see than the difference of two samples.
+They need no person's labels and calibrate soft labels (`filter --calibrate-on`). Whether they suit
+a model's own pairs is not measured yet: damage is easier to see than the difference of two samples.
 Every damage is a function of the text and of other candidates of the part; nothing is drawn.
 """
 
