@@ -435,8 +435,8 @@ class JudgeSettings(JudgingSettings, BackendSettings):
     )
     pairs: str = config.setting(
         "all",
-        "Pairs per prompt: all, best-worst (by the first reward model), random:K, or cross (each candidate beside one "
-        "for another prompt).",
+        "Pairs per prompt: all, best-worst (by the first reward model), random:K, cross (each candidate beside one "
+        "for another prompt), or damaged (beside itself cut, shuffled or repeated as well; labeled, for --calibrate-on).",
         group=REWARDS,
     )
     rows_per_part: Positive = config.setting(

@@ -22,6 +22,7 @@ from scir_cli.rewards.columns import filter_rows, rewards_column
 from scir_cli.rewards.log_odds import RewardOutput
 from scir_cli.rewards.pairs import SIDES
 from scir_cli.settings import JudgeSettings
+from scir_cli.stages import damage
 
 #: (pairs,) rows of a table
 Index = np.ndarray
@@ -71,7 +72,8 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
         candidates = dataset.open_dataset(path, "candidates").head(settings.limit)
         bounds = dataset.group_bounds(candidates, "prompt_id", settings.rows_per_part)
         pairs = PairInput(candidates, bounds, Counter(), readers.digest(settings.input))
-        make_pairs = crossed_pairs if rule == "cross" else candidate_pairs
+        makers = {"cross": crossed_pairs, "damaged": damage.damaged_pairs}
+        make_pairs = makers.get(rule, candidate_pairs)
         pairs.make_pairs = partial(make_pairs, external=settings.score_column)
     else:
         table, dropped = readers.open_pairs(settings.input, settings.limit, settings.score_column)
@@ -92,13 +94,13 @@ def parse_pair_rule(text: str) -> tuple[str, int]:
     Raises ConfigError if the text is no rule.
     """
     name, _, number = text.partition(":")
-    if name in ("all", "best-worst", "cross") and not number:
+    if name in ("all", "best-worst", "cross", "damaged") and not number:
         return name, 0
     if name == "random" and number.isdigit() and int(number):
         return name, int(number)
     raise ConfigError(
         f"--pairs is {text!r};"
-        " pass all, best-worst, cross, or random:K with K >= 1 pairs per prompt"
+        " pass all, best-worst, cross, damaged, or random:K with K >= 1 pairs per prompt"
     )
 
 
