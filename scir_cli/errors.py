@@ -1,6 +1,6 @@
 """Every failure that a user can cause or repair, and its exit status.
 
-    ScirError                 1   any of the below: one line on stderr, the traceback with --traceback
+    ScirError                 1   any of the below: one line on stderr; --traceback shows more
     ├── UsageError            2   the command line or a recipe is wrong
     │   └── ConfigError       2   a setting is unknown, has the wrong type, or contradicts another
     ├── DataError             1   an input cannot be read, or lacks something that the stage needs
