@@ -48,7 +48,7 @@ class Step:
         return words
 
     def shell_command(self) -> str:
-        """The step as a line for a shell, quoted where needed."""
+        """The step as a line for a shell, quoted as needed."""
         return shlex.join(["scir", *self.arguments])
 
 

@@ -207,7 +207,7 @@ def _write_stream(path: Path, table: pa.Table) -> None:
 def _account(
     out: Path, kind: str, dropped_before: Counter[str], inputs: Mapping[str, str]
 ) -> tuple[Json, Dataset]:
-    """The manifest's entries that follow from the parts on disk, and the dataset of these parts.
+    """The manifest's entries that follow from the parts on disk, and their dataset.
 
     dropped_before: input rows that reached no part, by reason.
     """

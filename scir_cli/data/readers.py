@@ -235,7 +235,7 @@ def _prompt_columns(row: Row, messages: list[Message], used: Collection[str] = (
 
 
 def extra_of(row: Row, used: Collection[str]) -> str | None:
-    """The columns of an input row that are stored nowhere else, as JSON; None if there are none.
+    """The columns of an input row that are stored nowhere else, as JSON; None if none.
 
     used: columns that are stored elsewhere. Texts of prompts and responses, and nulls, are left out
     in any case. Dates and times become ISO 8601 text, bytes base64, NaN and infinities null, and
@@ -657,7 +657,10 @@ def _mapped_rows(data: Any) -> Iterator[Row]:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    """The rows of a data file; raises DataError if its extension is unknown or it is unreadable."""
+    """The rows of a data file.
+
+    Raises DataError if its extension is unknown or it cannot be read.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
