@@ -125,18 +125,27 @@ def write_dataset(
                 advance(part.n_rows)
         # A dataset has at least one part, which holds its schema.
         if not bounds:
-            write_part(PartTask(out / "data-00000.arrow", drafts, 0, 0), kind, Part([], 0))
+            write_part(PartTask(_part_path(out, 0), drafts, 0, 0), kind, Part([], 0))
         if drafts:
             storage.remove(drafts)
 
-        manifest, written = _account(out, kind, dropped_before or Counter(), named)
+        n_parts = max(len(bounds), 1)
+        paths = [_part_path(out, index) for index in range(n_parts)]
+        manifest, written = _account(paths, kind, dropped_before or Counter(), named)
         manifest["seconds"] = round(time.monotonic() - started, 3)
         if work:
             manifest["work"] = work()
         manifest["versions"] = versions()
         manifest["summary"] = summarise(written)
         _write_documents(out, plan, manifest, written)
+        for path in paths:
+            folders.forget_digest(path)
         return manifest
+
+
+def _part_path(out: Path, index: int) -> Path:
+    """The file of a part."""
+    return out / f"data-{index:05d}.arrow"
 
 
 def _missing_parts(
@@ -145,12 +154,13 @@ def _missing_parts(
     bounds: Sequence[tuple[int, int]],
     advance: Callable[[int], None],
 ) -> list[PartTask]:
-    """The parts that are not on disk; `advance` is called once with the rows of the others."""
+    """The parts that are not on disk or damaged; `advance` gets the rows of the others once."""
     todo = []
     rows_on_disk = 0
     for index, (low, high) in enumerate(bounds):
-        part = PartTask(out / f"data-{index:05d}.arrow", drafts, low, high)
-        if part.path.exists():
+        part = PartTask(_part_path(out, index), drafts, low, high)
+        digest = folders.recorded_digest(part.path)
+        if digest is not None and folders.is_intact(part.path, digest):
             rows_on_disk += part.n_rows
         else:
             todo.append(part)
@@ -193,6 +203,8 @@ def write_part(todo: PartTask, kind: str, part: Part) -> None:
     }
     with atomic_write(todo.path, todo.drafts) as temporary:
         _write_stream(temporary, table.replace_schema_metadata(metadata_of_part))
+        digest = hashing.digest_part(temporary)
+    folders.record_digest(todo.path, digest)
 
 
 def _write_stream(path: Path, table: pa.Table) -> None:
@@ -205,14 +217,12 @@ def _write_stream(path: Path, table: pa.Table) -> None:
 
 
 def _account(
-    out: Path, kind: str, dropped_before: Counter[str], inputs: Mapping[str, str]
+    paths: list[Path], kind: str, dropped_before: Counter[str], inputs: Mapping[str, str]
 ) -> tuple[Json, Dataset]:
     """The manifest's entries that follow from the parts on disk, and their dataset.
 
     dropped_before: input rows that reached no part, by reason.
     """
-    # Six digits sort after five.
-    paths = sorted(out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name))
     parts = []
     drops = dropped_before
     nulls = Counter[str]()
@@ -223,7 +233,7 @@ def _account(
         drops = drops + Counter(account["drops"])
         rows_in += account["rows_in"]
         nulls += count_nulls(table)
-        digest = hashing.digest_part(path)
+        digest = folders.recorded_digest(path) or hashing.digest_part(path)
         parts.append({"file": path.name, "rows": table.num_rows, "digest": digest})
 
     written = Dataset(kind, paths, _part_ends(parts))
@@ -306,17 +316,29 @@ def versions() -> dict[str, str]:
     return {"scir": __version__} | {name: metadata.version(name) for name in packages}
 
 
-def read_part(path: Path) -> pa.Table:
+def read_part(path: Path, digest: str | None = None) -> pa.Table:
     """The table of one data file; a local file is mapped into memory and not loaded.
 
-    Raises DataError if the file is truncated or is not an Arrow stream.
+    digest: the file's, compared before anything of it is used; None: not compared.
+    Raises DataError if the file cannot be read, has another digest, is truncated, or is not an
+    Arrow stream.
     """
     try:
         if storage.is_remote(path):
-            data = pa.BufferReader(path.read_bytes())
+            content = path.read_bytes()
+            actual = hashing.digest_content(content) if digest else None
+            data = pa.BufferReader(content)
         else:
+            actual = hashing.digest_part(path) if digest else None
             data = pa.memory_map(str(path))
+        if actual != digest:
+            raise DataError(
+                f"{path} is damaged: its digest is {actual} and its manifest has {digest}; "
+                "run the command that wrote its folder again: it writes damaged parts again"
+            )
         return pa.ipc.open_stream(data).read_all()
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{path} is truncated or is not an Arrow stream ({error}); "
@@ -457,9 +479,14 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
     folders.check_version(path, folders.version_of(manifest))
 
     parts = manifest["parts"]
+    if manifest["digest"] != hashing.digest_json([part["digest"] for part in parts]):
+        raise DataError(
+            f"{path / 'manifest.json'} is damaged: its digest does not follow from its parts; "
+            "remove it and run the command that wrote it again"
+        )
     for part in parts:
         file = path / part["file"]
-        table = read_part(file)
+        table = read_part(file, part["digest"])
         folders.check_version(path, schemas.version_of(table))
         if table.num_rows != part["rows"]:
             raise DataError(

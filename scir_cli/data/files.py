@@ -23,7 +23,9 @@ def read_json(path: Path) -> Json:
     """The object in a JSON file; raises DataError if it is unreadable or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
         raise DataError(
             f"{path} is not readable JSON ({error}); "
             "remove its folder or write it again with --overwrite"
@@ -57,13 +59,28 @@ def atomic_write(path: Path, drafts: Path | None = None) -> Iterator[Path]:
     with as_store_error(path):
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             temporary.replace(path)
+            sync(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk.
+
+    Raises OSError; a file system that cannot sync folders is accepted.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ file system (a URL).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from scir_cli.data import schemas, storage
-from scir_cli.data.files import Json, disk_error, read_json, write_json
-from scir_cli.errors import DataError, PlanMismatch, StoreError
+from scir_cli.data import hashing, schemas, storage
+from scir_cli.data.files import Json, atomic_write, disk_error, read_json, write_json
+from scir_cli.errors import DataError, PlanMismatch, StoreError, warn
+
+#: Errors of a file system that offers no locks.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 #: Schema version of plans that name none.
 FIRST_VERSION = "1"
@@ -97,20 +101,36 @@ def _locked(out: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise StoreError(
                 f"another process is writing {out}; wait for it, or choose another --output-dir"
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise disk_error(error, out) from error
+            warn(
+                f"the file system of {out} offers no locks ({error.strerror}); "
+                "do not start two commands on this folder at the same time"
+            )
         yield
 
 
 def _clear(out: Path) -> None:
-    """Deletes everything in a folder but its lock."""
-    for path in out.iterdir():
+    """Deletes everything in a folder but its lock.
+
+    The manifest goes first and the plan last: whenever this is killed, the folder is an unfinished
+    one of ours, which the same command resumes and --overwrite deletes.
+    """
+    for path in sorted(out.iterdir(), key=_clearing_order):
         if path.is_dir():
             storage.remove(path)
         elif path.name != ".lock":
             path.unlink()
+
+
+def _clearing_order(path: Path) -> int:
+    """0 for the manifest, 2 for the plan, 1 for all else."""
+    return {"manifest.json": 0, "plan.json": 2}.get(path.name, 1)
 
 
 def _start(out: Path, plan: Json) -> Json | None:
@@ -159,18 +179,57 @@ def _check_same_plan(out: Path, old: Json, plan: Json) -> None:
 
 
 def _finished_manifest(out: Path) -> Json | None:
-    """The manifest of a finished folder.
+    """The manifest of a finished folder; None if there is none, or if a part is damaged.
 
-    None if there is none, or if a part was deleted, so that it is written again.
+    In that case the folder becomes an unfinished one, of which the other parts are kept.
+    Parts on another file system only have to exist.
     """
     path = out / "manifest.json"
     if not path.exists():
         return None
     manifest = read_json(path)
-    for part in manifest.get("parts", []):
-        if not (out / part["file"]).exists():
-            return None
-    return manifest
+    parts = {out / part["file"]: part["digest"] for part in manifest.get("parts", [])}
+    intact = [part for part, digest in parts.items() if is_intact(part, digest)]
+    if len(intact) == len(parts):
+        return manifest
+
+    damaged = [part.name for part in parts if part not in intact]
+    warn(f"{out}: {', '.join(damaged[:3])} is damaged or missing; it is written again")
+    for part in intact:
+        record_digest(part, parts[part])
+    path.unlink()
+    return None
+
+
+def is_intact(part: Path, digest: str) -> bool:
+    """Whether a part exists and, on this machine, has this digest."""
+    if not part.exists():
+        return False
+    return storage.is_remote(part) or hashing.digest_part(part) == digest
+
+
+def _digest_path(part: Path) -> Path:
+    """The hidden file that holds the digest of a part until the manifest does."""
+    return part.parent / f".{part.name}.xxh3"
+
+
+def record_digest(part: Path, digest: str) -> None:
+    """Keeps the digest of a finished part until the manifest is written."""
+    with atomic_write(_digest_path(part)) as temporary:
+        temporary.write_text(digest, encoding="ascii")
+
+
+def recorded_digest(part: Path) -> str | None:
+    """The digest that was kept of a part; None if there is none."""
+    path = _digest_path(part)
+    return path.read_text(encoding="ascii") if path.exists() else None
+
+
+def forget_digest(part: Path) -> None:
+    """Removes the digest that was kept of a part."""
+    path = _digest_path(part)
+    if path.exists():
+        path.unlink()
 
 
 def is_dataset(path: Path) -> bool:

@@ -75,6 +75,11 @@ def digest_part(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
+def digest_content(content: bytes) -> str:
+    """`digest_part` of a part that is in memory."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def digest_path(path: Path) -> str:
     """32 hex digits of the content of a file or folder.
 
