@@ -1,19 +1,19 @@
-"""Every failure a user can cause or repair, its exit status, and how text is printed.
+"""Every failure that a user can cause or repair, its exit status, and how text is printed.
 
-    ScirError                 1   anything below; one line on stderr, the traceback behind --traceback
+    ScirError                 1   any of the below: one line on stderr; --traceback shows more
     ├── UsageError            2   the command line or a recipe is wrong
-    │   └── ConfigError       2   a setting is unknown, of the wrong type, or contradicts another
-    ├── DataError             1   an input cannot be read, or is not what the stage needs
+    │   └── ConfigError       2   a setting is unknown, has the wrong type, or contradicts another
+    ├── DataError             1   an input cannot be read, or lacks something that the stage needs
     ├── StoreError            1   an output folder cannot be written, or holds something else
-    │   └── PlanMismatch      1   the folder was started with other settings; the difference is named
+    │   └── PlanMismatch      1   the folder was started with other settings; names the difference
     ├── ModelError            1   a model folder, tokenizer or chat template cannot be used
-    ├── EngineError           1   vLLM or an endpoint failed; where to read more is named
-    ├── TrainingError         1   training cannot go on (a loss that is not finite, say)
+    ├── EngineError           1   vLLM or an endpoint failed; names the log or address to look at
+    ├── TrainingError         1   training cannot continue (for example, a loss is not finite)
     ├── StageFailed           1   a child process of `scir run` failed
-    └── CheckFailed           1   the work was done, and a check the user asked for did not hold (--fail-under)
+    └── CheckFailed           1   the stage finished, but a check of the user failed (--fail-under)
 
-0 is success, 130 an interrupt (Ctrl-C), 143 an end by SIGTERM. A message says what is wrong with
-its value, what was expected, and what to do next.
+Success is 0, an interrupt (Ctrl-C) 130, an end by SIGTERM 143.
+A message states what is wrong with its value, what was expected, and what to do next.
 
 Names from datasets, models, recipes and libraries can hold control characters and secrets. `shown`
 makes such text safe to print; `print_line` and `report.console` apply it to all that is printed.
@@ -31,7 +31,7 @@ from typing import Any
 
 
 class ScirError(Exception):
-    """An error of one or more messages, each of which is printed as one line."""
+    """Base of every failure: one or more messages, each of which is printed as one line."""
 
     exit_code = 1
 
@@ -44,50 +44,57 @@ class ScirError(Exception):
 
 
 class UsageError(ScirError):
+    """The command line or a recipe is wrong."""
+
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    pass
+    """A setting is unknown, has the wrong type, or contradicts another."""
 
 
 class DataError(ScirError):
-    pass
+    """An input cannot be read, or lacks something that the stage needs."""
 
 
 class StoreError(ScirError):
-    pass
+    """An output folder cannot be written, or holds something else."""
 
 
 class PlanMismatch(StoreError):
-    pass
+    """The output folder was started with other settings."""
 
 
 class ModelError(ScirError):
-    pass
+    """A model folder, tokenizer or chat template cannot be used."""
 
 
 class EngineError(ScirError):
-    pass
+    """vLLM or an endpoint failed."""
 
 
 class TrainingError(ScirError):
-    pass
+    """Training cannot continue."""
 
 
 class StageFailed(ScirError):
-    pass
+    """A child process of `scir run` failed."""
 
 
 class CheckFailed(ScirError):
-    pass
+    """The stage finished, but a check that the user requested failed."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` where a known word is close, else the known words, as the end of a message."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
+    """The end of a message about an unknown word: a close match, else all valid words.
+
+    Returns `" Did you mean 'x'?"` or `" Known: x, y."`, with a leading space.
+    """
+    valid = sorted(known)
+    close = difflib.get_close_matches(word, valid, n=1)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(valid)}."
 
 
 def install_hint(extra: str) -> str:
@@ -196,5 +203,5 @@ def json_text(value: Any) -> str:
 
 
 def warn(message: str) -> None:
-    """One line on stderr for something the user should know and that stops nothing."""
+    """Prints a warning as one line on stderr; the program continues."""
     print_line(f"warning: {message}")

@@ -574,8 +574,9 @@ class JudgeSettings(JudgingSettings, BackendSettings):
     )
     pairs: str = config.setting(
         "all",
-        "Pairs per prompt: all, best-worst (by the first reward model), random:K, or cross "
-        "(each candidate with a response to another prompt).",
+        "Pairs per prompt: all, best-worst (by the first reward model), random:K, cross "
+        "(each candidate with a response to another prompt), or damaged (also with itself cut, "
+        "shuffled or repeated; labeled, for --calibrate-on).",
         group=REWARDS,
     )
     rows_per_part: Positive = config.setting(
@@ -640,10 +641,33 @@ class FilterSettings(StageSettings):
     )
     rule: str = config.setting(
         "agree",
-        "Source of the labels: agree, majority, the name of a reward model, or "
-        "random:RATE:MODEL (labels of MODEL, by default judge, for a random share RATE of the "
-        "pairs).",
+        "Source of the labels: agree, majority, consensus (soft labels from the pooled log-odds "
+        "of --voters), the name of a reward model, or random:RATE:MODEL (labels of MODEL, by "
+        "default judge, for a random share RATE of the pairs).",
         group=LABELS,
+    )
+    voters: list[str] = config.setting(
+        ["judge", "likelihood", "pmi"],
+        "consensus: the reward models whose log-odds are pooled, with sizes matched to the first's; or all.",
+        group=LABELS,
+    )
+    soft_labels: bool = config.setting(
+        False,
+        "Write the probability that a label is correct, by which train's losses weigh it; consensus always does.",
+        group=LABELS,
+    )
+    label_temperature: float | None = config.setting(
+        None,
+        "Soft labels: p = sigmoid(log-odds / label_temperature). Default: fitted on --calibrate-on, else 1.",
+        group=LABELS,
+        gt=0,
+        le=LARGEST_FACTOR,
+    )
+    calibrate_on: str | None = config.setting(
+        None,
+        "Judged dataset of labeled pairs (the seed pairs) with the verdicts of the same reward models, to fit the temperature.",
+        group=LABELS,
+        path=True,
     )
     agree_on: list[str] | None = config.setting(
         None, "Reward models that must agree. Default: all.", group=LABELS
@@ -712,6 +736,23 @@ class FilterSettings(StageSettings):
         group=RARE,
     )
     rows_per_part: Positive = config.setting(50_000, "Rows per part.", group=RARE, le=10_000_000)
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether labels get a probability from log-odds."""
+        return self.soft_labels or self.rule == "consensus"
+
+    @model_validator(mode="after")
+    def _soft_labels_have_log_odds(self) -> FilterSettings:
+        if self.is_soft and (self.rule in ("agree", "majority") or self.cream_previous):
+            raise ValueError(
+                "soft_labels are the sigmoid of one log-odds: use --rule consensus or a reward model, without --cream-previous"
+            )
+        if (self.calibrate_on or self.label_temperature) and not self.is_soft:
+            raise ValueError(
+                "--label-temperature and --calibrate-on need --soft-labels or --rule consensus"
+            )
+        return self
 
 
 def entropy_ceiling(n_models: int) -> float:
@@ -884,10 +925,10 @@ class TrainSettings(RewardSettings, ReportSettings):
         group=CONSISTENCY,
         affects_fit=True,
     )
-    mask: Literal["all", "judge"] = config.setting(
-        "all",
-        "Which reward models must agree for a pair to enter the preference loss: all, or "
-        "judge alone (then every pair with a verdict enters).",
+    target: Literal["agreed", "judge", "consensus"] = config.setting(
+        "agreed",
+        "Labels of the preference loss: agreed (the verdict that all reward models share, other pairs left out), judge (its "
+        "verdict, every pair), or consensus (the input's soft labels, which the judge learns as well in both orders).",
         group=CONSISTENCY,
         affects_fit=True,
     )
@@ -970,6 +1011,11 @@ class TrainSettings(RewardSettings, ReportSettings):
         affects_output=False,
     )
 
+    @property
+    def learns_consensus(self) -> bool:
+        """Whether the objective is SCIR with the input's soft labels in place of the agreed verdict."""
+        return self.objective == "scir" and self.target == "consensus"
+
     @model_validator(mode="after")
     def _quantized_trains_adapters(self) -> TrainSettings:
         if self.quantization != "none" and (not self.lora.rank or self.sharding == "fsdp"):
@@ -1019,10 +1065,20 @@ class TrainSettings(RewardSettings, ReportSettings):
         return self
 
     @model_validator(mode="after")
+    def _consensus_has_a_judge(self) -> TrainSettings:
+        if self.learns_consensus and ("judge" not in self.reward_models or self.anchors):
+            raise ValueError(
+                "target consensus trains the reward model 'judge' on the input's labels: "
+                "name it, and leave anchors out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scir_trains_judge_and_implicit(self) -> TrainSettings:
         names = set(self.reward_models)
         has_both = {"judge", "implicit"} <= names
-        if self.objective == "scir" and (not has_both or "external" in names):
+        is_complete = has_both and "external" not in names
+        if self.objective == "scir" and not self.learns_consensus and not is_complete:
             raise ValueError(
                 "objective scir trains the reward models 'judge' and 'implicit' together, and "
                 "optionally other internal ones (not 'external'); "

@@ -384,7 +384,8 @@ def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 3:  # plan, part 0, part 1
+        # A file and its folder each: plan, part 0, digest of part 0; then part 1.
+        if len(calls) == 7:
             raise OSError(28, "No space left on device")
         real(descriptor)
 

@@ -108,8 +108,8 @@ def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagree
     tiny_policy: Policy,
 ):
     against = [*SURE, -3.0, 0.0]  # h = -2 and 2: the implicit reward prefers the second
-    for mask, rate in (("all", 0.0), ("judge", 1.0)):
-        _, metrics = objective(tiny_policy.chat, mask=mask).loss(logps(against), [example()])
+    for target, rate in (("agreed", 0.0), ("judge", 1.0)):
+        _, metrics = objective(tiny_policy.chat, target=target).loss(logps(against), [example()])
         assert metrics["scir/mask_rate"] == rate
 
 
@@ -270,7 +270,7 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(
     train(chain, tmp_path / "m", objective="dpo", input=str(tmp_path / "prompt"), max_steps=1)
     with pytest.raises(ConfigError, match="no verdicts of 'implicit'"):
         run("filter", **{**common, "cream_reward_model": None}, output_dir=tmp_path / "no")
-    with pytest.raises(DataError, match="judged none of these pairs"):
+    with pytest.raises(DataError, match="holds verdicts of none of these pairs"):
         table = dataset.read_dataset(tmp_path / "before")
         other = table.set_column(0, "pair_id", pa.array([f"other {i}" for i in range(len(table))]))
         dataset.write_dataset(

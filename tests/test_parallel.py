@@ -474,7 +474,7 @@ def test_under_deepspeed_lambda_is_given_as_a_number(root: Path, tmp_path: Path)
         if name != "penalty_weight"
     }
     ranks = SimpleNamespace(zero=True, shards_weights=False)
-    with pytest.raises(ConfigError, match="give --penalty-weight"):
+    with pytest.raises(ConfigError, match="pass --penalty-weight"):
         train.check_deepspeed(config.build(TrainSettings, asked, where="test"), ranks)  # type: ignore[arg-type]
     train.check_deepspeed(
         config.build(TrainSettings, asked | {"penalty_weight": 1.0}, where="test"), ranks

@@ -132,7 +132,7 @@ ABLATION = [
         Method(name, "scir", L3.settings | settings)
         for name, settings in {
             "orders averaged": {"judge_orders": "averaged"},
-            "no mask": {"mask": "judge"},
+            "no mask": {"target": "judge"},
             "no entropy": {"entropy_weight": 0.0},
             "judge not trained": {"stop_gradient": "judge"},
             "threshold 0.6": {"min_confidence": 0.6},
@@ -212,6 +212,62 @@ ON_REAL = [
 ]
 
 
+def softly(name: str, recipe: str, scores: str = "", **settings: Any) -> Method:
+    """A method of the consensus experiment, by the settings that it changes in its recipe."""
+    return Method(name, recipe, settings, scores)
+
+
+#: Verdicts of the oracle in the loss of consensus-judge: gold labels, all of them sure.
+GOLD_TARGET = {"objective": "scir", "target": "consensus", "reward_models": ["judge", "external"]}
+
+#: Consensus labels, their rivals, controls, and gold labels under the same losses. docs/method.md, section 8.
+CONSENSUS = [
+    Method("srlm", "srlm"),
+    Method("srlm-soft", "srlm-soft"),
+    SCIR,
+    Method("scir-likelihood", "scir-likelihood"),
+    Method("consensus", "consensus"),
+    softly("consensus, sppo", "consensus", preference_loss="sppo", beta=0.5),
+    softly("consensus, hard labels", "consensus", label_temperature=1e-9),
+    softly("consensus, uncalibrated", "consensus", label_temperature=1.0),
+    softly("consensus without the judge", "consensus", voters=["likelihood", "pmi"]),
+    Method("consensus-judge", "consensus-judge"),
+    softly("consensus-judge, half weight", "consensus-judge", penalty_ratio=0.5),
+    softly("consensus-judge, double weight", "consensus-judge", penalty_ratio=2.0),
+    softly("consensus-judge, sppo", "consensus-judge", preference_loss="sppo", beta=0.5),
+    # the control of the judge's term: the judge learns its own soft labels
+    softly(
+        "own verdicts as target",
+        "srlm-soft",
+        objective="scir",
+        target="consensus",
+        penalty_ratio=1.0,
+    ),
+    Method("ipo", "ipo"),
+    Method("random-filter", "random-filter"),
+    Method("oracle", "external", scores="oracle"),
+    softly("oracle, sppo", "external", "oracle", preference_loss="sppo", beta=0.5),
+    softly("oracle-judge", "external", "oracle", **GOLD_TARGET, penalty_ratio=1.0),
+]
+
+#: The same on real text, where an experiment has few methods.
+CONSENSUS_REAL = [
+    m
+    for m in CONSENSUS
+    if m.name
+    in (
+        "srlm",
+        "srlm-soft",
+        "scir",
+        "consensus",
+        "consensus-judge",
+        "own verdicts as target",
+        "oracle",
+        "oracle-judge",
+    )
+]
+
+
 def with_size(**changes: Any) -> Setup:
     return Setup(size=replace(Size(), **changes))
 
@@ -228,4 +284,6 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "larger": (with_size(hidden=192, layers=4), FEW),
     "judges": (JUDGES, WITH_JUDGES),
     "real": (REAL, ON_REAL),
+    "consensus": (Setup(), CONSENSUS),
+    "consensus-real": (REAL, CONSENSUS_REAL),
 }

@@ -165,6 +165,29 @@ def measure_pairs(judged: Path, gold: Gold) -> Json:
     }
 
 
+def measure_labels(preferences: Path, gold: Gold) -> Json:
+    """How right the labels are that a method trains on, and how sure of them it is: by gold labels, which training does not see."""
+    table = dataset.read_dataset(preferences, "preferences")
+    right: list[float] = []
+    certainty: list[float] = []
+    with gold.purpose("evaluation"):
+        for row in table.select(
+            ["messages", "first", "second", "label", "label_probability"]
+        ).to_pylist():
+            prompt = row["messages"][-1]["content"]
+            better = gold(prompt, row["first"]["text"]) - gold(prompt, row["second"]["text"])
+            if better == 0 or row["label"] is None:
+                continue
+            right.append(float((better > 0) == (row["label"] == "first")))
+            certainty.append(1.0 if row["label_probability"] is None else row["label_probability"])
+    if not right:
+        return {}
+    return {
+        "label_accuracy": statistics.fmean(right),
+        "label_certainty": statistics.fmean(certainty),
+    }
+
+
 def trained(folder: Path) -> Json:
     """What training cost and what it saw: means over its steps."""
     records = [
@@ -304,6 +327,9 @@ def run_cell(
             figures |= measure_pairs(place, gold)
         if step.stage == "filter":
             figures["kept"] = manifest["summary"]["labelled"] / manifest["rows_in"]
+            figures |= measure_labels(place, gold)
+            if soft := manifest["summary"].get("soft_labels"):
+                figures["label_temperature"] = soft["temperature"]
         if step.stage == "train":
             record = {
                 "method": method.name,
