@@ -1,12 +1,13 @@
-"""Recipes: a YAML list of stages, expanded to the same commands a shell would run.
+"""Recipes: a YAML list of stages, expanded to the commands that a shell would run.
 
-extends: loop.yaml                   another recipe beside this one, whose keys hold where this one has none; `set` and `all` are merged
-output_dir: runs/quickstart          {out}
-set: {base: some/model}              names for use below, as {base}; {here} is the recipe's own folder
-all: {seed: 0}                       settings for every stage that knows them
+extends: loop.yaml           another recipe beside this one: the keys of this one replace its keys,
+                             and `set` and `all` are merged
+output_dir: runs/quickstart  {out}
+set: {base: some/model}      names for use below, as {base}; {here} is the folder of the recipe
+all: {seed: 0}               settings for every stage that has them
 steps:
   - train: {objective: sft, model: "{base}", output_dir: "{out}/m1", ...}
-  - iterations: 2                    repeats its steps with {i} = 1, 2 and {next} = {i} + 1
+  - iterations: 2            repeats its steps with {i} = 1, 2 and {next} = {i} + 1
     steps:
       - generate: {model: "{out}/m{i}", ...}
 """
@@ -40,7 +41,7 @@ MOST_LEVELS = 50
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a recipe with its settings, checked; `arguments` is what follows `scir` on a command line."""
+    """One stage of a recipe with its checked settings."""
 
     stage: str
     settings: dict[str, Any]
@@ -328,23 +329,37 @@ def _fill(path: Path, value: Any, names: dict[str, str]) -> Any:
     return re.sub(r"\{(\w+)\}", filled, value)
 
 
-def _step(path: Path, stage: str, own: dict[str, Any], common: dict[str, Any]) -> Step:
-    known = config.fields(STAGES[stage].settings)
-    settings = {
-        k: v for k, v in config.flatten(common, known).items() if k in known
-    } | config.flatten(own, known)
-    config.build(STAGES[stage].settings, settings, where=f"{path}: {stage}")
-    return Step(stage, settings)
+def _step(path: Path, stage: str, settings: dict[str, Any], common: dict[str, Any]) -> Step:
+    """A step with its settings over those for all stages, checked.
+
+    common: settings for all stages; the ones that this stage does not have are left out.
+    """
+    fields = config.fields(STAGES[stage].settings)
+    merged = {}
+    for name, value in config.flatten(common, fields).items():
+        if name in fields:
+            merged[name] = value
+    merged |= config.flatten(settings, fields)
+
+    config.build(STAGES[stage].settings, merged, where=f"{path}: {stage}")
+    return Step(stage, merged)
 
 
 def _check(path: Path, steps: list[Step], common: dict[str, Any]) -> None:
-    """Settings for all that no stage knows, and two stages that write the same folder, are mistakes."""
-    known = {name for step in steps for name in config.fields(STAGES[step.stage].settings)}
+    """Raises ConfigError for mistakes that concern several steps.
+
+    They are: a setting for all stages that no stage has, and two stages that write one folder.
+    """
+    fields: set[str] = set()
+    for step in steps:
+        fields.update(config.fields(STAGES[step.stage].settings))
+
     for name in common:
         key = str(name).replace("-", "_")
-        if key not in known and not any(k.startswith(key + ".") for k in known):
+        is_group = any(field.startswith(key + ".") for field in fields)
+        if key not in fields and not is_group:
             raise ConfigError(
-                f"{path}: no stage of this recipe has the setting '{name}'.{suggest(key, known)}"
+                f"{path}: no stage of this recipe has the setting '{name}'.{suggest(key, fields)}"
             )
     _check_folders(path, [str(step.settings["output_dir"]) for step in steps])
 

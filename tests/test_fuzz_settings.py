@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scir_cli import config, recipe, registry
 from scir_cli.errors import ConfigError, shown
 
-WORDS = ["", "null", "none", "1", "-1", "²", "1_0", "nan", "1e999", "a,b", "[", "{out}", "{i}", "o"]
+WORDS = ["", "null", "none", "1", "-1", "²", "1_0", "nan", "1e999", "a,b", "[", "{out}", "{i}"]
 KEYS = [
     *recipe.KEYS,
     "iterations",
