@@ -71,7 +71,11 @@ def _correctness(log_odds: Array, gold: Array) -> Array:
 
 
 def _risk_coverage(log_odds: Array, correct: Array, gold: Array) -> list[dict[str, Any]]:
-    """`statistics.risk_coverage` by |log-odds|.  log_odds, correct, gold: (pairs,)"""
+    """`statistics.risk_coverage` with confidence from the log-odds.
+
+    log_odds: (pairs,) nats.
+    correct, gold: (pairs,)
+    """
     confidence = statistics.confidence_of(log_odds)
     # A labeled pair without a verdict is one that is not covered: a 0 there never counts.
     covered = np.nan_to_num(correct)
@@ -138,7 +142,8 @@ def by_subset(
     """
     summaries = {}
     for name, rows in subset_rows(v.subset).items():
-        summaries[name] = summary(v.take(rows), agree_on, min_confidence)
+        of_subset = v.take(rows)
+        summaries[name] = summary(of_subset, agree_on, min_confidence)
     return summaries
 
 
@@ -160,7 +165,10 @@ def row_columns(
 
 
 def _nullable(values: Array) -> pa.Array:
-    """The values as doubles, null for NaN.  values: (n,)"""
+    """The values as doubles, null for NaN.
+
+    values: (n,)
+    """
     return pa.array(values, pa.float64(), from_pandas=True)
 
 
@@ -175,14 +183,19 @@ def _agreement_of(v: Verdicts, agree_on: Sequence[str] | None, min_confidence: f
                 f"no verdicts of the reward model '{name}' in this dataset.{suggest(name, v.names)}"
             )
     rows = [v.names.index(name) for name in agree_on or v.names]
-    return statistics.agreement(v.log_odds[rows], min_confidence)
+    # (models of agree_on, pairs)
+    log_odds = v.log_odds[rows]
+    return statistics.agreement(log_odds, min_confidence)
 
 
 # Parts of a summary
 
 
 def _model(v: Verdicts, k: int) -> dict[str, Any]:
-    """The figures of model k: verdicts, confidence, seats, length and accuracy."""
+    """The figures of model k: verdicts, confidence, seats, length and accuracy.
+
+    Log-odds and entropy are in nats.
+    """
     log_odds = v.log_odds[k]
     known = statistics.without_nan(log_odds)
     size = np.abs(known)
@@ -249,7 +262,7 @@ def pairwise_agreement(a: Array, b: Array) -> dict[str, Any]:
     spearman = statistics.spearman(a, b)
     spearman_low, spearman_high = statistics.correlation_interval(spearman, len(a))
     return {
-        "pairs": len(a),
+        "pairs": len(equal),
         **statistics.rate_with_interval("agreement", equal),
         "kappa": kappa,
         "kappa_low": kappa_low,

@@ -132,6 +132,7 @@ def best_of(margins: Array) -> float:
 def ties_score(examples: Mapping[str, Array]) -> dict[str, float | None]:
     """The score of RewardBench 2's Ties subset (arXiv 2506.01937).
 
+    None if no id has both kinds of example.
     60 % is accuracy. 40 % is whether correct answers lie closer to each other than to the wrong
     ones.
     With scores r, log-odds are differences of scores. Then the gap of an example, the worst correct
@@ -167,6 +168,7 @@ def ties_score(examples: Mapping[str, Array]) -> dict[str, float | None]:
     margin = np.nan_to_num(margins, nan=0.0).mean()
 
     accuracy = 0.3 * _accuracy_of_kind(gaps, "tied") + 0.3 * _accuracy_of_kind(gaps, "ref")
+    # Shares of the ids.
     tied_is_wider = (tied_gap > spread).mean()
     least_is_wider = (least_gap > spread).mean()
     score = accuracy + 0.2 * tied_is_wider + 0.2 * least_is_wider + 0.01 * margin
@@ -231,6 +233,9 @@ def reward_bench_2(examples: Mapping[tuple[str, str], Array]) -> dict[str, Any]:
 
 
 def _mean_of_known(values: Array) -> float | None:
-    """The mean of the values that are not NaN; None if there are none.  values: (n,)"""
+    """The mean of the values that are not NaN; None if there are none.
+
+    values: (n,)
+    """
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None

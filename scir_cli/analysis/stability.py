@@ -73,6 +73,7 @@ def prompt_and_response_codes(table: pa.Table) -> tuple[Codes, Codes]:
     Two responses have one code if they have the same prompt and the same text.
     """
     prompts = table["prompt_id"].combine_chunks().dictionary_encode()
+    # (pairs,)
     prompt = prompts.indices.to_numpy().astype(np.intp)
 
     texts = []
@@ -83,6 +84,7 @@ def prompt_and_response_codes(table: pa.Table) -> tuple[Codes, Codes]:
     text = encoded.indices.to_numpy().astype(np.int64)
 
     n_texts = text.max(initial=0) + 1
+    # (2 pairs,) one number per prompt and text
     key = np.tile(prompt, 2) * n_texts + text
     _, response = np.unique(key, return_inverse=True)
     return prompt, response.reshape(2, -1)
@@ -117,7 +119,10 @@ def verdict_stability(
 
 
 def _log_odds_of(v: Verdicts, name: str) -> Array:
-    """The log-odds of the reward model with that name.  -> (pairs,)"""
+    """The log-odds of the reward model with that name.
+
+    -> (pairs,) nats
+    """
     k = v.names.index(name)
     return v.log_odds[k]
 

@@ -140,6 +140,7 @@ def kappa_interval(a: Array, b: Array) -> tuple[float, float, float]:
     low, high = wilson(observed * n, n)
 
     def kappa(p: float) -> float:
+        """Kappa for the observed agreement p."""
         return float((p - chance) / (1 - chance))
 
     return kappa(observed), kappa(low), kappa(high)
@@ -160,7 +161,11 @@ def spearman(a: Array, b: Array) -> float:
 
 
 def _centered_ranks(values: Array) -> Array:
-    """Ranks 1..n, ties averaged, less their mean (n + 1) / 2.  (n,) -> (n,)"""
+    """Ranks 1..n, ties averaged, less their mean (n + 1) / 2.
+
+    values: (n,)
+    -> (n,)
+    """
     n = len(values)
     order = np.argsort(values)
     values = values[order]
@@ -373,17 +378,27 @@ def rate_with_interval(name: str, outcomes: Array) -> dict[str, float]:
 
 
 def without_nan(values: Array) -> Array:
-    """The values that are not NaN.  (n,) -> (known,)"""
+    """The values that are not NaN.
+
+    values: (n,)
+    -> (known,)
+    """
     known = ~np.isnan(values)
     return values[known]
 
 
 def mean_of_known(values: Array) -> float:
-    """The mean of the values that are not NaN; NaN if there are none.  values: (n,)"""
+    """The mean of the values that are not NaN; NaN if there are none.
+
+    values: (n,)
+    """
     known = without_nan(values)
     return float(known.mean()) if known.size else math.nan
 
 
 def quantile(values: Array, q: float) -> float:
-    """The q-quantile of the values; NaN without values.  values: (n,)"""
+    """The q-quantile of the values; NaN without values.
+
+    values: (n,)
+    """
     return float(np.quantile(values, q)) if values.size else math.nan

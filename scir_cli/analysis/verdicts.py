@@ -95,7 +95,7 @@ def from_table(table: pa.Table, ids: bool = True) -> Verdicts:
 
 
 def from_tables(tables: Iterable[pa.Table]) -> Verdicts:
-    """The verdicts of several tables one after the other.
+    """The verdicts of several tables, one table after the other.
 
     Only numbers, subsets and ids of their rows stay in memory.
     Raises DataError as `from_table` does.
@@ -109,6 +109,7 @@ def join(parts: Sequence[Verdicts]) -> Verdicts:
     names = _distinct_names(part.names for part in parts)
 
     def joined_matrix(field: str) -> Array:
+        """The matrix of a field.  -> (models, pairs of all parts)"""
         blocks = []
         for part in parts:
             block = _rows_of(getattr(part, field), part.names, names)
@@ -145,7 +146,11 @@ def _distinct_names(parts: Iterable[list[str]]) -> list[str]:
 
 
 def log_odds(table: pa.Table, models: list[str]) -> Array:
-    """The log-odds of `models`, NaN for a model that the table lacks.  -> (models, pairs)"""
+    """The log-odds of `models`, NaN for a model that the table lacks.
+
+    -> (models, pairs) nats
+    Raises DataError as `from_table` does.
+    """
     names, matrix = rewards_matrix(table)
     return _rows_of(matrix("log_odds"), names, models)
 
@@ -153,7 +158,8 @@ def log_odds(table: pa.Table, models: list[str]) -> Array:
 def _rows_of(matrix: Array, names: list[str], wanted: list[str]) -> Array:
     """The rows of the models `wanted`, NaN for one that is not in `names`.
 
-    matrix: (names, pairs).  -> (wanted, pairs)
+    matrix: (names, pairs)
+    -> (wanted, pairs)
     """
     missing = np.full((1, matrix.shape[1]), np.nan)
     with_missing = np.concatenate([matrix, missing])
@@ -184,6 +190,7 @@ def rewards_matrix(table: pa.Table) -> tuple[list[str], Callable[[str], Array]]:
     model = encoded.indices.to_numpy()
 
     def matrix(field: str) -> Array:
+        """The matrix of a field, NaN for no verdict.  -> (models, pairs)"""
         values = np.full((len(names), len(table)), np.nan)
         values[model, pair] = _floats(pc.struct_field(verdicts, field))
         return values
@@ -210,9 +217,14 @@ def _refuse_cells(
 
 
 def gold_signs(gold: pa.ChunkedArray) -> Array:
-    """+1 for "first", -1 for "second", NaN for null.  -> (pairs,)"""
+    """+1 for "first", -1 for "second", NaN for null.
+
+    -> (pairs,)
+    """
     labels = pa.array(["second", "first"])
-    return 2 * _floats(pc.index_in(gold, value_set=labels)) - 1
+    # 0, 1 or null
+    index = pc.index_in(gold, value_set=labels)
+    return 2 * _floats(index) - 1
 
 
 def _interned_texts(texts: pa.ChunkedArray) -> list[str | None]:
@@ -256,6 +268,7 @@ def subset_rows(subset: Sequence[str | None]) -> dict[str, NDArray[np.intp]]:
     """
     names = pa.array(subset, pa.string()).fill_null("(none)")
     encoded = names.dictionary_encode()
+    # (pairs,)
     codes = encoded.indices.to_numpy()
     rows = {}
     for code, name in enumerate(encoded.dictionary.to_pylist()):

@@ -38,6 +38,9 @@ GAMED_WEIGHT = 0.2 / 2
 FOLDS = 5
 # The values of C that AlpacaEval 2 tries: the default of LogisticRegressionCV.
 STRENGTHS = np.logspace(-4, 4, 10)
+NOTHING_TO_FIT = (
+    "cross-validation finds nothing to fit in these pairs: they are too few, or all even"
+)
 STYLE = ("length", "headers", "lists", "bold")
 # Collinearity is serious from this condition number on (Belsley, Kuh & Welsch 1980).
 MAX_CONDITION = 30.0
@@ -200,6 +203,7 @@ def length_controlled(
     weight = np.ones(len(p))
     if gamed is not None:
         x, p, weight = _with_gamed(gamed, x, p, weight)
+    n = len(p)
     c = _best_regularization(x, p, weight)
 
     # Each pair as if its responses were equally long.
@@ -207,17 +211,11 @@ def length_controlled(
     level[:, 0] = 0
     beta = _fit_logistic(x, p, weight, c)
     if not beta.any():
-        return _no_length_controlled(
-            "cross-validation finds nothing to fit in these pairs: they are too few, or all even"
-        )
+        return _no_length_controlled(NOTHING_TO_FIT)
     predicted = _sigmoid(level @ beta)
-
-    rates = []
-    for times in _resamples(len(p), np.arange(len(p)), rounds, seed):
-        drawn_beta = _fit_logistic(x, p, weight * times, c)
-        rates.append(_sigmoid(level @ drawn_beta).mean())
-    low, high = _interval(np.array(rates))
     standard_error = _standard_error(predicted) if difficulty is not None else None
+    rates = _bootstrap_rates(x, p, weight, c, level, _resamples(n, np.arange(n), rounds, seed))
+    low, high = _interval(rates)
     return {
         "length_controlled_win_rate": float(predicted.mean()),
         "length_controlled_standard_error": standard_error,
@@ -226,6 +224,25 @@ def length_controlled(
         "length_controlled_weights": dict(zip(names, map(float, beta), strict=True)),
         "length_controlled_reason": None,
     }
+
+
+def _bootstrap_rates(
+    x: Array, p: Array, weight: Array, c: float, level: Array, resamples: Sequence[Array]
+) -> Array:
+    """The mean prediction of a fit to each resample.
+
+    x: (rows, features)
+    p, weight: (rows,)
+    level: (pairs, features) of the pairs to predict.
+    resamples: (rows,) each, the number of times that each row is drawn.
+    -> (resamples,)
+    """
+    rates = []
+    for times in resamples:
+        beta = _fit_logistic(x, p, weight * times, c)
+        predicted = _sigmoid(level @ beta)
+        rates.append(predicted.mean())
+    return np.array(rates)
 
 
 def _no_fit(n: int, scale: float) -> str | None:
@@ -315,6 +332,7 @@ def _best_regularization(x: Array, p: Array, weight: Array) -> float:
         folds.append((train[train < n], test[test < n]))
 
     def loss(c: float) -> float:
+        """The mean log loss over the folds, nats."""
         losses = []
         for train, test in folds:
             beta = _fit_logistic(x[train], p[train], weight[train], c)
@@ -502,6 +520,7 @@ def bradley_terry(
     _, group = np.unique(np.asarray(groups)[known], return_inverse=True)
 
     def fit(weight: Array) -> Array:
+        """The coefficients.  weight: (known pairs,) -> (columns,)"""
         # Almost no penalty, but enough for a finite strength of a model that always wins.
         return _fit_logistic(x, preference, weight, 1e6, l1=False)
 
