@@ -1,13 +1,16 @@
 """A training step of this package beside a step of TRL's DPOTrainer: same model, pairs, order,
 optimiser, machine.
 
-    python benchmarks/train_step.py --shape S M --dtype fp32 bf16 --trl-python .venv-trl/bin/python --json train_step.json
+    python benchmarks/train_step.py --shape S M --dtype fp32 bf16 \\
+        --trl-python .venv-trl/bin/python --json train_step.json
 
 scir-dpo            DPO on the pairs
 scir-scir           the whole SCIR objective: DPO, implicit reward, both judge orders, penalty
 trl                 TRL's DPOTrainer with precomputed reference log-probabilities
-trl-compact         the same, projecting response positions only, as TRL does on CUDA and not on a CPU (the same as trl on CUDA)
-trl-out-of-the-box  TRL with its defaults: bf16 autocast, gradient checkpointing, the reference model in the loop
+trl-compact         the same, projecting response positions only, as TRL does on CUDA and not on
+                    a CPU (the same as trl on CUDA)
+trl-out-of-the-box  TRL with its defaults: bf16 autocast, gradient checkpointing, the reference
+                    model in the loop
 
 Each run is a process of its own and the implementations take turns. tokens/s counts every sequence
 in full, tokens needed what is left when shared prefixes count once. TRL's bf16 is autocast over
@@ -81,9 +84,15 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     )
     (folder / "pairs.json").write_text(json.dumps(rows))
     asked = {
-        "model": str(model), "pairs": str(folder / "pairs.json"), "dtype": dtype, "steps": steps, "batch_size": a.batch_size,
-        "learning_rate": 1e-4, "beta": 0.1, "max_tokens_per_pack": a.max_tokens_per_pack,
-    }  # fmt: skip
+        "model": str(model),
+        "pairs": str(folder / "pairs.json"),
+        "dtype": dtype,
+        "steps": steps,
+        "batch_size": a.batch_size,
+        "learning_rate": 1e-4,
+        "beta": 0.1,
+        "max_tokens_per_pack": a.max_tokens_per_pack,
+    }
     records = []
     for run in range(a.runs):
         for name in a.only:
@@ -127,14 +136,19 @@ def summarise(records: list[Json], a: argparse.Namespace) -> list[Json]:
         dtype = runs[0]["dtype"]
         rows.append(
             {
-                "shape": runs[0]["shape"], "implementation": name, "precision": PRECISION.get((name.split("-")[0], dtype), dtype),
-                "s a step": seconds, "times scir-dpo": statistics.median(ratios) if ratios else None,
-                "peak MB": statistics.median(run["peak_mb"] for run in runs), "pairs/s": a.batch_size / seconds,
+                "shape": runs[0]["shape"],
+                "implementation": name,
+                "precision": PRECISION.get((name.split("-")[0], dtype), dtype),
+                "s a step": seconds,
+                "times scir-dpo": statistics.median(ratios) if ratios else None,
+                "peak MB": statistics.median(run["peak_mb"] for run in runs),
+                "pairs/s": a.batch_size / seconds,
                 "tokens/s": per_step["sequence_tokens"] / seconds if counts else None,
-                "tokens needed": per_step.get("tokens"), "MFU": utilisation(runs[0], needs, seconds, a),
+                "tokens needed": per_step.get("tokens"),
+                "MFU": utilisation(runs[0], needs, seconds, a),
                 "largest loss difference": difference(runs, ours) if name != "scir-scir" else None,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -648,24 +648,28 @@ class FilterSettings(StageSettings):
     )
     voters: list[str] = config.setting(
         ["judge", "likelihood", "pmi"],
-        "consensus: the reward models whose log-odds are pooled, with sizes matched to the first's; or all.",
+        "consensus: the reward models whose log-odds are pooled, with sizes matched to the "
+        "first's; or all.",
         group=LABELS,
     )
     soft_labels: bool = config.setting(
         False,
-        "Write the probability that a label is correct, by which train's losses weigh it; consensus always does.",
+        "Write the probability that a label is correct, by which train's losses weigh it; "
+        "consensus always does.",
         group=LABELS,
     )
     label_temperature: float | None = config.setting(
         None,
-        "Soft labels: p = sigmoid(log-odds / label_temperature). Default: fitted on --calibrate-on, else 1.",
+        "Soft labels: p = sigmoid(log-odds / label_temperature). Default: fitted on "
+        "--calibrate-on, else 1.",
         group=LABELS,
         gt=0,
         le=LARGEST_FACTOR,
     )
     calibrate_on: str | None = config.setting(
         None,
-        "Judged dataset of labeled pairs (the seed pairs) with the verdicts of the same reward models, to fit the temperature.",
+        "Judged dataset of labeled pairs (the seed pairs) with the verdicts of the same "
+        "reward models, to fit the temperature.",
         group=LABELS,
         path=True,
     )
@@ -746,7 +750,8 @@ class FilterSettings(StageSettings):
     def _soft_labels_have_log_odds(self) -> FilterSettings:
         if self.is_soft and (self.rule in ("agree", "majority") or self.cream_previous):
             raise ValueError(
-                "soft_labels are the sigmoid of one log-odds: use --rule consensus or a reward model, without --cream-previous"
+                "soft_labels are the sigmoid of one log-odds: use --rule consensus or a "
+                "reward model, without --cream-previous"
             )
         if (self.calibrate_on or self.label_temperature) and not self.is_soft:
             raise ValueError(
@@ -927,8 +932,9 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     target: Literal["agreed", "judge", "consensus"] = config.setting(
         "agreed",
-        "Labels of the preference loss: agreed (the verdict that all reward models share, other pairs left out), judge (its "
-        "verdict, every pair), or consensus (the input's soft labels, which the judge learns as well in both orders).",
+        "Labels of the preference loss: agreed (the verdict that all reward models share, "
+        "other pairs left out), judge (its verdict, every pair), or consensus (the input's "
+        "soft labels, which the judge learns as well in both orders).",
         group=CONSISTENCY,
         affects_fit=True,
     )
@@ -1013,7 +1019,7 @@ class TrainSettings(RewardSettings, ReportSettings):
 
     @property
     def learns_consensus(self) -> bool:
-        """Whether the objective is SCIR with the input's soft labels in place of the agreed verdict."""
+        """Whether the objective is SCIR with the input's soft labels, not the agreed verdict."""
         return self.objective == "scir" and self.target == "consensus"
 
     @model_validator(mode="after")

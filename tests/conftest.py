@@ -84,8 +84,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows_per_part=2,
     )
     models = ["judge", "implicit", "likelihood", "pmi", "rubric"]
-    run("judge", model=str(root / "policy"), reward_reference=str(root / "base"), input=str(root / "candidates"), reward_models=models,
-        output_dir=root / "judged", rows_per_part=4)  # fmt: skip
+    run(
+        "judge",
+        model=str(root / "policy"),
+        reward_reference=str(root / "base"),
+        input=str(root / "candidates"),
+        reward_models=models,
+        output_dir=root / "judged",
+        rows_per_part=4,
+    )
     run(
         "check-consistency",
         input=str(root / "judged"),

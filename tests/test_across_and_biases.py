@@ -181,8 +181,14 @@ def test_leaning_to_length_is_counted_where_lengths_differ_and_set_against_the_l
 
 def test_formats_are_seen_where_only_one_of_the_two_has_them():
     table = table_of(
-        ("- a\n- b", "plain"), ("plain", "1. one"), ("* a", "- b"), ("```x```", "no"), ("a - b", "# Head"), ("#no\n1.no", "-1"), ("a", "\n + x")
-    )  # fmt: skip
+        ("- a\n- b", "plain"),
+        ("plain", "1. one"),
+        ("* a", "- b"),
+        ("```x```", "no"),
+        ("a - b", "# Head"),
+        ("#no\n1.no", "-1"),
+        ("a", "\n + x"),
+    )
     v = verdicts([[1.0, 1, 1, -1, -1, 1, 1]])
     found = biases(v, table)["judge"]
     # lists: rows 0 (+, wins), 1 (-, loses), 6 (-, loses); code: row 3 (+, loses); headers: row 4

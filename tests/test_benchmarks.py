@@ -140,7 +140,8 @@ def test_length_controlled_rates_are_set_beside_another_environments(tmp_path: P
     peer = tmp_path / "python"
     script = (
         "import json, sys; files = sys.argv[4:]\n"
-        "rates = [sum(r['preference'] - 1 for r in rows) / len(rows) for rows in map(json.load, map(open, files))]\n"
+        "rates = [sum(r['preference'] - 1 for r in rows) / len(rows) for rows in "
+        "map(json.load, map(open, files))]\n"
         "print(json.dumps([[100 * rate, 0, 50, 0] for rate in rates for _ in range(3)]))\n"
     )
     (tmp_path / "peer.py").write_text(script)

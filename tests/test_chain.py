@@ -266,7 +266,10 @@ def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
     make_model(tmp_path / "base", hidden_size=64)
     with pytest.raises(
         ModelError,
-        match=r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 in the model and 32 in the adapter",
+        match=(
+            r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 "
+            r"in the model and 32 in the adapter"
+        ),
     ):
         load()
     shutil.rmtree(tmp_path / "base")
@@ -441,7 +444,10 @@ def test_every_failure_is_one_line_and_a_documented_status(
 
 
 def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Path, tmp_path: Path):
-    code = "import sys, scir_cli.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys, scir_cli.cli; assert not {'torch', 'transformers', 'datasets'} & "
+        "set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     command = [
         sys.executable,
@@ -516,14 +522,44 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
     gold.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
     scored = ["-m", str(world / "policy"), "--reward-reference", str(world / "base")]
     options = {
-        "generate": [*scored[:2], "-i", str(many), "--n", "2", "--max-new-tokens", "24", "--rows-per-part", "1"],
+        "generate": [
+            *scored[:2],
+            "-i",
+            str(many),
+            "--n",
+            "2",
+            "--max-new-tokens",
+            "24",
+            "--rows-per-part",
+            "1",
+        ],
         "judge": [*scored, "-i", str(world / "candidates"), "--rows-per-part", "1"],
         "check-consistency": ["-i", str(thousands), "--rows-per-part", "20"],
-        "filter": ["-i", str(thousands), "--rows-per-part", "20", "--no-dedup", "--trl-jsonl", "--rule", "judge"],
+        "filter": [
+            "-i",
+            str(thousands),
+            "--rows-per-part",
+            "20",
+            "--no-dedup",
+            "--trl-jsonl",
+            "--rule",
+            "judge",
+        ],
         "eval rewards": [*scored, "-i", str(gold), "--rows-per-part", "1"],
-        "train": [*scored, "-i", str(world / "preferences"), "--batch-size", "3", "--num-epochs", "6", "--save-every", "1",
-                  "--learning-rate", "1e-3"],
-    }[stage]  # fmt: skip
+        "train": [
+            *scored,
+            "-i",
+            str(world / "preferences"),
+            "--batch-size",
+            "3",
+            "--num-epochs",
+            "6",
+            "--save-every",
+            "1",
+            "--learning-rate",
+            "1e-3",
+        ],
+    }[stage]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     precision = (
         [] if stage in ("check-consistency", "filter") else ["--dtype", "fp32", "--device", "cpu"]
@@ -571,8 +607,10 @@ def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"set: {{world: '{world}'}}\nall: {{dtype: fp32, device: cpu}}\nsteps:\n"
-        "- generate: {model: '{world}/policy', input: '{world}/prompts.jsonl', n: 3, max_new_tokens: 24, rows_per_part: 1, output_dir: '{out}/c'}\n"
-        "- judge: {model: '{world}/policy', reward_reference: '{world}/base', input: '{out}/c', output_dir: '{out}/j'}\n"
+        "- generate: {model: '{world}/policy', input: '{world}/prompts.jsonl', n: 3, "
+        "max_new_tokens: 24, rows_per_part: 1, output_dir: '{out}/c'}\n"
+        "- judge: {model: '{world}/policy', reward_reference: '{world}/base', input: "
+        "'{out}/c', output_dir: '{out}/j'}\n"
         "- check-consistency: {input: '{out}/j', output_dir: '{out}/k'}\n"
         "- filter: {input: '{out}/j', output_dir: '{out}/f', rule: judge}\n",
         encoding="utf-8",

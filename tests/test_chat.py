@@ -34,9 +34,15 @@ LONG = [
 ]
 CLOSING_THINK = CHATML.replace(
     "message['content']",
-    "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']",
+    (
+        "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + "
+        "message['content']"
+    ),
 )
-WITHOUT_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+WITHOUT_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def toy_chat(folder: Path, **kind: Any) -> Chat:
@@ -298,9 +304,8 @@ def test_a_missing_chat_template_is_one_line(tmp_path: Path):
     folder = make_tokenizer(tmp_path / "tokenizer", template=None)
     with pytest.raises(ModelError) as error:
         loading.load_tokenizer(folder, settings(folder))
-    assert (
-        one_line(error)
-        == f"the tokenizer in {folder} has no chat template; pass one with --chat-template FILE.jinja"
+    assert one_line(error) == (
+        f"the tokenizer in {folder} has no chat template; pass one with --chat-template FILE.jinja"
     )
 
 

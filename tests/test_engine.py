@@ -160,7 +160,10 @@ def test_a_model_that_ignores_the_mask_is_found_out_when_it_is_loaded(
     found_out, asked = load_fp32(tiny_llama), questions()
     assert not found_out.takes_trees
     assert capsys.readouterr().err.splitlines() == [
-        "warning: llama cannot score token trees; it is scored one branch at a time: same results, slower"
+        (
+            "warning: llama cannot score token trees; it is scored one branch at a time: same "
+            "results, slower"
+        )
     ]
     plain = plain_model(tiny_llama)
     got, want = found_out.branch_logps(asked.branches), plain_logps(plain, asked)

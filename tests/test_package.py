@@ -32,9 +32,8 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path):
-    source = (
-        tmp_path / "source"
-    )  # only what a package is made of: an old build/ of the checkout could hide a file that is missing
+    # Only what a package is made of: an old build/ of the checkout could hide a missing file.
+    source = tmp_path / "source"
     shutil.copytree(
         ROOT / "scir_cli", source / "scir_cli", ignore=shutil.ignore_patterns("__pycache__")
     )

@@ -250,9 +250,17 @@ def test_loads_are_shared_out_evenly_and_to_everybody_the_same():
 
 def trainer(root: Path, out: Path, **values: Any) -> Trainer:
     """A trainer on the fifteen pairs, with references that give every pair a verdict."""
-    base = {"model": str(root / "policy"), "input": str(root / "gold.jsonl"), "output_dir": out, "reward_reference": str(root / "base"),
-            "dtype": "fp32", "device": "cpu", "batch_size": 5, "learning_rate": 1e-3,
-            "implicit_scale": IMPLICIT_SCALE}  # fmt: skip
+    base = {
+        "model": str(root / "policy"),
+        "input": str(root / "gold.jsonl"),
+        "output_dir": out,
+        "reward_reference": str(root / "base"),
+        "dtype": "fp32",
+        "device": "cpu",
+        "batch_size": 5,
+        "learning_rate": 1e-3,
+        "implicit_scale": IMPLICIT_SCALE,
+    }
     settings = config.build(TrainSettings, base | values, where="test")
     start = LazyPolicy(settings, settings.model)
     objective = train.build_objective(settings, start, "M_0")
@@ -409,9 +417,16 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
     stopped(monkeypatch, values(root, tmp_path / "one to 3", **packs), 2)
     more = {"lora 2": lora, "lora 3": {**lora, "gradient_checkpointing": True}}
     jobs = [  # (stage, the last step before the run is broken off or 0, where)
-        (1, 0, "1"), (3, 2, "3 to 2"), (2, 0, "3 to 2"), (2, 1, "2 to 3"), (3, 0, "2 to 3"),
-        (3, 0, "one to 3"), (3, 2, "3 to one"), (2, 0, "lora 2"), (3, 0, "lora 3"),
-    ]  # fmt: skip
+        (1, 0, "1"),
+        (3, 2, "3 to 2"),
+        (2, 0, "3 to 2"),
+        (2, 1, "2 to 3"),
+        (3, 0, "2 to 3"),
+        (3, 0, "one to 3"),
+        (3, 2, "3 to one"),
+        (2, 0, "lora 2"),
+        (3, 0, "lora 3"),
+    ]
     listed = [
         {"stage": s, "stop": n, "values": values(root, tmp_path / o, **packs, **more.get(o, {}))}
         for s, n, o in jobs
@@ -422,7 +437,10 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    launcher = "accelerate.commands.launch --use_deepspeed --zero_stage 3 --num_processes 2 --num_machines 1 --main_process_port 0"
+    launcher = (
+        "accelerate.commands.launch --use_deepspeed --zero_stage 3 --num_processes 2 "
+        "--num_machines 1 --main_process_port 0"
+    )
     script = [str(Path(__file__).parent / "zero_ranks.py"), str(tmp_path / "jobs")]
     done = subprocess.run(
         [sys.executable, "-m", *launcher.split(), *script],

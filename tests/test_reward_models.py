@@ -246,7 +246,8 @@ def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then
         masses = []
         for order, (in_a, in_b) in enumerate(((first, second), (second, first))):
             text = (
-                f"{START}user\nWhich answer to the question is better?\n\nQuestion: {question}\n\nAnswer A: {in_a}\n\nAnswer B: {in_b}\n\n"
+                f"{START}user\nWhich answer to the question is better?\n\nQuestion: "
+                f"{question}\n\nAnswer A: {in_a}\n\nAnswer B: {in_b}\n\n"
                 f"Reply with A or B.{END}\n{START}assistant\n"
             )
             logps = next_logps(plain, tokenizer(text)["input_ids"])

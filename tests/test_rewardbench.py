@@ -227,8 +227,12 @@ def test_a_reward_bench_2_row_is_every_right_answer_beside_every_wrong_one(tmp_p
 def benchmark_of(tmp_path: Path, rows: list[dict], scores: str) -> dict:
     """The benchmark figures of external scores, through the stage."""
     values = {
-        "model": "", "input": write(tmp_path / "in.jsonl", rows), "output_dir": tmp_path / "out", "reward_models": ["external"], "external": scores,
-    }  # fmt: skip
+        "model": "",
+        "input": write(tmp_path / "in.jsonl", rows),
+        "output_dir": tmp_path / "out",
+        "reward_models": ["external"],
+        "external": scores,
+    }
     judged = tmp_path / "judged"
     from scir_cli.data import dataset
 

@@ -281,7 +281,10 @@ def test_a_missing_prompt_column_is_an_error_that_names_the_ones_present(tmp_pat
     for load in (load_prompts, readers.load_pairs):
         with pytest.raises(
             DataError,
-            match=r"p\.jsonl, row 1: .*'messages', 'prompt' or 'instruction'.* text, chosen, rejected$",
+            match=(
+                r"p\.jsonl, row 1: .*'messages', 'prompt' or 'instruction'.* text, chosen, "
+                r"rejected$"
+            ),
         ):
             load(spec)
 
@@ -677,7 +680,10 @@ def test_a_consistency_folder_is_refused_and_the_judged_dataset_is_named(tmp_pat
     assert dataset.read_dataset(out)["pair_id"].to_pylist() == table["pair_id"].to_pylist()
     with pytest.raises(
         DataError,
-        match=rf"consistency holds a 'consistency' dataset.*pass the judged dataset .* from, {judged}$",
+        match=(
+            r"consistency holds a 'consistency' dataset.*pass the judged dataset .* from, "
+            rf"{judged}$"
+        ),
     ):
         readers.load_pairs(str(out))
     for stage, values in (
@@ -744,7 +750,10 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_id(
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(
         DataError,
-        match=r"'org/name' is not a local path, and loading it from the hub failed: Couldn't reach it \(no network\)$",
+        match=(
+            r"'org/name' is not a local path, and loading it from the hub failed: Couldn't "
+            r"reach it \(no network\)$"
+        ),
     ):
         readers.load_pairs("org/name")
     assert readers.digest("hf://org/name") == "hub:org/name"

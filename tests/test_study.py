@@ -286,7 +286,7 @@ def bars(svg: str, width: str) -> list[tuple[float, float]]:
     return [(float(a), float(b)) for a, b in found]
 
 
-def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_its_panel_and_coloured_by_what_helps():
+def test_an_interval_is_drawn_to_the_scale_of_its_panel_and_colored_by_what_helps():
     marks = [
         [(0.02, 0.01, 0.03)],
         [(-0.01, -0.03, 0.01)],

@@ -53,7 +53,10 @@ def size(tmp_path_factory: pytest.TempPathFactory) -> real.Size:
         "spade",
     )
     answers = [
-        f"The {t} is {n} years old. It was made by hand in a small town. You could use it {n} times."
+        (
+            f"The {t} is {n} years old. It was made by hand in a small town. You could use it {n} "
+            "times."
+        )
         for n, t in enumerate(things)
     ]
     lines = [
@@ -162,9 +165,8 @@ def test_held_out_kinds_and_prompts_are_in_nothing_that_is_trained_on(size: real
         prompts["seed"] | prompts["prompts"]
     )
     answers = real.answers(size)
-    for row in rows[
-        "prompts"
-    ]:  # what is given without a label is an answer and one damaged in a way that is taught, no other
+    # An unlabeled pair is an answer and the same answer damaged in a way that is taught.
+    for row in rows["prompts"]:
         (bad,) = set(row["answers"]) - {" ".join(answers[row["prompt"]])}
         assert bad in {
             kind(

@@ -626,11 +626,19 @@ def test_responses_are_candidates_datasets_too(tmp_path: Path):
 
     rows = [
         {
-            "candidate_id": f"c{i}", "prompt_id": f"p{i // 2}", "messages": [{"role": "user", "content": f"q{i // 2}"}], "subset": None, "response": f"r{i}",
-            "token_ids": [1], "finish_reason": "stop", "duplicate_of": None, "weights_key": "key", "seed": 0,
+            "candidate_id": f"c{i}",
+            "prompt_id": f"p{i // 2}",
+            "messages": [{"role": "user", "content": f"q{i // 2}"}],
+            "subset": None,
+            "response": f"r{i}",
+            "token_ids": [1],
+            "finish_reason": "stop",
+            "duplicate_of": None,
+            "weights_key": "key",
+            "seed": 0,
         }
         for i in range(4)
-    ]  # fmt: skip
+    ]
     dataset.write_dataset(
         tmp_path / "c",
         "candidates",

@@ -60,7 +60,10 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
 ):
     with pytest.raises(
         EngineError,
-        match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished",
+        match=(
+            r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; "
+            r"finished"
+        ),
     ):
         generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:DiesAtSeven", workers=2)
     kept = {path.name for path in (tmp_path / "out").glob("data-*.arrow")}
@@ -276,7 +279,14 @@ def killed(command: list[str], victim: str, folder: Path) -> list[Path]:
         if (folders[-1] / "manifest.json").exists():
             folders.append(folder / f"killed-{len(folders)}")
         out, shot = folders[-1], 0
-        driver = subprocess.Popen([*command, str(out)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, text=True)  # fmt: skip
+        driver = subprocess.Popen(
+            [*command, str(out)],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=env,
+            text=True,
+        )
         for _ in range(min(KILLS - kills, 1 if once_a_run else 4)):
             wait_for_a_part(out, driver)
             time.sleep(draw.uniform(0, 0.5))

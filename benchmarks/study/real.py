@@ -232,7 +232,8 @@ def rows(size: Size, seed: int) -> dict[str, list[Json]]:
     draw, known = Draw(seed), answers(size)
     if len(known) < (needed := size.n_seed + size.n_pairs + size.n_heldout):
         raise ValueError(
-            f"{size.text} has {len(known)} answers that can be used; a world of this size needs {needed}"
+            f"{size.text} has {len(known)} answers that can be used; a world of this size "
+            f"needs {needed}"
         )
     order = draw.sample(sorted(known), len(known))
     heldout = [p for p in order if any(map(negated, known[p]))][

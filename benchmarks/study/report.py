@@ -1,7 +1,9 @@
 """docs/study.md from the raw results: tables of means and spreads, paired differences with
 intervals, pictures, and what they allow to be said.
 
-    python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md and docs/study/*.svg (with the extra `report`);
+    python benchmarks/study/report.py
+        reads benchmarks/study/results/*.json,
+        writes docs/study.md and docs/study/*.svg (with the extra `report`);
                                              nothing in the page is typed by hand
 
 A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is
@@ -33,8 +35,27 @@ IMAGES = PAGE.with_suffix("")
 FEWEST = 3  # seeds that an interval needs
 #: Student's t, 97.5 %, by degrees of freedom 1, 2, …; beyond the table 2 is close enough.
 T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086
-)  # fmt: skip
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+)
 
 #: Figure -> (heading, does a rise help: +1, -1, or 0 for neither)
 FIGURES = {
@@ -58,9 +79,18 @@ FIGURES = {
     "unseen_flip_rate": ("flips, unseen", -1),
 }
 CLAIMED = (
-    "sampled_quality", "greedy_quality", "judge_accuracy", "implicit_accuracy", "agreement", "flip_rate", "rubric_accuracy", "rationale_accuracy",
-    "unseen_judge_accuracy", "unseen_implicit_accuracy", "unseen_agreement",
-)  # fmt: skip
+    "sampled_quality",
+    "greedy_quality",
+    "judge_accuracy",
+    "implicit_accuracy",
+    "agreement",
+    "flip_rate",
+    "rubric_accuracy",
+    "rationale_accuracy",
+    "unseen_judge_accuracy",
+    "unseen_implicit_accuracy",
+    "unseen_agreement",
+)
 WHY = {
     "own_judge_accuracy": "judge right on own pairs",
     "own_implicit_accuracy": "implicit right on own pairs",
@@ -304,8 +334,9 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
         return ""
     own = [m for m in methods if m in (OURS, "scir-likelihood")]
     tables = [
-        "\n\n".join([f"Seeds {name}:", differences(part, own, RIVAL, iteration)]) for name, part in sets.items()
-    ]  # fmt: skip
+        "\n\n".join([f"Seeds {name}:", differences(part, own, RIVAL, iteration)])
+        for name, part in sets.items()
+    ]
     figures = [figure for figure in CLAIMED if figure in present(records, CLAIMED)]
     both = [
         m
@@ -319,8 +350,10 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
         ]
         for figure in figures
     ]
-    alike = table(["rank correlation of the sets", *(FIGURES[f][0] for f in figures)],
-                  [[f"{len(both)} methods", *(f"{rank_correlation(*column):+.2f}" for column in columns)]])  # fmt: skip
+    alike = table(
+        ["rank correlation of the sets", *(FIGURES[f][0] for f in figures)],
+        [[f"{len(both)} methods", *(f"{rank_correlation(*column):+.2f}" for column in columns)]],
+    )
     return "\n\n".join(
         [
             "Settings and defaults were chosen on seeds 0 to 9. Each seed set by itself:",
@@ -362,30 +395,50 @@ def why(results: dict[str, Json], iteration: int) -> str:
         for m in there
     ]
     points = [
-        f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, and from {min(changes):+.3f} to {max(changes):+.3f} after iteration {iteration}."
+        (
+            f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, and "
+            f"from {min(changes):+.3f} to {max(changes):+.3f} after iteration {iteration}."
+        )
         + (
-            f" Nor does it for labels: the verdict's loss on gold labels of the same pairs for as many steps (`verdict oracle`) leaves it at "
-            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say whether SCIR makes a better judge."
+            " Nor does it for labels: the verdict's loss on gold labels of the same pairs "
+            "for as many steps (`verdict oracle`) leaves it at "
+            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say "
+            "whether SCIR makes a better judge."
             if by_seed(records, "verdict oracle", iteration, "judge_accuracy")
             else ""
         ),
-        f"**Sampled gold is level.** Of its own pairs in iteration {iteration} SCIR's mask keeps {mean(OURS, 'mask_rate'):.0%}, and what is agreed on is right on "
-        f"{mean(OURS, 'own_agreed_accuracy'):.1%} (the judge, who labels all pairs for `{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also holds the policy: "
-        f"mean |log-odds| of the implicit reward (s = 1) end at {mean(OURS, 'implicit_abs'):.3f}, under `{RIVAL}` at {mean(RIVAL, 'implicit_abs'):.3f}. What better labels give, a smaller "
-        f"move takes; greedy answers, which a large move spoils, keep the gain. Half of the penalty (`scir-r1`) has {mean('scir-r1', 'sampled_quality'):.3f} sampled and "
-        f"{mean('scir-r1', 'greedy_quality'):.3f} greedy, the whole {mean(OURS, 'sampled_quality'):.3f} and {mean(OURS, 'greedy_quality'):.3f}.",
-        f"**The first defaults lose** (`scir-s5-l1`): with s lambda = 5 the penalty is too weak to hold the implicit reward, which falls to {mean('scir-s5-l1', 'own_implicit_accuracy'):.1%} "
-        f"on own pairs, and the mask follows it: what is agreed on is right on {mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty (`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
-    ]  # fmt: skip
+        f"**Sampled gold is level.** Of its own pairs in iteration {iteration} SCIR's mask "
+        f"keeps {mean(OURS, 'mask_rate'):.0%}, and what is agreed on is right on "
+        f"{mean(OURS, 'own_agreed_accuracy'):.1%} (the judge, who labels all pairs for "
+        f"`{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also holds "
+        "the policy: "
+        "mean |log-odds| of the implicit reward (s = 1) end at "
+        f"{mean(OURS, 'implicit_abs'):.3f}, under `{RIVAL}` at "
+        f"{mean(RIVAL, 'implicit_abs'):.3f}. What better labels give, a smaller "
+        "move takes; greedy answers, which a large move spoils, keep the gain. Half of the "
+        f"penalty (`scir-r1`) has {mean('scir-r1', 'sampled_quality'):.3f} sampled and "
+        f"{mean('scir-r1', 'greedy_quality'):.3f} greedy, the whole "
+        f"{mean(OURS, 'sampled_quality'):.3f} and {mean(OURS, 'greedy_quality'):.3f}.",
+        "**The first defaults lose** (`scir-s5-l1`): with s lambda = 5 the penalty is too "
+        "weak to hold the implicit reward, which falls to "
+        f"{mean('scir-s5-l1', 'own_implicit_accuracy'):.1%} "
+        "on own pairs, and the mask follows it: what is agreed on is right on "
+        f"{mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty "
+        f"(`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
+    ]
     if by_seed(records, "penalty-only", iteration, "greedy_quality"):
         chosen = [
             interval(paired(records, OURS, "penalty-only", iteration, figure))
             for figure in CLAIMED[:4]
         ]
         points.append(
-            "**Selecting by agreement adds little.** `{}` less the same without the mask (`penalty-only`: every pair, the judge's label): sampled {:+.3f} [{:+.3f}, {:+.3f}], greedy {:+.3f} [{:+.3f}, {:+.3f}], "
-            "judge {:+.3f} [{:+.3f}, {:+.3f}], implicit {:+.3f} [{:+.3f}, {:+.3f}].".format(OURS, *(x for one in chosen for x in one))
-        )  # fmt: skip
+            "**Selecting by agreement adds little.** `{}` less the same without the mask "
+            "(`penalty-only`: every pair, the judge's label): sampled {:+.3f} [{:+.3f}, "
+            "{:+.3f}], greedy {:+.3f} [{:+.3f}, {:+.3f}], "
+            "judge {:+.3f} [{:+.3f}, {:+.3f}], implicit {:+.3f} [{:+.3f}, {:+.3f}].".format(
+                OURS, *(x for one in chosen for x in one)
+            )
+        )
     if real and by_seed(of := real["records"], OURS, 1, "unseen_implicit_accuracy"):
         losses = [
             statistics.fmean(paired(of, m, RIVAL, 1, "unseen_implicit_accuracy"))
@@ -393,9 +446,13 @@ def why(results: dict[str, Json], iteration: int) -> str:
         ]
         held = [mean(m, "implicit_abs", of, 1) for m in (RIVAL, "scir-l0.1", OURS, "scir-l3")]
         points.append(
-            "**On a real model it loses in the implicit reward, the more of the penalty the more.** Means on unseen kinds of damage, less `srlm`: {:+.3f} with lambda 0.1, {:+.3f} by default, {:+.3f} with lambda 3. There "
-            "DPO still improves the implicit reward, and what the penalty does is to shorten its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under `srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
-        )  # fmt: skip
+            "**On a real model it loses in the implicit reward, the more of the penalty the "
+            "more.** Means on unseen kinds of damage, less `srlm`: {:+.3f} with lambda 0.1, "
+            "{:+.3f} by default, {:+.3f} with lambda 3. There "
+            "DPO still improves the implicit reward, and what the penalty does is to shorten "
+            "its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under "
+            "`srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
+        )
     return "\n\n".join(
         [
             f"Means over the {len(seeds)} seeds that all methods have.",
@@ -416,7 +473,10 @@ def in_short(results: dict[str, Json]) -> str:
     return "\n\n".join(
         [
             "## In short",
-            f"All methods less `{RIVAL}` in the main world, after iteration {last}; an arrow goes on beyond its panel, the numbers are in the section [main](#main):",
+            (
+                f"All methods less `{RIVAL}` in the main world, after iteration {last}; an arrow "
+                "goes on beyond its panel, the numbers are in the section [main](#main):"
+            ),
             image("methods"),
             "All that 95 % intervals allow to be said there of SCIR's settings:",
             "\n".join(lines),
@@ -437,10 +497,22 @@ def in_short(results: dict[str, Json]) -> str:
 
 #: File -> what it shows, for who cannot see it
 ALT = {
-    "methods": "Every method less {rival} in the main world after its last iteration: paired means with 95 % intervals, a panel a figure",
-    "worlds": "{ours} less {rival} in every world, after each iteration: paired means with 95 % intervals, a panel a figure",
-    "courses": "The main world's figures from M_1 to the last model, a line a method: means over the seeds that all have",
-    "sweep": "Means by scale and lambda as heat maps, a row for each setting of orders, a column a figure",
+    "methods": (
+        "Every method less {rival} in the main world after its last iteration: paired means "
+        "with 95 % intervals, a panel a figure"
+    ),
+    "worlds": (
+        "{ours} less {rival} in every world, after each iteration: paired means with 95 % "
+        "intervals, a panel a figure"
+    ),
+    "courses": (
+        "The main world's figures from M_1 to the last model, a line a method: means over the "
+        "seeds that all have"
+    ),
+    "sweep": (
+        "Means by scale and lambda as heat maps, a row for each setting of orders, a column a "
+        "figure"
+    ),
 }
 COURSES = (OURS, RIVAL, "filter-only", "oracle")
 
@@ -604,19 +676,25 @@ def page(results: dict[str, Json]) -> str:
 
 INTRODUCTION = """# Does it help? A study with gold labels
 
-Written by `python benchmarks/study/report.py` from `benchmarks/study/results/`; every figure here is computed from those records. What was tried and
-failed on the way is in [log.md](log.md).
+Written by `python benchmarks/study/report.py` from `benchmarks/study/results/`; every figure here
+is computed from those records. What was tried and failed on the way is in [log.md](log.md).
 
-**The world** (`benchmarks/study/world.py`). Small Llamas answer three kinds of task whose quality a program computes, from 0 to 1: sort digits, drop a letter
-from a word, spell syllables by a small grammar. An answer may begin with a phrase that means nothing, so that length says little about quality. M_0 is
-trained on answers with slips of the pen and on which of two answers is better; M_1 is M_0 after a few steps of DPO on 600 labelled pairs. From there on no
-method sees a label but the oracles (DPO on gold labels; the verdict's loss on them) and `external` (gold and noise). All methods start from the same M_1 of their seed, sample the
-same number of answers to the same prompts in each of two iterations, and take the same number of steps of the same number of pairs. That equalises data and
-steps; SCIR's steps also read the judge's branches, so the tokens they compute are more (last table of each section).
+**The world** (`benchmarks/study/world.py`). Small Llamas answer three kinds of task whose quality a
+program computes, from 0 to 1: sort digits, drop a letter from a word, spell syllables by a small
+grammar. An answer may begin with a phrase that means nothing, so that length says little about
+quality. M_0 is trained on answers with slips of the pen and on which of two answers is better; M_1
+is M_0 after a few steps of DPO on 600 labelled pairs. From there on no method sees a label but the
+oracles (DPO on gold labels; the verdict's loss on them) and `external` (gold and noise). All
+methods start from the same M_1 of their seed, sample the same number of answers to the same prompts
+in each of two iterations, and take the same number of steps of the same number of pairs. That
+equalises data and steps; SCIR's steps also read the judge's branches, so the tokens they compute
+are more (last table of each section).
 
-**How to read it.** "gold" is the mean quality of answers to prompts that nobody trains on, sampled at temperature 1 or greedy. "right", "agreement" and "flips"
-are on 600 held-out labelled pairs. Tables give mean ± standard deviation over seeds. Differences are paired by seed, with a 95 % interval (Student's t);
-bold means that the interval does not hold 0; fewer than three seeds have none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
+**How to read it.** "gold" is the mean quality of answers to prompts that nobody trains on, sampled
+at temperature 1 or greedy. "right", "agreement" and "flips" are on 600 held-out labelled pairs.
+Tables give mean ± standard deviation over seeds. Differences are paired by seed, with a 95 %
+interval (Student's t); bold means that the interval does not hold 0; fewer than three seeds have
+none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
 
 
 #: The last commit that has the settings of all committed arms.
@@ -632,7 +710,10 @@ def removed_arms(name: str, methods: Sequence[str]) -> list[str]:
         return []
     arms = ", ".join(f"`{m}`" for m in removed)
     return [
-        f"The last commit that can run all of these arms is {LAST_WITH_ALL_ARMS}. Since then the settings of {arms} are removed."
+        (
+            f"The last commit that can run all of these arms is {LAST_WITH_ALL_ARMS}. Since then "
+            f"the settings of {arms} are removed."
+        )
     ]
 
 
@@ -640,17 +721,24 @@ def removed_arms(name: str, methods: Sequence[str]) -> list[str]:
 ABOUT = {
     "main": (
         "main",
-        """`scir` is SCIR at its defaults: the implicit reward's scale s fitted to the judge's sizes at M_1, lambda such that the penalty's gradient begins at twice the preference
-loss's. `-r1` has the ratio 1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-s5` and `-s25` that s; `scir-likelihood` has the policy's likelihood as a third model, at ratio 1. `filter-only` has the mask alone,
-`penalty-only` the penalty alone.""",
+        """\
+`scir` is SCIR at its defaults: the implicit reward's scale s fitted to the judge's sizes at M_1,
+lambda such that the penalty's gradient begins at twice the preference loss's. `-r1` has the ratio
+1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-s5` and `-s25` that s; `scir-likelihood` has the
+policy's likelihood as a third model, at ratio 1. `filter-only` has the mask alone, `penalty-only`
+the penalty alone.""",
     ),
     "ablation": (
         "Ablations",
-        """SCIR as it was by default (`scir-l3`: sizes of its reward models matched at M_1, lambda 3), and one setting changed at a time.""",
+        """\
+SCIR as it was by default (`scir-l3`: sizes of its reward models matched at M_1, lambda 3), and one
+setting changed at a time.""",
     ),
     "sweep": (
         "Scale and lambda",
-        """Two seeds, so no intervals. What counts is nearly their product: it is the strength with which the penalty holds the policy.""",
+        """\
+Two seeds, so no intervals. What counts is nearly their product: it is the strength with which the
+penalty holds the policy.""",
     ),
     "seed-labels-150": (
         "A quarter of the labels",
@@ -663,25 +751,35 @@ loss's. `-r1` has the ratio 1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-
     ),
     "position-bias": (
         "A judge with a favourite seat",
-        """M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state at the verdict. Otherwise main's world.""",
+        """\
+M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state
+at the verdict. Otherwise main's world.""",
     ),
     "judges": (
         "More ways to judge",
-        """M_0 is taught, with as many of its pairs each as a kind of task has, to give one answer a score of 0 to 5 (rubric: its quality in fifths) and to write both
-scores before its verdict (rationale). Each is SRLM's judge and SCIR's third reward model, or both are with four.""",
+        """\
+M_0 is taught, with as many of its pairs each as a kind of task has, to give one answer a score of 0
+to 5 (rubric: its quality in fifths) and to write both scores before its verdict (rationale). Each
+is SRLM's judge and SCIR's third reward model, or both are with four.""",
     ),
     "smaller": ("A smaller model", "Width 64 and two layers, in place of 96 and three."),
     "larger": ("A larger model", "Width 192 and four layers."),
     "real": (
         "A real model",
-        """SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that came with them, cut to a few sentences, each beside
-the same answer damaged. Three kinds of damage are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of like length
-(foreign), the sentences in another order (shuffled), an answer that stops in the middle (truncated). Two are only measured (unseen): a sentence denied, or said
-twice, in place of another one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's loss and {tune[max_steps]} of
-{tune[batch_size]} of DPO, on {size[n_seed_pairs]} labelled pairs; then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
-{size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a sampled answer of this model is. So no quality of the policy is
-measured; of its sampled answers the page says how long they are, which share was cut off at {max_new_tokens} tokens, and which share of three words in a row had been
-said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of damage.""",
+        """\
+SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that
+came with them, cut to a few sentences, each beside the same answer damaged. Three kinds of damage
+are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of
+like length (foreign), the sentences in another order (shuffled), an answer that stops in the middle
+(truncated). Two are only measured (unseen): a sentence denied, or said twice, in place of another
+one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's
+loss and {tune[max_steps]} of {tune[batch_size]} of DPO, on {size[n_seed_pairs]} labelled pairs;
+then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
+{size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a
+sampled answer of this model is. So no quality of the policy is measured; of its sampled answers the
+page says how long they are, which share was cut off at {max_new_tokens} tokens, and which share of
+three words in a row had been said before. Held out: {size[n_heldout]} prompts a seed, each with
+every kind of damage.""",
     ),
 }
 
@@ -761,7 +859,8 @@ def main() -> None:
     print(PAGE)
     if find_spec("matplotlib") is None:
         sys.exit(
-            "the page is written, but not its pictures: they need the package matplotlib, pip install 'scir-cli[report]'"
+            "the page is written, but not its pictures: they need the package matplotlib, pip "
+            "install 'scir-cli[report]'"
         )
     IMAGES.mkdir(exist_ok=True)
     for name, svg in pictures(results).items():

@@ -181,7 +181,8 @@ class Gold:
     def __call__(self, prompt: str, response: str) -> float:
         if not self.now or self.now[-1] not in self.allowed:
             raise PermissionError(
-                f"a gold label was asked for {self.now[-1] if self.now else 'nothing'}; allowed: {', '.join(self.allowed)}"
+                f"a gold label was asked for {self.now[-1] if self.now else 'nothing'}; "
+                f"allowed: {', '.join(self.allowed)}"
             )
         return self.scorer(prompt, response)
 
@@ -288,8 +289,11 @@ def lesson(draw: Draw, judge: str, pair: Json) -> Json:
             f"A {scores[0]} B {scores[1]}\n\nVerdict: {verdict}" for verdict in verdicts
         )
     return {
-        "prompt": PROMPTS[judge].format(question=pair["prompt"], **asked), "chosen": right, "rejected": wrong, "subset": judge,
-    }  # fmt: skip
+        "prompt": PROMPTS[judge].format(question=pair["prompt"], **asked),
+        "chosen": right,
+        "rejected": wrong,
+        "subset": judge,
+    }
 
 
 @dataclass(frozen=True)
@@ -363,10 +367,19 @@ def make_model(folder: Path, size: Size, seed: int) -> Path:
 
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(tokenizer), hidden_size=size.hidden, intermediate_size=8 * size.hidden // 3 // 8 * 8,
-        num_hidden_layers=size.layers, num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=8 * size.hidden // 3 // 8 * 8,
+        num_hidden_layers=size.layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
