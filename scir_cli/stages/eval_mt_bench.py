@@ -373,8 +373,9 @@ def branches(chat: Chat, conversation: list[Row], reference: list[str]) -> list[
     """
     preamble = f"A reference answer to the last question: {reference[0]}\n\n" if reference else ""
     text = fill(GRADE, reference=preamble, conversation=question_text(conversation))
-    prompt = chat.prompt_ids(text)
-    return [continuation(prompt, chat.response_ids(text, str(grade))) for grade in GRADES]
+    answers = chat.answer_options([str(grade) for grade in GRADES])
+    prompt = answers.prompt_ids(chat.prompt_ids(text))
+    return [continuation(prompt, ending) for ending in answers.endings]
 
 
 def expected_grade(logps: torch.Tensor) -> tuple[float, float]:
