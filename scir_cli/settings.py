@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -105,6 +106,18 @@ class StageSettings(Settings):
     )
 
 
+#: A variable of a chat template, and the texts that are no text there
+TemplateValue = bool | int | float | str | None
+CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
+
+#: Names that transformers' apply_chat_template uses itself
+TEMPLATE_INPUTS = frozenset(
+    "conversation conversations messages tools documents chat_template add_generation_prompt "
+    "continue_final_message tokenize sanitize_control_tokens padding truncation max_length "
+    "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+
+
 class ReportSettings(StageSettings):
     report: Path | None = config.setting(
         None,
@@ -155,9 +168,62 @@ class ModelSettings(StageSettings):
     chat_template: Path | None = config.setting(
         None, "Jinja file that replaces the model's chat template.", group=RARE, path=True
     )
+    chat_template_kwargs: dict[str, TemplateValue] | None = config.setting(
+        None,
+        "Variables for the chat template, as enable_thinking=false (separated by commas).",
+        group=RARE,
+    )
     max_tokens_per_pack: Positive = config.setting(
         16384, "Tokens per forward pass, packed without padding.", group=MODEL, affects_output=False
     )
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _template_kwargs(cls, value: Any) -> Any:
+        return template_kwargs(value)
+
+    def plan(self) -> dict[str, Any]:
+        """As of all settings; without chat_template_kwargs if it is not set."""
+        plan = super().plan()
+        if not self.chat_template_kwargs:
+            plan.pop("chat_template_kwargs", None)
+        return plan
+
+
+def template_kwargs(value: Any) -> Any:
+    """The mapping of NAME=VALUE words, with the types of JSON's constants and numbers.
+
+    value: words in a list or separated by commas; a mapping is returned as it is.
+    Raises ValueError for a word that is no NAME=VALUE, and for a name that is not free.
+    """
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if isinstance(value, list):
+        parsed = {}
+        for word in value:
+            name, equals, text = str(word).partition("=")
+            if not (name.strip() and equals):
+                raise ValueError(f"expected NAME=VALUE, as enable_thinking=false; got {word!r}")
+            parsed[name.strip()] = _typed(text.strip())
+        value = parsed
+    taken = sorted(TEMPLATE_INPUTS.intersection(value)) if isinstance(value, dict) else []
+    if taken:
+        raise ValueError(f"'{taken[0]}' is no variable of the template alone, and cannot be set")
+    return value
+
+
+def _typed(text: str) -> TemplateValue:
+    """true, false, null, an integer or another number as such; any other text as it is."""
+    if text.lower() in CONSTANTS:
+        return CONSTANTS[text.lower()]
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        if math.isfinite(number):
+            return number
+    return text
 
 
 class RewardSettings(ModelSettings):

@@ -25,9 +25,6 @@ Message = Mapping[str, str]
 #: Errors of a template that cannot render a conversation
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
-#: The end of a reasoning block, which templates remove from the assistant's earlier turns
-THINK_END = "</think>"
-
 #: Two short conversations that every chat template renders
 PROBES = (
     [{"role": "user", "content": "Reply with A or B."}],
@@ -99,6 +96,17 @@ class Chat:
         """The chat template and its model, for error messages."""
         return f"the chat template of {self.tokenizer.name_or_path or 'the model'}"
 
+    def check(self, system_prompt: str | None = None) -> None:
+        """Raises an error if the template cannot render a question, or not with its content.
+
+        system_prompt: content of a system turn before every question.
+        Raises ModelError without it, else Unrenderable.
+        """
+        messages = PROBES[0]
+        if system_prompt:
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        self.render(messages, generation=True)
+
     def render(self, messages: Sequence[Message], *, generation: bool) -> list[int]:
         """Token ids of a conversation; `generation` opens the assistant's turn at its end.
 
@@ -111,14 +119,24 @@ class Chat:
             content = self.encoder.hide(message["content"])
             hidden.append({"role": message["role"], "content": content})
         text = self._text(hidden, generation, self.reads_parts)
-        for message in hidden:
-            if not _contains(text, message):
+        for index, message in enumerate(hidden):
+            if not _contains(text, message) and self._is_dropped(hidden, index, generation):
                 content = self.encoder.show(message["content"])
                 raise Unrenderable(
-                    f"{self._name} leaves out the {message['role']} turn {content[:40]!r}; {ADVICE}",
+                    f"{self._name} leaves out the {message['role']} turn {content[:40]!r}; "
+                    "pass another template with --chat-template",
                     "content_missing",
                 )
         return self.encoder.encode(text)
+
+    def _is_dropped(self, messages: Sequence[Message], index: int, generation: bool) -> bool:
+        """Whether the template writes nothing of a turn's content.
+
+        A template may change a content, and remove the reasoning of an earlier answer.
+        """
+        probe = {"role": messages[index]["role"], "content": PROBE_ANSWER["content"]}
+        probed = [*messages[:index], probe, *messages[index + 1 :]]
+        return not _contains(self._text(probed, generation, self.reads_parts), probe)
 
     def _text(self, messages: Sequence[Message], generation: bool, parts: bool) -> str:
         """The conversation as the template renders it; parts: content as a list of parts.
@@ -300,13 +318,5 @@ def n_shared(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _contains(text: str, message: Message) -> bool:
-    """Whether a rendered conversation contains a message's content, up to white space.
-
-    Of an assistant's turn: what follows its reasoning, which templates may remove.
-    """
-    content = message["content"]
-    if message["role"] == "assistant":
-        content = content.rpartition(THINK_END)[2]
-    if content.strip() in text:
-        return True
-    return "".join(content.split()) in "".join(text.split())
+    """Whether a rendered conversation contains a message's content, without outer white space."""
+    return message["content"].strip() in text
