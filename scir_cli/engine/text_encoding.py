@@ -41,10 +41,10 @@ class TextEncoder:
     def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
         """end_ids: token ids that end a turn; they count as special."""
         self.tokenizer = tokenizer
-        ends = frozenset(end_ids)
+        named = {*tokenizer.all_special_ids, *end_ids}
         self.special_ids: dict[str, int] = {}
         for token, added in tokenizer.added_tokens_decoder.items():
-            if (added.special or token in ends) and added.content.strip():
+            if (added.special or token in named) and added.content.strip():
                 self.special_ids[added.content] = token
         self.spellings = sorted(self.special_ids, key=lambda text: (-len(text), text))
         self._numbers = {text: number for number, text in enumerate(self.spellings)}
