@@ -112,9 +112,25 @@ CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None,
 
 #: Names that transformers' apply_chat_template uses itself
 TEMPLATE_INPUTS = frozenset(
-    "conversation conversations messages tools documents chat_template add_generation_prompt "
-    "continue_final_message tokenize sanitize_control_tokens padding truncation max_length "
-    "return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+    [
+        "conversation",
+        "conversations",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
 )
 
 
