@@ -58,6 +58,8 @@ class Family:
     removed: str = ""
     special: tuple[str, ...] = ()
     words: tuple[str, ...] = ("<think>", "</think>")
+    #: special tokens that end an answer, beside the tokenizer's end token
+    ends: tuple[str, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def chat(self, folder: Path, **kwargs: Any) -> Chat:
@@ -66,7 +68,9 @@ class Family:
         tokenizer.add_tokens(list(self.words))
         # as in large vocabularies
         tokenizer.add_tokens(["\n\n"])
-        return Chat(tokenizer, frozenset({tokenizer.eos_token_id}), self.kwargs | kwargs)
+        ends = [tokenizer.eos_token, *self.ends]
+        end_ids = frozenset(tokenizer.convert_tokens_to_ids(ends))
+        return Chat(tokenizer, end_ids, self.kwargs | kwargs)
 
 
 HEADER = "<|im_start|>assistant\n"
@@ -105,6 +109,7 @@ FAMILIES = {
         ),
         cue=CHANNEL,
         special=("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|end|>"),
+        ends=("<|return|>",),
     ),
     # a token between the answer and the end of its turn
     "trailing": Family(

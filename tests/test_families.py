@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from families import (
     ALTERNATE,
@@ -27,11 +28,13 @@ from toy import make_model
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from scir_cli import config
+from scir_cli.data import readers
 from scir_cli.engine.chat import Chat, Unrenderable
 from scir_cli.engine.text_encoding import TextEncoder
 from scir_cli.errors import ModelError
 from scir_cli.rewards import reward_models
-from scir_cli.rewards.pairs import Pair
+from scir_cli.rewards.columns import with_column
+from scir_cli.rewards.pairs import Pair, encode_pairs
 from scir_cli.settings import RewardSettings
 
 QUESTION = [{"role": "user", "content": "Is it A or B?"}]
@@ -329,3 +332,80 @@ def test_a_vocabulary_that_has_the_special_token_as_a_word_cuts_it(tmp_path: Pat
     encoder = TextEncoder(tokenizer)
     ids = encoder.encode(f"a{encoder.hide('b</s>c')}</s>")
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "b", "<", "/", "s", ">", "c", "</s>"]
+
+
+# ------------------------------------------------------------------------ labelled answers
+
+PAIR = {"messages": QUESTION, "chosen": "It is A.", "rejected": "No."}
+
+
+def labelled(folder: Path, **row: Any) -> Any:
+    path = folder / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR | row) + "\n", encoding="utf-8")
+    return readers.load_pairs(str(path))[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"stripped_think"}))
+def test_what_a_template_writes_before_an_answer_is_not_trained(
+    name: str, chats: dict[str, Chat], tmp_path: Path
+):
+    chat, family = chats[name], FAMILIES[name]
+    _, (pair,), drops = encode_pairs(labelled(tmp_path), chat)
+    assert not drops
+    generation = chat.tokenizer.decode(chat.prompt_ids(QUESTION))
+    prompt = chat.tokenizer.decode(list(pair.prompt_ids))
+    assert prompt == generation.removesuffix(family.removed) + family.cue
+    for ids, text in zip(pair.response_ids, pair.texts, strict=True):
+        assert chat.tokenizer.decode(list(ids)).startswith(text)
+        answer = {"role": "assistant", "content": text}
+        full = chat.render([*QUESTION, answer], generation=False)
+        whole = [*pair.prompt_ids, *ids]
+        assert full[: len(whole)] == whole
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"stripped_think"}))
+def test_a_pair_with_stored_ids_has_the_same_prompt_as_before(
+    name: str, chats: dict[str, Chat], tmp_path: Path
+):
+    chat = chats[name]
+    table, before, _ = encode_pairs(labelled(tmp_path), chat)
+    _, after, _ = encode_pairs(table, chat)
+    assert after == before
+
+
+def test_an_answer_with_reasoning_keeps_it_after_the_generation_prompt(tmp_path: Path):
+    think = (
+        "{% if '</think>' not in m['content'] %}" + EMPTY_THINK + "{% endif %}{{ m['content'] }}"
+    )
+    template = turns(HEADER, HEADER, content="''", end=think + "<|im_end|>\n")
+    chat = Family(template).chat(tmp_path)
+    table = labelled(tmp_path, chosen="<think>\nHm.\n</think>\n\nIt is A.")
+    _, (pair,), _ = encode_pairs(table, chat)
+    assert list(pair.prompt_ids) == chat.prompt_ids(QUESTION)
+    texts = {chat.tokenizer.decode(list(ids)) for ids in pair.response_ids}
+    assert texts == {
+        "<think>\nHm.\n</think>\n\nIt is A.<|im_end|>",
+        f"{EMPTY_THINK}No.<|im_end|>",
+    }
+
+
+def test_a_sampled_response_follows_the_generation_prompt(chats: dict[str, Chat], tmp_path: Path):
+    chat = chats["empty_think"]
+    table, _, _ = encode_pairs(labelled(tmp_path), chat)
+    for side in ("first", "second"):
+        rows = [value | {"candidate_id": side} for value in table[side].to_pylist()]
+        table = with_column(table, side, pa.array(rows, table[side].type))
+    _, (pair,), _ = encode_pairs(table, chat)
+    assert list(pair.prompt_ids) == chat.prompt_ids(QUESTION)
+
+
+def test_a_reasoning_block_that_answers_lack_is_a_counted_drop(
+    chats: dict[str, Chat], tmp_path: Path
+):
+    _, pairs, drops = encode_pairs(labelled(tmp_path), chats["stripped_think"])
+    assert pairs == []
+    assert drops == {"prompt_boundary": 1}
+    with pytest.raises(Unrenderable) as error:
+        chats["stripped_think"].response_ids(QUESTION, "It is A.")
+    assert "--chat-template-kwargs" in str(error.value)
+    assert "'It is A.'" in str(error.value)

@@ -25,6 +25,9 @@ Message = Mapping[str, str]
 #: Errors of a template that cannot render a conversation
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
+#: Answers without reasoning that share no first token
+OPENING_ANSWERS = ("Yes.", "No.", "4711", "(b)", "* one")
+
 #: Two short conversations that every chat template renders
 PROBES = (
     [{"role": "user", "content": "Reply with A or B."}],
@@ -63,6 +66,11 @@ class AnswerOptions:
     cue: tuple[int, ...]
     # Of each answer: its first token that differs from the others, up to the end of its turn
     endings: tuple[tuple[int, ...], ...]
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether `prompt_ids` differs from the generation prompt."""
+        return self.n_removed > 0 or bool(self.cue)
 
     def prompt_ids(self, generation_prompt: Sequence[int]) -> list[int]:
         """Token ids of a prompt up to the position where the answers differ."""
@@ -227,6 +235,39 @@ class Chat:
                 "prompt_boundary",
             )
         return self._finished(full[len(prompt) :])
+
+    def labelled_ids(
+        self, messages: Sequence[Message], responses: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt, and of finished answers to it that no model sampled.
+
+        What the template writes before an answer without reasoning, such as an empty think block,
+        belongs to the prompt: it is not trained.
+        Raises Unrenderable as `response_ids` does.
+        """
+        generation_prompt = self.prompt_ids(messages)
+        answered = [self._answered(messages, response) for response in responses]
+        if self.opening is not None:
+            prompt = self.opening.prompt_ids(generation_prompt)
+            if all(ids[: len(prompt)] == prompt for ids in answered):
+                return prompt, [self._finished(ids[len(prompt) :]) for ids in answered]
+        ids = [self.response_ids(messages, response) for response in responses]
+        return generation_prompt, ids
+
+    @property
+    def opening(self) -> AnswerOptions | None:
+        """The start of an answer without reasoning; its `endings` have no use.
+
+        None if it depends on the prompt, or does not continue the text of the generation prompt.
+        """
+        try:
+            options = self.answer_options(OPENING_ANSWERS)
+        except ModelError:
+            return None
+        prompt = self.prompt_ids(PROBES[0])
+        removed = prompt[len(prompt) - options.n_removed :]
+        cue = self.tokenizer.decode(list(options.cue))
+        return options if cue.startswith(self.tokenizer.decode(removed)) else None
 
     def _answered(self, messages: Sequence[Message], response: str) -> list[int]:
         """Token ids of a conversation with the assistant's answer."""

@@ -112,14 +112,16 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
     # of each side: row -> token ids
     encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]
     prompt_ids: PromptIds = []
+    opens = chat.opening is not None and chat.opening.changes_prompt
     rendered = np.ones(len(table), bool)
     drops: Counter[str] = Counter()
     for row, messages in enumerate(table["messages"].to_pylist()):
+        responses = [
+            side[row] if lacks[row] else None for side, lacks in zip(texts, lacking, strict=True)
+        ]
         try:
-            prompt = tuple(chat.prompt_ids(messages))
-            for number in range(len(SIDES)):
-                if lacking[number][row]:
-                    encoded[number][row] = chat.response_ids(messages, texts[number][row])
+            opened = _opened(chat, messages, sides, row) if opens else None
+            prompt, answers = opened or _encoded(chat, messages, responses)
         except Unrenderable as error:
             rendered[row] = False
             drops[error.reason] += 1
@@ -127,11 +129,47 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
         if prompt_ids and prompt_ids[-1] == prompt:
             prompt = prompt_ids[-1]
         prompt_ids.append(prompt)
+        for rows, response, answer in zip(encoded, responses, answers, strict=True):
+            if response is not None:
+                rows[row] = answer
 
     for name, side, rows in zip(SIDES, sides, encoded, strict=True):
         if rows:
             table = with_column(table, name, _with_token_ids(side, rows))
     return table.filter(pa.array(rendered)), prompt_ids, drops
+
+
+def _encoded(
+    chat: Chat, messages: Sequence[Message], responses: Sequence[str | None]
+) -> tuple[tuple[int, ...], list[list[int]]]:
+    """The ids of a generation prompt, and of each response; none for a response that is None."""
+    prompt = tuple(chat.prompt_ids(messages))
+    answers = []
+    for response in responses:
+        answers.append([] if response is None else chat.response_ids(messages, response))
+    return prompt, answers
+
+
+def _opened(
+    chat: Chat, messages: Sequence[Message], sides: Sequence[Mapping[str, pa.Array]], row: int
+) -> tuple[tuple[int, ...], list[list[int]]] | None:
+    """A labelled row's prompt with the start of an answer without reasoning, and both responses.
+
+    None for a row with a candidate, whose ids follow the prompt that it was sampled after, and for
+    responses that do not start in this way.
+    sides: the fields of the responses, (pairs,) each.
+    """
+    responses = []
+    for side in sides:
+        if side["candidate_id"][row].is_valid:
+            return None
+        responses.append(side["text"][row].as_py())
+    prompt, answers = chat.labelled_ids(messages, responses)
+    for side, answer in zip(sides, answers, strict=True):
+        stored = side["token_ids"][row].as_py()
+        if stored and stored != answer:
+            return None
+    return tuple(prompt), answers
 
 
 def _response_fields(table: pa.Table, side: str) -> dict[str, pa.Array]:

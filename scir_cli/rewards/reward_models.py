@@ -306,6 +306,9 @@ class Pmi(RewardModel):
 
     def branches(self, pair: Pair) -> list[Branch]:
         empty_prompt = self.chat.prompt_ids([{"role": "user", "content": ""}])
+        opening = self.chat.opening
+        if opening and opening.cue and pair.prompt_ids[-len(opening.cue) :] == opening.cue:
+            empty_prompt = opening.prompt_ids(empty_prompt)
         return [
             *_answer_branches(pair.prompt_ids, pair),
             *_answer_branches(empty_prompt, pair),
