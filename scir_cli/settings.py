@@ -302,6 +302,12 @@ class RewardSettings(ModelSettings):
         path=True,
         affects_fit=True,
     )
+    judge_reads_system: bool = config.setting(
+        True,
+        "Show system turns to the judge, the rubric and the rationale.",
+        group=RARE,
+        affects_fit=True,
+    )
     verdict_tokens: tuple[str, str] = config.setting(
         ("A", "B"),
         "The judge's two verdicts; each must be a single token.",

@@ -409,3 +409,27 @@ def test_a_reasoning_block_that_answers_lack_is_a_counted_drop(
         chats["stripped_think"].response_ids(QUESTION, "It is A.")
     assert "--chat-template-kwargs" in str(error.value)
     assert "'It is A.'" in str(error.value)
+
+
+# ------------------------------------------------------------------------ system turns
+
+
+@pytest.mark.parametrize("name", ["judge", "rationale", "rubric"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_the_judge_reads_the_system_turn_unless_a_setting_leaves_it_out(
+    name: str, reads: bool, chats: dict[str, Chat]
+):
+    chat = chats["trims"]
+    settings = config.build(
+        RewardSettings,
+        {"model": "unused", "output_dir": "unused", "judge_reads_system": reads},
+        where="test",
+    )
+    model = reward_models.make([name], chat, settings)[name]
+    written = {"rationale": [[5], [6]]}
+    pair = Pair("0", SYSTEM, (), ((), ()), ("A.", "B."), rationale_token_ids=written)
+    shown = "System: Be brief.\nUser: Is it A or B?" if reads else "Question: Is it A or B?"
+    for branch in model.branches(pair):
+        text = chat.tokenizer.decode(list(branch.ids))
+        assert shown in text
+        assert ("Be brief." in text) == reads

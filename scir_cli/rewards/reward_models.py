@@ -132,7 +132,7 @@ class Judge(RewardModel):
     def _prompts(self, pair: Pair) -> list[list[int]]:
         """Token ids of the judge's prompt in both orders."""
         first, second = pair.texts
-        question = question_text(pair.messages)
+        question = question_text(pair.messages, system=self.settings.judge_reads_system)
         prompts = []
         for a, b in ((first, second), (second, first)):
             messages = fill(self.template, question=question, a=a, b=b)
@@ -243,7 +243,7 @@ class Rubric(RewardModel):
         return self.chat.verdicts([str(score) for score in range(6)])
 
     def branches(self, pair: Pair) -> list[Branch]:
-        question = question_text(pair.messages)
+        question = question_text(pair.messages, system=self.settings.judge_reads_system)
         prompts = []
         for text in pair.texts:
             request = fill(self.template, question=question, response=text)
