@@ -1,10 +1,12 @@
-"""`generate`, and judging all pairs of N answers, by backend: transformers and the engine's token trees beside vLLM, which runs in an environment of its own.
+"""`generate`, and judging all pairs of N answers, by backend: transformers and the engine's token
+trees beside vLLM, which runs in an environment of its own.
 
     python benchmarks/backends.py --vllm-python .venv-vllm/bin/python --json backends.json
 
-vLLM judges three times: in the order the stage asks in (all pairs of a prompt together, both orders of a pair together), shuffled, and both of
-these again with a cache that holds few prompts. Each time the judge's prompt starts with another word, so that nothing is found that an earlier
-time had left. What a model reads while it is loaded or for the first prompt is not counted.
+vLLM judges three times: in the order the stage asks in (all pairs of a prompt together, both orders
+of a pair together), shuffled, and both of these again with a cache that holds few prompts. Each
+time the judge's prompt starts with another word, so that nothing is found that an earlier time had
+left. What a model reads while it is loaded or for the first prompt is not counted.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------------- in a child
+# ------------------------------ in a child
 
 
 def run(asked: Json) -> Json:
@@ -176,7 +178,7 @@ def cpu_seconds(backend: Any) -> float:
     return own + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-# ---------------------------------------------------------------------------------------------------------------------- in the driver
+# ------------------------------ in the driver
 
 
 def main() -> None:

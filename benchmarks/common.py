@@ -1,8 +1,10 @@
-"""What the benchmarks share: a random model and pairs on disk, clocks and peaks, child processes, tables.
+"""What the benchmarks share: a random model and pairs on disk, clocks and peaks, child processes,
+tables.
 
-Imports nothing of scir_cli: the other trainer's environment reads this file too. Every measurement runs in a child process of its own, so that
-neither memory nor a warm cache of one run reaches the next. On a CPU the time is CPU time of one thread, which other work on the machine changes
-least; on a GPU it is wall time between synchronisations.
+Imports nothing of scir_cli: the other trainer's environment reads this file too. Every measurement
+runs in a child process of its own, so that neither memory nor a warm cache of one run reaches the
+next. On a CPU the time is CPU time of one thread, which other work on the machine changes least; on
+a GPU it is wall time between synchronisations.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ COMMON: Json = {
 ENDS: Json = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- inputs
+# ------------------------------ inputs
 
 
 def random_model(shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any) -> Any:
@@ -83,7 +85,9 @@ def random_model(shape: str, dtype: str = "fp32", seed: int = 0, **overrides: An
 def make_model(
     folder: Path, shape: str, dtype: str = "fp32", seed: int = 0, **overrides: Any
 ) -> Path:
-    """Writes a model of random weights and a word-level tokenizer whose every id is one word of text."""
+    """Writes a model of random weights and a word-level tokenizer whose every id is one word of
+    text.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -120,7 +124,10 @@ def make_pairs(
     answers: int = 2,
     seed: int = 0,
 ) -> list[Json]:
-    """Prompts with their answers, lengths in tokens drawn evenly from the ranges; ids and the text that gives exactly these ids."""
+    """Prompts with their answers, lengths in tokens drawn evenly from the ranges.
+
+    Ids and the text that gives exactly these ids.
+    """
     draw = random.Random(seed)
     words = vocabulary(size)
     index = {word: i for i, word in enumerate(words)}
@@ -147,7 +154,7 @@ def make_pairs(
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------- clocks
+# ------------------------------ clocks
 
 
 class Meter:
@@ -193,7 +200,9 @@ class Meter:
 
 
 class AnonymousPeak:
-    """The peak of memory that is not a file's pages, above what it was at the start, looked at every 5 ms: a file's pages are given back when others need them."""
+    """The peak of memory that is not a file's pages, above what it was at the start, looked at
+    every 5 ms: a file's pages are given back when others need them.
+    """
 
     def __enter__(self) -> AnonymousPeak:
         self.before = self.highest = status_mb("RssAnon")
@@ -236,11 +245,14 @@ def status_mb(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- processes
+# ------------------------------ processes
 
 
 def child(script: str, arguments: Json, python: str = sys.executable) -> Json:
-    """What another process of `script` prints as its last line, read as JSON; its settings go in as JSON too."""
+    """What another process of `script` prints as its last line, read as JSON.
+
+    Its settings go in as JSON too.
+    """
     offline = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -271,7 +283,7 @@ def versions(*packages: str) -> Json:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------ tables
 
 
 def table(rows: Sequence[Json]) -> str:

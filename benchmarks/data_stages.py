@@ -1,13 +1,16 @@
-"""Time and memory of the stages by rows, where no model computes: `generate` with the fake backend (rows are prompts, one sample each, read from
-a file of --form), `judge` with scores from outside, `check-consistency` and `filter` (rows are pairs).
+"""Time and memory of the stages by rows, where no model computes: `generate` with the fake backend
+(rows are prompts, one sample each, read from a file of --form), `judge` with scores from outside,
+`check-consistency` and `filter` (rows are pairs).
 
     python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages generate judge check-consistency filter --peer-python .venv-data/bin/python
 
-Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and writes those that `filter` wrote; and the least
-that its promises cost: the rows to keep and their labels are given, so they are picked, written, synced and digested, and nothing else.
-With --cold an input is read from the disk and not from memory: see the wall time then.
-Memory is the peak above what was resident before the stage began (imports and settings), memory-mapped pages included; and that of memory which is
-no file's. With --peer-python the work of `filter` is done in pandas and in polars as well (pandas_polars.py), and has to keep the same pairs.
+Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and
+writes those that `filter` wrote; and the least that its promises cost: the rows to keep and their
+labels are given, so they are picked, written, synced and digested, and nothing else. With --cold an
+input is read from the disk and not from memory: see the wall time then. Memory is the peak above
+what was resident before the stage began (imports and settings), memory-mapped pages included; and
+that of memory which is no file's. With --peer-python the work of `filter` is done in pandas and in
+polars as well (pandas_polars.py), and has to keep the same pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ STAGES = ("generate", "judge", "check-consistency", "filter")
 
 
 def make_prompts(file: Path, rows: int) -> Path:
-    """Prompts of about 200 letters, a twentieth of them repeated; what the file's name ends in says how they are written."""
+    """Prompts of about 200 letters, a twentieth of them repeated.
+
+    What the file's name ends in says how they are written.
+    """
     import pyarrow.csv
     import pyarrow.parquet
 
@@ -61,7 +67,10 @@ def make_prompts(file: Path, rows: int) -> Path:
 
 
 def make_candidates(folder: Path, pairs: int) -> Path:
-    """5 answers a prompt, so 10 pairs, with a column `score` beside them: what somebody else's reward model said."""
+    """5 answers a prompt, so 10 pairs, with a column `score` beside them.
+
+    What somebody else's reward model said.
+    """
     import numpy as np
 
     from scir_cli.data import dataset, schemas
@@ -92,7 +101,10 @@ def make_candidates(folder: Path, pairs: int) -> Path:
 
 
 def make_judged(folder: Path, rows: int) -> Path:
-    """Pairs with two reward models, 10 a prompt, answers of 40 tokens; some of a prompt's answers are alike."""
+    """Pairs with two reward models, 10 a prompt, answers of 40 tokens.
+
+    Some of a prompt's answers are alike.
+    """
     import numpy as np
 
     from scir_cli.data import dataset, schemas
@@ -168,7 +180,10 @@ def child(given: dict[str, Any]) -> None:
 
 
 def copy(given: dict[str, Any]) -> None:
-    """Reads what `filter` read and writes what it wrote, part by part as it does; with `picked` it is made of what was read, and digested."""
+    """Reads what `filter` read and writes what it wrote, part by part as it does.
+
+    With `picked` it is made of what was read, and digested.
+    """
     parts = [sorted(Path(given[name]).glob("data-*.arrow")) for name in ("input", "filtered")]
     files = list(zip(*parts, strict=True))
     kept = [

@@ -2,7 +2,8 @@
 
     python benchmarks/dry_run_accuracy.py --shape S M --dtype fp32 bf16 --json plan.json
 
-A run of a few steps is planned in one process and made in another; memory is without the weights, which are there before training starts.
+A run of a few steps is planned in one process and made in another; memory is without the weights,
+which are there before training starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""This side of the benchmarks: the package's own trainer on benchmark pairs, through its public functions only."""
+"""This side of the benchmarks.
+
+The package's own trainer on benchmark pairs, through its public functions only.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,10 @@ def read_pairs(path: str) -> list[Pair]:
 
 
 def remember(model: Policy, pairs: Sequence[Pair], max_tokens: int) -> None:
-    """Reference log-probabilities, once, before the clock starts. The earlier model's are 1 nat of noise away, so that SCIR has verdicts to mask."""
+    """Reference log-probabilities, once, before the clock starts.
+
+    The earlier model's are 1 nat of noise away, so that SCIR has verdicts to mask.
+    """
     draw = random.Random(0)
     groups = [[trees.continuation(p.prompt_ids, ids) for ids in p.response_ids] for p in pairs]
     for pair, logps in zip(pairs, model.score(groups, max_tokens), strict=True):
@@ -75,7 +81,9 @@ def remember(model: Policy, pairs: Sequence[Pair], max_tokens: int) -> None:
 
 
 def in_trainer_order(examples: list[Example], seed: int) -> list[Example]:
-    """The examples placed so that the trainer's own shuffle of the first epoch gives them back in the order they are in."""
+    """The examples placed so that the trainer's own shuffle of the first epoch gives them back in
+    the order they are in.
+    """
     placed = list(examples)
     for example, place in zip(
         examples, np.random.default_rng([seed, 0]).permutation(len(examples)), strict=True
@@ -85,7 +93,11 @@ def in_trainer_order(examples: list[Example], seed: int) -> list[Example]:
 
 
 def count(objective: Objective, batch: Sequence[Example]) -> Json:
-    """What a step needs at least. keys: tokens seen by all queries; sequence_tokens: the same paths one by one, scored tokens included."""
+    """What a step needs at least.
+
+    keys: tokens seen by all queries; sequence_tokens: the same paths one by one, scored tokens
+    included.
+    """
     branches = [branch for example in batch for branch in objective.branches(example)]
     forest = trees.build(branches)
     return {
@@ -95,9 +107,11 @@ def count(objective: Objective, batch: Sequence[Example]) -> Json:
 
 
 def train_flops(model: torch.nn.Module, counts: Json) -> float:
-    """Floating-point operations that a training step cannot do without; recomputation does not count.
+    """Floating-point operations that a training step cannot do without; recomputation does not
+    count.
 
-    3 (forward, and twice that backward) * [2 * body weights * tokens + 2 * vocabulary * width * rows + 4 * layers * heads * head size * keys]
+    3 (forward, and twice that backward) * [2 * body weights * tokens + 2 * vocabulary * width *
+    rows + 4 * layers * heads * head size * keys]
     """
     c = model.config
     head = c.vocab_size * c.hidden_size

@@ -1,10 +1,12 @@
-"""AlpacaEval 2's length-controlled win rate, ours beside `alpaca-eval`'s, from the same annotations.
+"""AlpacaEval 2's length-controlled win rate, ours beside `alpaca-eval`'s, from the same
+annotations.
 
     python benchmarks/lc_winrate.py --alpaca-python .venv-alpaca/bin/python --annotations A.json B.json [--gamed df_gamed.csv]
 
-The other environment: `python3 -m venv .venv-alpaca && .venv-alpaca/bin/pip install alpaca-eval==0.6.6`. df_gamed.csv is AlpacaEval's, from the hub
-(tatsu-lab/alpaca_eval); without it both sides get the same stand-in of its form, drawn from a seed: the figures then are not AlpacaEval's, and
-their difference means as much. Without annotations, seeded ones.
+The other environment: `python3 -m venv .venv-alpaca && .venv-alpaca/bin/pip install
+alpaca-eval==0.6.6`. df_gamed.csv is AlpacaEval's, from the hub (tatsu-lab/alpaca_eval); without it
+both sides get the same stand-in of its form, drawn from a seed: the figures then are not
+AlpacaEval's, and their difference means as much. Without annotations, seeded ones.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The work of `filter --rule agree` in pandas and in polars: the other side of data_stages.py, in an environment without this package.
+"""The work of `filter --rule agree` in pandas and in polars: the other side of data_stages.py, in
+an environment without this package.
 
-Read the parts of a judged dataset, drop pairs without two verdicts, ties, disagreements and pairs whose two texts were seen before under the same
-prompt; add label, margin, prompt and the chosen and rejected messages; write an Arrow stream. Left out, though `filter` does it: counts by reason,
+Read the parts of a judged dataset, drop pairs without two verdicts, ties, disagreements and pairs
+whose two texts were seen before under the same prompt; add label, margin, prompt and the chosen and
+rejected messages; write an Arrow stream. Left out, though `filter` does it: counts by reason,
 digests, parts. Verdicts are taken by their place in `rewards`, not by name.
 """
 

@@ -1,4 +1,5 @@
-"""How the cost of a training step grows: one factor at a time around a small base, with the exponent of a fitted power law.
+"""How the cost of a training step grows: one factor at a time around a small base, with the
+exponent of a fitted power law.
 
     python benchmarks/scaling.py --objective dpo scir --json scaling.json
 
@@ -7,7 +8,8 @@ answers     answers of one prompt; a step trains on all their pairs
 vocabulary  size of the vocabulary
 context     tokens of the prompt; the answers stay as they are
 
-Everything of a step goes in one pack, so that the growth is the engine's and not the packing's; --max-tokens-per-pack bounds memory instead.
+Everything of a step goes in one pack, so that the growth is the engine's and not the packing's;
+--max-tokens-per-pack bounds memory instead.
 """
 
 from __future__ import annotations

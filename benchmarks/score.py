@@ -1,4 +1,5 @@
-"""Judging all ordered pairs of N answers of a prompt (both judge orders, implicit reward): token trees beside the usual ways of scoring.
+"""Judging all ordered pairs of N answers of a prompt (both judge orders, implicit reward): token
+trees beside the usual ways of scoring.
 
     python benchmarks/score.py --shape S M --json score.json
 
@@ -58,11 +59,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ---------------------------------------------------------------------------------------------------------------------- in the child
+# ------------------------------ in the child
 
 
 def run(a: Json) -> Json:
-    """Scores prompt by prompt: seconds, tokens computed, and every branch's summed log-probability."""
+    """Scores prompt by prompt.
+
+    Seconds, tokens computed, and every branch's summed log-probability.
+    """
     import engine
     import torch
 
@@ -153,7 +157,10 @@ def tokens_computed(method: str, groups: Groups, size: int) -> int:
 def score_batch(
     policy: Any, paths: Sequence[tuple[int, ...]], wanted: Sequence[Any], everywhere: bool
 ) -> list[float]:
-    """Summed log-probability of each wanted branch; hidden states of a whole batch, logits where there are targets, or everywhere."""
+    """Summed log-probability of each wanted branch.
+
+    Hidden states of a whole batch, logits where there are targets, or everywhere.
+    """
     import torch
 
     longest = max(map(len, paths))
@@ -188,7 +195,7 @@ def score_batch(
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------------------- in the driver
+# ------------------------------ in the driver
 
 
 def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list[Json]:

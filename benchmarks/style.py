@@ -1,4 +1,5 @@
-"""The shape of the code in figures: density, length and documentation of every file below some folders.
+"""The shape of the code in figures: density, length and documentation of every file below some
+folders.
 
     python benchmarks/style.py scir_cli tests benchmarks --json style.json
 
@@ -114,7 +115,10 @@ def raised_errors(function: Function) -> Iterator[ast.Raise]:
 
 
 def settings_per_command() -> dict[str, int]:
-    """Settings of each command, nested ones counted one by one; without --config, --json and --traceback."""
+    """Settings of each command, nested ones counted one by one.
+
+    Without --config, --json and --traceback.
+    """
     from scir_cli import config, registry
 
     return {name: len(config.fields(stage.settings)) for name, stage in registry.STAGES.items()}

@@ -1,4 +1,5 @@
-"""A training step of this package beside a step of TRL's DPOTrainer: same model, pairs, order, optimiser, machine.
+"""A training step of this package beside a step of TRL's DPOTrainer: same model, pairs, order,
+optimiser, machine.
 
     python benchmarks/train_step.py --shape S M --dtype fp32 bf16 --trl-python .venv-trl/bin/python --json train_step.json
 
@@ -8,9 +9,9 @@ trl                 TRL's DPOTrainer with precomputed reference log-probabilitie
 trl-compact         the same, projecting response positions only, as TRL does on CUDA and not on a CPU (the same as trl on CUDA)
 trl-out-of-the-box  TRL with its defaults: bf16 autocast, gradient checkpointing, the reference model in the loop
 
-Each run is a process of its own and the implementations take turns. tokens/s counts every sequence in full, tokens needed what is left when shared
-prefixes count once. TRL's bf16 is autocast over fp32 weights; ours is bf16 weights with fp32 copies
-in the optimiser.
+Each run is a process of its own and the implementations take turns. tokens/s counts every sequence
+in full, tokens needed what is left when shared prefixes count once. TRL's bf16 is autocast over
+fp32 weights; ours is bf16 weights with fp32 copies in the optimiser.
 """
 
 from __future__ import annotations
@@ -103,7 +104,10 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
 
 
 def summarise(records: list[Json], a: argparse.Namespace) -> list[Json]:
-    """A line for each implementation: medians over the counted steps, then over runs; ratios are of runs that took turns."""
+    """A line for each implementation.
+
+    Medians over the counted steps, then over runs; ratios are of runs that took turns.
+    """
     rows = []
     by_name: dict[str, list[Json]] = {}
     for record in records:
@@ -139,7 +143,10 @@ def step_seconds(run: Json, a: argparse.Namespace) -> float:
 
 
 def utilisation(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -> float | None:
-    """Model FLOP utilisation in bf16: operations that the step cannot do without (engine.train_flops) / (seconds * peak of the chip)."""
+    """Model FLOP utilisation in bf16.
+
+    Operations that the step cannot do without (engine.train_flops) / (seconds * peak of the chip).
+    """
     peak = next((peak for chip, peak in PEAK_FLOPS.items() if chip in run["device"]), None)
     if run["dtype"] != "bf16" or not peak or not needs:
         return None
@@ -147,7 +154,10 @@ def utilisation(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -
 
 
 def difference(runs: list[Json], ours: list[Json]) -> float | None:
-    """Largest |loss - loss of scir-dpo| of any step, warm-up included; for scir-dpo itself, between its runs."""
+    """Largest |loss - loss of scir-dpo| of any step, warm-up included.
+
+    For scir-dpo itself, between its runs.
+    """
     pairs = [
         (x, y)
         for run in runs

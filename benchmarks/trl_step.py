@@ -54,7 +54,8 @@ def settings(a: Json, folder: str) -> DPOConfig:
 
 def trainer(a: Json, folder: str, meter: Meter) -> ExactLosses:
     if a["implementation"] == "trl-compact":
-        # TRL scores response positions only where Triton runs, and every position elsewhere: here it does on a CPU what it does on CUDA
+        # TRL scores response positions only where Triton runs, and every position elsewhere: here
+        # it does on a CPU what it does on CUDA
         trl.trainer.utils._use_triton = lambda device: True
     pairs = json.loads(Path(a["pairs"]).read_text())
     rows = [

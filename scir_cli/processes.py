@@ -6,14 +6,15 @@ import ctypes
 import os
 import signal
 
-PR_SET_PDEATHSIG = 1  # of prctl(2)
+# The option of prctl(2).
+PR_SET_PDEATHSIG = 1
 
 
 def exit_with_parent(parent: int | None = None, on_death: signal.Signals = signal.SIGTERM) -> None:
-    """Makes the kernel send this process a signal when its parent dies, however that dies.
+    """Makes the kernel send this process a signal when its parent dies, for any reason.
 
-    parent: process id of the parent; if it has died before this call, this process ends here.
-    on_death: the signal that is sent. SIGTERM allows a clean end, SIGKILL ends a process that is busy.
+    parent: process id of the parent; if it has died before this call, this process exits at once.
+    on_death: the signal. SIGTERM allows a clean exit, SIGKILL also ends a process that is busy.
     Does nothing on a system without prctl (macOS).
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)

@@ -1,7 +1,7 @@
-"""Every stage, once: the command line, recipes, the terminal and pages are made from this list.
+"""Every stage, once: the command line, recipes, tables and pages are built from this list.
 
-A stage is a function of its settings; what it needs (torch, transformers) is imported when it runs,
-because a record names functions as "module:function". This module does not import torch.
+A stage is a function of its settings. A record names functions as "module:function", so torch and
+transformers are imported only when a stage runs. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from scir_cli.settings import (
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage; a target is written "module:function"."""
+    """One stage; a target has the form "module:function"."""
 
-    name: str  # as on the command line and in recipes: "judge", "eval rewards"
-    about: str  # one line of help
+    #: As on the command line and in recipes: "judge", "eval rewards".
+    name: str
+    #: One line of help.
+    about: str
     settings: type[StageSettings]
-    run: str  # settings -> manifest
-    tables: str | None = None  # manifest -> what the terminal shows; None: only the one line
-    page: str | None = None  # output folder -> the page of --report
-    story: str | None = None  # folder's name, manifest -> sections of the page of a whole run
-    shows_agreement: bool = False  # its summary is a row of the table that `scir run` ends with
+    #: Target: settings -> manifest.
+    run: str
+    #: Target: manifest -> the tables in the terminal; None: only the summary line.
+    tables: str | None = None
+    #: Target: output folder -> the page of --report.
+    page: str | None = None
+    #: Target: folder's name, manifest -> sections of the page of a whole run.
+    story: str | None = None
+    #: Whether its summary is a row of the table at the end of `scir run`.
+    shows_agreement: bool = False
 
     @property
     def words(self) -> Sequence[str]:
@@ -116,6 +123,6 @@ STAGES: dict[str, Stage] = {stage.name: stage for stage in _ALL}
 
 
 def load(target: str) -> Any:
-    """The function that "module:function" names; its module is imported only now."""
+    """The function that "module:function" names; this call imports its module."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)

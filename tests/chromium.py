@@ -1,4 +1,7 @@
-"""A headless Chromium that opens one page and says what happened: its debugging protocol over two pipes, JSON between null bytes."""
+"""A headless Chromium that opens one page and says what happened.
+
+Its debugging protocol over two pipes, JSON between null bytes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ PROGRAM = (
 
 
 class Chromium:
-    """`look` opens a file at a width and a colour scheme; errors, requests and screenshots are kept for the test to see."""
+    """`look` opens a file at a width and a colour scheme.
+
+    Errors, requests and screenshots are kept for the test to see.
+    """
 
     def __init__(self, profile: Path) -> None:
         assert PROGRAM is not None

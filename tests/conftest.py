@@ -6,7 +6,8 @@ import importlib.util
 import json
 import os
 
-# Two threads that wait for each other spin by default; where other work has the cores, a tiny model then takes eighty times as long.
+# Two threads that wait for each other spin by default; where other work has the cores, a tiny model
+# then takes eighty times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -24,13 +25,17 @@ from transformers.utils import logging as transformers_logging
 from scir_cli.data import dataset
 from scir_cli.engine import policy
 
-# As many as the worker processes have, which read the variable themselves: with another number, sums are rounded otherwise.
+# As many as the worker processes have, which read the variable themselves: with another number,
+# sums are rounded otherwise.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 transformers_logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a GPU or vLLM is skipped without one, and said so in the summary; `make test-vllm` fails where it cannot be had."""
+    """What needs a GPU or vLLM is skipped without one, and said so in the summary.
+
+    `make test-vllm` fails where it cannot be had.
+    """
     for item in items:
         if item.get_closest_marker("vllm") and importlib.util.find_spec("vllm") is None:
             item.add_marker(
@@ -54,7 +59,9 @@ def tiny_policy(tiny_llama: Path) -> policy.Policy:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a policy, prompts, labelled pairs, and the chain's datasets up to preferences."""
+    """A folder with a base, a policy, prompts, labelled pairs, and the chain's datasets up to
+    preferences.
+    """
     root = tmp_path_factory.mktemp("world")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)
@@ -98,7 +105,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scored(world: Path) -> Path:
-    """The world with the pairs' scores beside it: the judged pairs, given a gold label, as `eval rewards` takes them."""
+    """The world with the pairs' scores beside it.
+
+    The judged pairs, given a gold label, as `eval rewards` takes them.
+    """
     table = dataset.read_dataset(world / "judged")
     labelled = table.set_column(
         table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows)

@@ -1,4 +1,7 @@
-"""Backends of workers which are slow, die or fail: the workers load them by name, as `failing_backends:DiesOnce`."""
+"""Backends of workers which are slow, die or fail.
+
+The workers load them by name, as `failing_backends:DiesOnce`.
+"""
 
 from __future__ import annotations
 

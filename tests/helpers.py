@@ -1,4 +1,7 @@
-"""What several test files call: a stage run in this process on the CPU in fp32, and what a terminal shows of tables."""
+"""What several test files call.
+
+A stage run in this process on the CPU in fp32, and what a terminal shows of tables.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ def without_backend(table: pa.Table) -> list[Any]:
 
 
 def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Runs `scir WORDS` in this process and returns its exit status; what it prints is left to capfd."""
+    """Runs `scir WORDS` in this process and returns its exit status.
+
+    What it prints is left to capfd.
+    """
     monkeypatch.setattr(sys, "argv", ["scir", *words])
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # as the command line sets it
     handler, verbosity = signal.getsignal(signal.SIGTERM), transformers_logging.get_verbosity()

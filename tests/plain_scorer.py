@@ -1,6 +1,7 @@
 """A plain scorer, written independently of scir_cli, and what is asked of both it and the engine.
 
-One sequence at a time through a second copy of the model, with its own attention: full logits, log_softmax, gather.
+One sequence at a time through a second copy of the model, with its own attention: full logits,
+log_softmax, gather.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from scir_cli.engine.trees import Branch, continuation, verdict
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a model, said twice: as branches for the engine, and as (context, answer) for the plain scorer."""
+    """What is asked of a model, said twice.
+
+    As branches for the engine, and as (context, answer) for the plain scorer.
+    """
 
     branches: list[Branch]
     sequences: list[tuple[list[int], list[int]]]
 
 
 def questions(seed: int = 0) -> Asked:
-    """Three prompts with three answers each (some starting alike, one given twice), and judge prompts that share a start and have two verdicts each."""
+    """Three prompts with three answers each (some starting alike, one given twice), and judge
+    prompts that share a start and have two verdicts each.
+    """
     random = np.random.default_rng(seed)
 
     def ids(n: int) -> list[int]:
@@ -48,14 +54,19 @@ def questions(seed: int = 0) -> Asked:
 
 
 def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A second copy of the model. Eager attention is each model's own definition: the only one with Gemma 2's soft-capping."""
+    """A second copy of the model.
+
+    Eager attention is each model's own definition: the only one with Gemma 2's soft-capping.
+    """
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager"
     ).eval()
 
 
 def plain_logps(model: Any, asked: Asked) -> Tensor:
-    """Summed log-probability of each answer after its context, one sequence at a time through the whole model."""
+    """Summed log-probability of each answer after its context, one sequence at a time through the
+    whole model.
+    """
     sums = []
     for context, answer in asked.sequences:
         ids = torch.tensor([context + answer], device=model.device)

@@ -1,4 +1,6 @@
-"""Rows of a judged dataset and arrays of verdicts, with defaults for whatever a test does not look at."""
+"""Rows of a judged dataset and arrays of verdicts, with defaults for whatever a test does not look
+at.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Verdicts on the same pairs compared between runs, and what they lean to: by hand, against scipy, and through the stage."""
+"""Verdicts on the same pairs compared between runs, and what they lean to.
+
+By hand, against scipy, and through the stage.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ NAN = math.nan
 
 
 def test_kappa_has_the_interval_of_its_observed_agreement():
-    # The textbook table (p_o 0.7 of 50, p_e 0.5): kappa 0.4; Wilson of 35/50 is [0.5625, 0.8090], so kappa [0.125, 0.618]
+    # The textbook table (p_o 0.7 of 50, p_e 0.5): kappa 0.4; Wilson of 35/50 is [0.5625, 0.8090],
+    # so kappa [0.125, 0.618]
     a = np.repeat([2.0, 0.1, -3.0, -1.0], [20, 5, 10, 15])
     b = np.repeat([1.0, -1.0, 1.0, -1.0], [20, 5, 10, 15])
     assert statistics.kappa_interval(a, b) == pytest.approx((0.4, 0.125, 0.618), abs=1e-3)
@@ -73,7 +77,10 @@ def test_pairs_are_joined_by_id_and_what_is_left_out_is_counted():
 
 
 def crossed(scores: np.ndarray) -> tuple[Any, Any, Any]:
-    """All pairs of each prompt's responses: log-odds, prompts, responses.  scores: (prompts, responses)"""
+    """All pairs of each prompt's responses.
+
+    Log-odds, prompts, responses.  scores: (prompts, responses)
+    """
     n = scores.shape[1]
     pairs = [(p, i, j) for p in range(len(scores)) for i, j in itertools.combinations(range(n), 2)]
     log_odds = np.array([scores[p, i] - scores[p, j] for p, i, j in pairs])
@@ -121,7 +128,8 @@ def test_a_prompt_with_a_missing_pair_or_only_two_responses_is_not_ranked():
 
 
 def test_what_stays_of_each_model_is_agreement_ranks_and_accuracy():
-    # judge: signs + - + (tie) against + + + +: agreement 2 of 4; correct here 1, 0, 1, 1/2 and there 1, 1, 1, 1 with gold + + + +
+    # judge: signs + - + (tie) against + + + +: agreement 2 of 4; correct here 1, 0, 1, 1/2 and
+    # there 1, 1, 1, 1 with gold + + + +
     one = verdicts([[1.0, -1, 2, 0], [1, 1, 1, 1]], gold=[1, 1, 1, 1])
     other = verdicts([[2.0, 3, 1, 1], [1, 1, NAN, 1]], gold=[1, 1, 1, 1])
     found = stability.verdict_stability(one, other, np.arange(4), np.arange(8).reshape(2, 4))
@@ -157,7 +165,8 @@ def table_of(*texts: tuple[str, str], authors: Any = (None, None)) -> pa.Table:
 
 
 def test_leaning_to_length_is_counted_where_lengths_differ_and_set_against_the_labels():
-    # longer is first, first, second, none, second; verdicts first, second, second, -, tie: to the longer 1, 0, 1, 1/2
+    # longer is first, first, second, none, second; verdicts first, second, second, -, tie: to the
+    # longer 1, 0, 1, 1/2
     v = verdicts([[1.0, -1, -1, 1, 0]], gold=[-1, -1, -1, 1, NAN], length=[5, 5, -5, 0, -5])
     found = biases(v, table_of(*[("a", "b")] * 5))["judge"]["longer"]
     assert (found["pairs"], found["rate"]) == (4, 2.5 / 4)
@@ -176,7 +185,8 @@ def test_formats_are_seen_where_only_one_of_the_two_has_them():
     )  # fmt: skip
     v = verdicts([[1.0, 1, 1, -1, -1, 1, 1]])
     found = biases(v, table)["judge"]
-    # lists: rows 0 (+, wins), 1 (-, loses), 6 (-, loses); code: row 3 (+, loses); headers: row 4 (-, wins)
+    # lists: rows 0 (+, wins), 1 (-, loses), 6 (-, loses); code: row 3 (+, loses); headers: row 4
+    # (-, wins)
     assert (found["lists"]["pairs"], found["lists"]["rate"]) == (3, round(1 / 3, 6))
     assert (found["code"]["pairs"], found["code"]["rate"]) == (1, 0)
     assert (found["headers"]["pairs"], found["headers"]["rate"]) == (1, 1)
@@ -227,7 +237,10 @@ def test_swapping_every_pair_changes_no_leaning():
 def dataset(
     path: Path, log_odds: list[float], prompts: int = 1, model: str = "key", ids: str = "p"
 ) -> str:
-    """A judged dataset: every two of three responses of each prompt; log_odds of each pair in turn."""
+    """A judged dataset.
+
+    Every two of three responses of each prompt; log_odds of each pair in turn.
+    """
     rows = []
     for number, value in enumerate(log_odds):
         i, j = list(itertools.combinations(range(3), 2))[number % 3]

@@ -1,7 +1,9 @@
-"""Losses and label rules against numbers that the authors' own functions gave on these inputs, in double precision (2026-11-24).
+"""Losses and label rules against numbers that the authors' own functions gave on these inputs, in
+double precision (2026-11-24).
 
-SimPO: princeton-nlp/SimPO 1b3e8f3, `simpo_loss`. DPO, IPO, SPPO: uclaml/SPPO 5e61c4e, `sppo_loss`. CREAM: Raibows/CREAM de1d04b, the lines of
-`training_step`, and scipy's kendalltau on ordinal ranks as in `cal_consistency`. DICE: sail-sg/dice 865aa6d, `optimize_alpha`, lengths in characters.
+SimPO: princeton-nlp/SimPO 1b3e8f3, `simpo_loss`. DPO, IPO, SPPO: uclaml/SPPO 5e61c4e, `sppo_loss`.
+CREAM: Raibows/CREAM de1d04b, the lines of `training_step`, and scipy's kendalltau on ordinal ranks
+as in `cal_consistency`. DICE: sail-sg/dice 865aa6d, `optimize_alpha`, lengths in characters.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ def test_sppo_is_twice_theirs_which_is_a_mean_of_two_terms():
 
 
 def test_sppo_s_soft_label_has_the_gradient_of_theirs():
-    # theirs at P(win) = 0.75: ((h_w - 250)^2 + (h_l + 250)^2) / 2 = 62001 for the first pair, whose gradient is h_w - 250 and h_l + 250
+    # theirs at P(win) = 0.75: ((h_w - 250)^2 + (h_l + 250)^2) / 2 = 62001 for the first pair, whose
+    # gradient is h_w - 250 and h_l + 250
     ratios = RATIOS.clone().requires_grad_()
     losses.hedged(
         partial(losses.sppo, ratios, beta=1e-3), FIRST, f64([0.75, 0.75])

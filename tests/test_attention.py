@@ -1,4 +1,8 @@
-"""Trees as variable-length attention: what the CUDA path hands to flash attention is right, shown on a CPU with a plain definition of that kernel."""
+"""Trees as variable-length attention.
+
+What the CUDA path hands to flash attention is right, shown on a CPU with a plain definition of that
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,10 @@ def varlen_attn(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """torch's varlen_attn by its documentation: sequences one by one, causal from the end, at most window_size[0] keys back."""
+    """torch's varlen_attn by its documentation.
+
+    Sequences one by one, causal from the end, at most window_size[0] keys back.
+    """
     assert window_size[1] == 0
     assert enable_gqa == (query.shape[1] != key.shape[1])
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
@@ -80,7 +87,10 @@ def test_where_flash_attention_cannot_serve_the_next_one_does(
 def test_one_flex_call_scores_like_one_sequence_at_a_time(
     arch: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """Its block mask is the inequality of trees.py; grouped heads, windows and capped scores with it. Forward only: a CPU refuses the rest."""
+    """Its block mask is the inequality of trees.py.
+
+    Grouped heads, windows and capped scores with it. Forward only: a CPU refuses the rest.
+    """
     monkeypatch.setattr(tree_attention, "candidates", lambda device, dtype: [tree_attention.FLEX])
     folder, asked = make_model(tmp_path / "model", arch), questions()
     packed = load_fp32(folder)

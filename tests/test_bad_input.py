@@ -1,4 +1,7 @@
-"""Bad input through the real command line: one line that says what was wrong, a documented status, nothing lost."""
+"""Bad input through the real command line.
+
+One line that says what was wrong, a documented status, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ CASES = [
     (1, "train --objective dpo -m m1 -i long.jsonl -o OUT", "too_long"),
     (
         1,
-        "train --objective sft -m m1 -i pairs.jsonl --learning-rate 1e30 --num-epochs 3 -o OUT",
+        "train --objective sft -m m1 -i pairs.jsonl --learning-rate 1000 --num-epochs 3 -o OUT",
         "Lower --learning-rate",
     ),
     (2, "train --objective sft -m m1 -i pairs.jsonl -o m1 --overwrite", "is or holds model m1"),
@@ -102,7 +105,8 @@ CASES = [
 ]
 
 
-#: One of the usage, the data, the model and the training: these start an interpreter, as a user does.
+#: One of the usage, the data, the model and the training: these start an interpreter, as a user
+#: does.
 IN_A_PROCESS = [CASES[0], CASES[8], CASES[9], CASES[16]]
 IDS = {case: case[1][:60] for case in CASES}
 

@@ -1,4 +1,7 @@
-"""The benchmarks run, say what they promise to say, and repeat themselves; what they measure is not looked at."""
+"""The benchmarks run, say what they promise to say, and repeat themselves.
+
+What they measure is not looked at.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +134,10 @@ def test_scaling_fits_an_exponent_to_each_factor(tmp_path: Path):
 
 @pytest.mark.slow
 def test_length_controlled_rates_are_set_beside_another_environments(tmp_path: Path):
-    """A stand-in for alpaca-eval's environment: it knows plain win rates, and calls every length-controlled one 50."""
+    """A stand-in for alpaca-eval's environment.
+
+    It knows plain win rates, and calls every length-controlled one 50.
+    """
     peer = tmp_path / "python"
     script = (
         "import json, sys; files = sys.argv[4:]\n"

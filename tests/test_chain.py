@@ -1,4 +1,7 @@
-"""The whole chain on a tiny model: rows add up, folders open elsewhere, killed runs end as undisturbed ones, failures are one line."""
+"""The whole chain on a tiny model.
+
+Rows add up, folders open elsewhere, killed runs end as undisturbed ones, failures are one line.
+"""
 
 from __future__ import annotations
 
@@ -381,7 +384,8 @@ def test_a_full_disk_keeps_finished_parts_and_the_next_run_goes_on(
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 3:  # plan, part 0, part 1
+        # A file and its folder each: plan, part 0, digest of part 0; then part 1.
+        if len(calls) == 7:
             raise OSError(28, "No space left on device")
         real(descriptor)
 
@@ -458,7 +462,7 @@ def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Pat
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- SIGKILL
+# ------------------------------ SIGKILL
 
 
 def kill_when(command: list[str], ready: Any) -> None:
@@ -475,7 +479,10 @@ def kill_when(command: list[str], ready: Any) -> None:
 
 @pytest.fixture(scope="module")
 def thousands(world: Path) -> Path:
-    """The judged pairs many times over under new ids: enough for a stage that only counts to be caught in the middle."""
+    """The judged pairs many times over under new ids.
+
+    Enough for a stage that only counts to be caught in the middle.
+    """
     rows = dataset.read_dataset(world / "judged").to_pylist()
     many = [{**row, "pair_id": f"{row['pair_id']}-{copy}"} for copy in range(30) for row in rows]
     plan = {"stage": "judge", "made by": "a test"}

@@ -1,4 +1,8 @@
-"""Text to token ids: boundaries, BOS and end tokens, verdict tokens, judge prompts, and one clear line for what cannot be used."""
+"""Text to token ids.
+
+Boundaries, BOS and end tokens, verdict tokens, judge prompts, and one clear line for what cannot be
+used.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,7 @@ def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------------ boundaries
+# ------------------------------ boundaries
 
 
 def test_the_toy_tokenizer_has_a_token_for_each_verdict_and_score(plain: Chat):
@@ -151,7 +155,10 @@ def test_a_template_that_renders_an_answered_prompt_otherwise_is_an_error(tmp_pa
 
 
 def test_a_think_block_put_before_the_answer_counts_as_the_answer_or_is_an_error(tmp_path: Path):
-    """The prompt stays a prefix here: what follows it is what the model would have to write, think block included."""
+    """The prompt stays a prefix here.
+
+    What follows it is what the model would have to write, think block included.
+    """
     talk = toy_chat(tmp_path / "tokenizer", template=CLOSING_THINK)
     assert talk.tokenizer.decode(talk.response_ids(USER, "4")) == f"<think>\n\n</think>\n\n4{END}"
     # and before a verdict it belongs to the prompt
@@ -167,7 +174,7 @@ def test_an_answer_that_melts_into_the_prompts_last_token_is_an_error(tmp_path: 
     assert r"'\nFour.'" in one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------------------------ verdicts
+# ------------------------------ verdicts
 
 
 @pytest.mark.parametrize("words", [("A", "B"), ("0", "1", "2", "3", "4", "5")])
@@ -204,7 +211,7 @@ def test_answers_of_several_tokens_keep_their_ends(plain: Chat):
     assert [plain.tokenizer.decode(ending) for ending in answers.endings] == [END, f"0{END}"]
 
 
-# ------------------------------------------------------------------------------------------------------------------ judge prompts
+# ------------------------------ judge prompts
 
 
 def test_braces_in_what_users_wrote_mean_nothing():
@@ -279,7 +286,7 @@ def test_a_judge_prompt_that_cannot_be_read_is_one_line(content: bytes | None, t
     assert f"the judge prompt {path} cannot be read" in one_line(error)
 
 
-# ------------------------------------------------------------------------------------------------------------------ the digest
+# ------------------------------ the digest
 
 
 def test_the_digest_is_that_of_template_and_vocabulary(plain: Chat, with_bos: Chat, tmp_path: Path):
@@ -293,7 +300,7 @@ def test_the_digest_is_that_of_template_and_vocabulary(plain: Chat, with_bos: Ch
     assert more.template_digest() != plain.template_digest()
 
 
-# ------------------------------------------------------------------------------------------------------------------ tokenizers on disk
+# ------------------------------ tokenizers on disk
 
 
 def settings(folder: Path, **values: Any) -> ModelSettings:

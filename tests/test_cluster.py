@@ -1,4 +1,7 @@
-"""Workers as actors of a Ray cluster, a real one on this machine: the rows of one process, whoever dies."""
+"""Workers as actors of a Ray cluster, a real one on this machine.
+
+The rows of one process, whoever dies.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ RAY = {"workers_on": "ray", "workers": 2}
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cluster of one node with room for two actors, found as one finds any; its processes end with the tests."""
+    """A cluster of one node with room for two actors, found as one finds any.
+
+    Its processes end with the tests.
+    """
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as folder:

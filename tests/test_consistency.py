@@ -1,4 +1,6 @@
-"""Agreement and statistics against numbers worked by hand, and the properties that hold for any verdicts."""
+"""Agreement and statistics against numbers worked by hand, and the properties that hold for any
+verdicts.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,8 @@ def test_kappa_of_a_two_by_two_table_is_two_fifths():
 
 
 def test_kappa_counts_a_tie_as_a_third_category_and_leaves_missing_verdicts_out():
-    # Known pairs: (0,0) (+,0) (+,+) (-,-).  p_o = 3/4; a: 1/4 -, 1/4 0, 2/4 +; b: 1/4 -, 2/4 0, 1/4 +;
+    # Known pairs: (0,0) (+,0) (+,+) (-,-).  p_o = 3/4; a: 1/4 -, 1/4 0, 2/4 +; b: 1/4 -, 2/4 0, 1/4
+    # +;
     # p_e = (1 + 2 + 2)/16 = 5/16; kappa = (12 - 5) / (16 - 5) = 7/11
     a, b = np.array([0.0, 1, 1, -1, NAN, 1]), np.array([-0.0, 0, 1, -1, 1, NAN])
     assert statistics.cohen_kappa(a, b) == pytest.approx(7 / 11)
@@ -178,8 +181,10 @@ def test_kappa_is_undefined_without_pairs_or_where_chance_agrees_always(a, b):
 
 
 def test_spearman_gives_tied_values_their_average_rank():
-    # ranks of a: 1, 2.5, 2.5, 4 -> -1.5, 0, 0, 1.5 (sum of squares 4.5); of b: 1, 3, 2, 4 -> -1.5, 0.5, -0.5, 1.5 (5)
-    # products: 2.25 + 0 + 0 + 2.25 = 4.5; rho = 4.5 / sqrt(4.5 * 5) = sqrt(0.9).  The fifth pair has no verdict.
+    # ranks of a: 1, 2.5, 2.5, 4 -> -1.5, 0, 0, 1.5 (sum of squares 4.5); of b: 1, 3, 2, 4 -> -1.5,
+    # 0.5, -0.5, 1.5 (5)
+    # products: 2.25 + 0 + 0 + 2.25 = 4.5; rho = 4.5 / sqrt(4.5 * 5) = sqrt(0.9).  The fifth pair
+    # has no verdict.
     assert statistics.spearman(
         np.array([10.0, 20, 20, 90, NAN]), np.array([-7.0, 3, 2, 4, 0])
     ) == pytest.approx(math.sqrt(0.9))
@@ -194,7 +199,8 @@ def test_spearman_sees_order_only_and_is_undefined_for_a_constant():
 
 
 def test_wilson_for_eight_of_ten():
-    # z^2 = 3.841459; centre 0.8 + 0.1920729 = 0.9920729; half 1.959964 sqrt(0.016 + 0.00960365) = 0.3136159; both / 1.3841459
+    # z^2 = 3.841459; centre 0.8 + 0.1920729 = 0.9920729; half 1.959964 sqrt(0.016 + 0.00960365) =
+    # 0.3136159; both / 1.3841459
     assert statistics.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
     assert statistics.wilson(0, 5)[0] == 0
     assert statistics.wilson(5, 5)[1] == 1
@@ -203,7 +209,8 @@ def test_wilson_for_eight_of_ten():
 
 def test_calibration_error_weighs_each_bin_by_its_pairs():
     # Confidence 3/4 (bin [0.75, 0.8)): right, wrong, right -> |2/3 - 3/4| = 1/12, weight 3/5.
-    # Confidence 9/10 (bin [0.9, 0.95)): right and a tie's half -> |3/4 - 9/10| = 3/20, weight 2/5.  1/20 + 3/50 = 0.11
+    # Confidence 9/10 (bin [0.9, 0.95)): right and a tie's half -> |3/4 - 9/10| = 3/20, weight 2/5.
+    # 1/20 + 3/50 = 0.11
     log_odds = np.array([LN3, -LN3, LN3, 2 * LN3, -2 * LN3, 5.0, NAN]) * (1 + 1e-12)
     assert statistics.calibration_error(
         log_odds, np.array([1, 0, 1, 1, 0.5, NAN, 1])
@@ -211,8 +218,10 @@ def test_calibration_error_weighs_each_bin_by_its_pairs():
 
 
 def test_calibration_error_of_the_surest_and_least_sure_verdicts_falls_in_the_outer_bins():
-    # sigmoid(800) is 1 in float64 and sigmoid(ln 49) 0.98: both in bin 9, wrong and right -> |(0 + 1) - (1 + 0.98)| = 0.98.
-    # sigmoid(ln 12) = 12/13 = 0.923: bin 8, right -> 1/13.  sigmoid(0) = 1/2: bin 0, a tie's half -> 0.  Over four pairs
+    # sigmoid(800) is 1 in float64 and sigmoid(ln 49) 0.98: both in bin 9, wrong and right -> |(0 +
+    # 1) - (1 + 0.98)| = 0.98.
+    # sigmoid(ln 12) = 12/13 = 0.923: bin 8, right -> 1/13.  sigmoid(0) = 1/2: bin 0, a tie's half
+    # -> 0.  Over four pairs
     error = statistics.calibration_error(
         np.array([800.0, -math.log(49), math.log(12), 0.0]), np.array([0, 1, 1, 0.5])
     )
@@ -233,7 +242,8 @@ def test_entropy_is_log_two_for_a_tie_and_even_in_the_log_odds():
 
 
 def test_a_reliability_curve_holds_the_bins_of_the_calibration_error():
-    # Confidence 3/4: right, wrong, right; confidence 9/10: right and a tie's half (as in the test of the error): 3 at 2/3, 2 at 3/4
+    # Confidence 3/4: right, wrong, right; confidence 9/10: right and a tie's half (as in the test
+    # of the error): 3 at 2/3, 2 at 3/4
     log_odds = np.array([LN3, -LN3, LN3, 2 * LN3, -2 * LN3, 5.0, NAN]) * (1 + 1e-12)
     low, high = statistics.reliability(log_odds, np.array([1, 0, 1, 1, 0.5, NAN, 1]))
     assert (low["pairs"], low["confidence"], low["accuracy"]) == (
@@ -250,7 +260,8 @@ def test_a_reliability_curve_holds_the_bins_of_the_calibration_error():
 
 
 def test_a_risk_coverage_curve_takes_the_surest_first_and_equals_together():
-    # Labelled: four, one of them not covered.  By confidence: .9 right | .8 wrong, right | then nothing.  The fifth has no label.
+    # Labelled: four, one of them not covered.  By confidence: .9 right | .8 wrong, right | then
+    # nothing.  The fifth has no label.
     confidence = np.array([0.8, 0.9, NAN, 0.8, 0.95])
     curve = statistics.risk_coverage(confidence, np.array([0, 1, 1, 1, NAN]))
     assert [(p["coverage"], p["pairs"], p["accuracy"], p["confidence"]) for p in curve] == [
@@ -299,7 +310,7 @@ def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
     (missing,) = consistency.data_notes(verdicts([[1.0, 1.0, 1.0]], gold=[1, -1, NAN]), 0)
     assert missing.startswith("1 of 3 pairs have no gold label")
     (equal,) = consistency.data_notes(verdicts([[1.0, 1.0]], gold=[-1, -1]), 0)
-    assert equal.startswith("all 2 gold labels say 'second'")
+    assert equal.startswith("all 2 gold labels are 'second'")
     (repeated,) = consistency.data_notes(verdicts([[1.0, 1.0, 1.0]]), 1)
     assert repeated.startswith("1 rows repeat the pair_id")
 
@@ -308,7 +319,8 @@ def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
 
 
 def test_a_judge_flips_where_both_orders_go_to_the_same_seat():
-    # (forward, swapped): A A flips; A B agrees; B B flips; tie A does not; the last has one order and is not counted: 2 of 4.
+    # (forward, swapped): A A flips; A B agrees; B B flips; tie A does not; the last has one order
+    # and is not counted: 2 of 4.
     # Seat A over the nine verdicts A A, A B, B B, tie A, A: 5.5 of 9
     forward, swapped = [1.0, 2.0, -1.0, 0.0, 1.0], [-3.0, 2.0, 2.0, -1.0, NAN]
     v = verdicts([[-1.0, 2.0, 0.5, -0.5, NAN]], [forward], [swapped])
@@ -351,7 +363,8 @@ def test_a_summary_has_every_number_worked_by_hand():
         0.5,
         4,
     )  # right, wrong, right, wrong
-    # Both have a verdict on three pairs: (+,+) (-,+) (0,-).  p_o 1/3, p_e = 1/3 * 2/3 + 1/3 * 1/3 = 1/3, so kappa 0
+    # Both have a verdict on three pairs: (+,+) (-,+) (0,-).  p_o 1/3, p_e = 1/3 * 2/3 + 1/3 * 1/3 =
+    # 1/3, so kappa 0
     between = s["between"][0]
     assert (between["first"], between["second"], between["pairs"]) == ("judge", "implicit", 3)
     assert (between["agreement"], between["kappa"]) == (round(1 / 3, 6), 0)

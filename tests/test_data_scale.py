@@ -1,4 +1,7 @@
-"""The stages that only count, on many rows: the same rows as when they went row by row, in memory that does not grow with them."""
+"""The stages that only count, on many rows.
+
+The same rows as when they went row by row, in memory that does not grow with them.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,10 @@ def run(stage: str, **values: Any) -> dict[str, Any]:
 
 
 def odd_pairs(seed: int, rows: int) -> list[dict[str, Any]]:
-    """Judged pairs with whatever may be odd: ties, no verdict, a model that is missing or comes late, texts seen before (also the other way round, under
-    another prompt, far apart), empty texts, no token ids, ids twice, scripts, and rewards in any order."""
+    """Judged pairs with whatever may be odd: ties, no verdict, a model that is missing or comes
+    late, texts seen before (also the other way round, under another prompt, far apart), empty
+    texts, no token ids, ids twice, scripts, and rewards in any order.
+    """
     draw = random.Random(seed)
     words = [
         "",
@@ -125,7 +130,8 @@ BEFORE = {"gold_label": "gold", "label_probability": "certainty"}
 
 
 def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> str:
-    """A digest of rows and manifest that no version of a library is part of, with names and signs of the first schema version.
+    """A digest of rows and manifest that no version of a library is part of, with names and signs
+    of the first schema version.
 
     pairs: the judged dataset whose columns a consistency dataset had beside its own then.
     """
@@ -231,7 +237,10 @@ def test_filter_keeps_the_rows_that_it_kept_row_by_row(world: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("begin", ["", "These are the first words of every answer: "])
 def test_the_repeats_are_those_that_a_set_of_whole_texts_finds(tmp_path: Path, begin: str):
-    """All texts of six letters, some of which begin alike: a glance tells them apart, or whole texts have to."""
+    """All texts of six letters, some of which begin alike.
+
+    A glance tells them apart, or whole texts have to.
+    """
     rows = odd_pairs(2, 300)
     for number, row in enumerate(rows):
         for side in ("first", "second"):
@@ -270,7 +279,9 @@ def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_p
 
 
 def odd_candidates(folder: Path) -> Path:
-    """Candidates of which some repeat others or are blank (also to Unicode alone), of prompts with one to five of them, with scores or without."""
+    """Candidates of which some repeat others or are blank (also to Unicode alone), of prompts with
+    one to five of them, with scores or without.
+    """
     draw = random.Random(5)
     words = ["", " ", "\u3000\x1c\x85", "a", "b c", "Zürich", "x" * 300]
     rows, scores = [], []
@@ -375,21 +386,6 @@ def test_a_part_without_rows_changes_nothing(tmp_path: Path):
     assert starts[-1][1] == 40
 
 
-def test_the_hundred_thousandth_part_comes_after_the_one_before_it(tmp_path: Path):
-    def elsewhere(kind: str, todo: list[dataset.PartTask], advance: Any) -> None:
-        for index in (100_000, 99_999):
-            dataset.write_part(
-                dataset.PartTask(tmp_path / f"data-{index:05d}.arrow", None, 0, 0),
-                kind,
-                dataset.Part([], 0),
-            )
-
-    manifest = dataset.write_dataset(
-        tmp_path, "prompts", {}, [(0, 0)], lambda low, high: dataset.Part([], 0), share=elsewhere
-    )
-    assert [part["file"] for part in manifest["parts"]] == ["data-99999.arrow", "data-100000.arrow"]
-
-
 @bounded(deadline=None, max_examples=30)
 @given(
     st.lists(st.text(max_size=20) | st.text("ab\0", max_size=20), max_size=12), st.integers(1, 40)
@@ -411,7 +407,7 @@ def test_equal_texts_have_equal_hashes_wherever_they_lie(texts: list[str], block
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------ memory
 
 PART, LETTERS = 250, 3000  # rows of a part, letters of a response
 
@@ -464,11 +460,13 @@ def long_candidates() -> pa.Table:
 
 
 def peak(monkeypatch: pytest.MonkeyPatch, stage: str, **values: Any) -> tuple[int, int]:
-    """The most bytes that Arrow, Python and numpy held at once, and the most parts that were mapped at once."""
+    """The most bytes that Arrow, Python and numpy held at once, and the most parts that were mapped
+    at once.
+    """
     mapped, read = [0], dataset.read_part
 
-    def counting(path: Path) -> pa.Table:
-        table = read(path)
+    def counting(path: Path, digest: str | None = None) -> pa.Table:
+        table = read(path, digest)
         mapped.append(
             sum("/data-0" in line for line in Path("/proc/self/maps").read_text().splitlines())
         )
@@ -493,7 +491,10 @@ def peak(monkeypatch: pytest.MonkeyPatch, stage: str, **values: Any) -> tuple[in
 def test_memory_does_not_grow_with_the_texts(
     stage: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Six times the parts: a row adds numbers (hashes, log-odds, an id), and of its texts, 6,000 letters, nothing."""
+    """Six times the parts.
+
+    A row adds numbers (hashes, log-odds, an id), and of its texts, 6,000 letters, nothing.
+    """
     name, _, everything = stage.partition(" with ")
     table = long_candidates() if name == "judge" else long_pairs()
     settings: dict[str, Any] = {"rows_per_part": PART}

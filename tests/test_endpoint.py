@@ -1,4 +1,7 @@
-"""An OpenAI-compatible endpoint as a backend, against a small server in the test: retries, what it may answer, and keys."""
+"""An OpenAI-compatible endpoint as a backend, against a small server in the test.
+
+Retries, what it may answer, and keys.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ KEY = "sk-very-secret"
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers a prompt with its last two tokens and the end token, after the faults it was told to show.
+    """Answers a prompt with its last two tokens and the end token, after the faults it was told to
+    show.
 
-    Asked for log-probabilities, it gives its `top` ({token: logprob} of a prompt), with names of tokens or the ids behind them.
+    Asked for log-probabilities, it gives its `top` ({token: logprob} of a prompt), with names of
+    tokens or the ids behind them.
     """
 
     server: Any
@@ -204,7 +209,10 @@ def judge(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
 
 
 def test_verdicts_are_read_by_id_or_by_a_text_that_no_other_token_has(endpoint: Any, judge: Any):
-    """Whatever the rank where the endpoint knows ids; the log-probabilities are made up, and both orders get the same."""
+    """Whatever the rank where the endpoint knows ids.
+
+    The log-probabilities are made up, and both orders get the same.
+    """
 
     def by_id(body: Any) -> Any:
         a, b = body["logprob_token_ids"]

@@ -1,6 +1,8 @@
-"""The engine against the model itself: packed trees must score what one sequence at a time scores, logps and gradients.
+"""The engine against the model itself: packed trees must score what one sequence at a time scores,
+logps and gradients.
 
-The plain scorer below is written independently of scir_cli: a second copy of the model with its own attention, full logits, log_softmax, gather.
+The plain scorer below is written independently of scir_cli: a second copy of the model with its own
+attention, full logits, log_softmax, gather.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------------------------ packed equals plain
+# ------------------------------ packed equals plain
 
 
 @pytest.mark.parametrize("arch", TAKES_TREES)
@@ -77,7 +79,9 @@ def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(
 
 
 def random_tree(seed: int) -> Asked:
-    """Contexts and answers at the leaves of a random tree of up to four forks on a path, each run of tokens 1 to 9 long."""
+    """Contexts and answers at the leaves of a random tree of up to four forks on a path, each run
+    of tokens 1 to 9 long.
+    """
     random = np.random.default_rng(seed)
 
     def grow(depth: int) -> list[list[list[int]]]:
@@ -104,7 +108,9 @@ def test_random_trees_up_to_four_forks_deep_score_and_differentiate_like_one_seq
 
 @pytest.mark.parametrize("arch", ["qwen2_moe", "longrope"])
 def test_what_a_small_probe_cannot_see_is_right_all_the_same(arch: str, folders: Any):
-    """A window that only the mask tells of, and positions that mean something else beside a longer sequence."""
+    """A window that only the mask tells of, and positions that mean something else beside a longer
+    sequence.
+    """
     folder, asked = folders(arch), questions()
     loaded = load_fp32(folder)
     with torch.no_grad():
@@ -128,7 +134,9 @@ def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warn
 
 @pytest.fixture
 def attention_that_ignores_the_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A model that swallows the plan and attends over the flat sequence, as one would that has an attention of its own."""
+    """A model that swallows the plan and attends over the flat sequence, as one would that has an
+    attention of its own.
+    """
 
     def flat(query: Tensor, key: Tensor, value: Tensor, layout: Any, options: Any) -> Tensor:
         key, value = (
@@ -191,14 +199,17 @@ def test_the_masks_of_a_plan_are_the_visible_keys_of_each_segment():
             ].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------ gradients of shared targets
+# ------------------------------ gradients of shared targets
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, 1.0), (1.0, -1.0), (0.3, -0.7)])
 def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient_each(
     weights: tuple[float, float], tiny_llama: Path
 ):
-    """Two targets with one hidden state and one token: their gradients add up, each counted once."""
+    """Two targets with one hidden state and one token.
+
+    Their gradients add up, each counted once.
+    """
     packed, plain = load_fp32(tiny_llama), plain_model(tiny_llama)
     asked = Asked(
         [continuation([5, 6, 7], [20, 21]), continuation([5, 6, 7], [20, 22])],
@@ -220,7 +231,7 @@ def test_two_answers_that_start_with_the_same_token_give_its_target_one_gradient
     assert_same_gradients(*both)
 
 
-# ------------------------------------------------------------------------------------------------------------------ precision and the head
+# ------------------------------ precision and the head
 
 
 def test_in_bf16_trees_are_as_near_to_fp32_as_the_model_itself(tiny_llama: Path):
@@ -271,7 +282,8 @@ def test_the_head_on_two_hidden_states_by_hand():
         torch.tensor([0.0, 0.0, math.log(2)]),
     )
     forest = trees.build([Branch((7, 8), (0, 1), (1, 2))])
-    # hidden 0: logits 0, 0, ln 2 -> 1/4, 1/4, 1/2; hidden ln 2: logits ln 2, ln 4, ln 2 -> 1/4, 1/2, 1/4
+    # hidden 0: logits 0, 0, ln 2 -> 1/4, 1/4, 1/2; hidden ln 2: logits ln 2, ln 4, ln 2 -> 1/4,
+    # 1/2, 1/4
     logps = target_logps(torch.tensor([[0.0], [math.log(2)]]), lm_head, LogitTransform(), forest)
     assert logps.tolist() == pytest.approx([math.log(1 / 4), math.log(1 / 4)])
 
@@ -311,7 +323,10 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_log_probability_is_never_above_zero(dtype: torch.dtype):
-    """Also where one token has nearly all the mass, in bf16 as well: its exact logit stands in its own normaliser."""
+    """Also where one token has nearly all the mass, in bf16 as well.
+
+    Its exact logit stands in its own normaliser.
+    """
     lm_head = a_head(50, 16, dtype)
     lm_head.weight.data[3] *= 400
     hidden = torch.randn(200, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -349,7 +364,7 @@ def test_an_empty_response_beside_others_scores_zero_and_leaves_them_as_they_are
     assert beside.tolist() == pytest.approx([0.0, alone[0].item()], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------ score
+# ------------------------------ score
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 10_000])
@@ -387,7 +402,7 @@ def test_within_its_own_attention_the_model_answers_whole_sequences_and_scores_t
         assert torch.equal(loaded.branch_logps(asked.branches), before)
 
 
-# ------------------------------------------------------------------------------------------------------------------ training
+# ------------------------------ training
 
 
 @pytest.mark.filterwarnings(
@@ -462,7 +477,7 @@ def test_adapters_on_the_head_count_as_well(tiny_llama: Path):
     assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
 
 
-# ------------------------------------------------------------------------------------------------------------------ the weights key
+# ------------------------------ the weights key
 
 
 def test_the_weights_key_does_not_depend_on_the_folders_name(

@@ -1,4 +1,7 @@
-"""eval, through the stages: figures that depend on the data alone, files of responses, bad input."""
+"""eval, through the stages.
+
+Figures that depend on the data alone, files of responses, bad input.
+"""
 
 from __future__ import annotations
 

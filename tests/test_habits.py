@@ -1,4 +1,7 @@
-"""Habits that a test can hold: tests stand alone, install hints name extras that exist, the version is written once."""
+"""Habits that a test can hold.
+
+Tests stand alone, install hints name extras that exist, the version is written once.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ def is_private(name: str) -> bool:
 
 
 def private_names(module: ast.Module) -> Iterator[str]:
-    """`object._name` for each use of a private name of another object: by a dot, by an import, by setattr."""
+    """`object._name` for each use of a private name of another object.
+
+    By a dot, by an import, by setattr.
+    """
     for node in ast.walk(module):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             owner = ast.unparse(node.value)
@@ -99,7 +105,10 @@ getattr(store, "_f")
 
 
 def texts() -> dict[str, str]:
-    """The text of every file that users or developers read or run, by name; CHANGELOG and log keep what was."""
+    """The text of every file that users or developers read or run, by name.
+
+    CHANGELOG and log keep what was.
+    """
     folders = ("scir_cli", "benchmarks", "docs", "recipes", "tests", ".ci", ".github")
     suffixes = {".py", ".md", ".yaml", ".yml", ".sh", ".html", ".toml", ".txt", ".cff", ""}
     files = [

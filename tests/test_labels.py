@@ -17,8 +17,10 @@ def array(*values: float) -> np.ndarray:
 
 
 def test_dice_takes_out_of_the_reward_what_length_put_in():
-    # Longer is better in three of four pairs: d = 4, 2, 2, -6 tokens, a = 2, 0.2, 3, 0.6. Chosen less rejected is 4 + 2 + 2 - 6 = 2 tokens a four;
-    # a/d = 0.5, 0.1, 1.5, -0.1 with weights 4, 2, 2, 6: in order -0.1 (6), 0.1 (8 of 14, past the half).
+    # Longer is better in three of four pairs: d = 4, 2, 2, -6 tokens, a = 2, 0.2, 3, 0.6. Chosen
+    # less rejected is 4 + 2 + 2 - 6 = 2 tokens a four;
+    # a/d = 0.5, 0.1, 1.5, -0.1 with weights 4, 2, 2, 6: in order -0.1 (6), 0.1 (8 of 14, past the
+    # half).
     a, d = array(2, 0.2, 3, 0.6), array(4, 2, 2, -6)
     odds, alpha = label_rules.length_neutral(a, d)
     assert alpha == pytest.approx(0.1)
@@ -49,7 +51,8 @@ def test_no_other_alpha_leaves_a_smaller_difference_in_length(pairs: list[tuple[
 
 
 def test_cream_s_rate_is_kendall_s_tau_scaled_to_a_probability():
-    # Answers 1, 2, 3 of prompt p: rewards 3, 2, 1 now and 2, 3, 1 before: of the pairs 12, 13, 23 two are ranked alike: tau = 1/3, C = 2/3.
+    # Answers 1, 2, 3 of prompt p: rewards 3, 2, 1 now and 2, 3, 1 before: of the pairs 12, 13, 23
+    # two are ranked alike: tau = 1/3, C = 2/3.
     # Answers 1, 2 of prompt q are ranked alike: C = 1.  The average over prompts is 5/6.
     now, before = array(1, 2, 1, 0.5), array(-1, 1, 2, 3)
     prompts = ["p", "p", "p", "q"]

@@ -54,7 +54,10 @@ def imported_modules(module: str) -> set[str]:
 
 
 def as_module(name: str) -> str:
-    """`engine.trees` for `scir_cli.engine.trees`; "" for a name that is no module of the package."""
+    """`engine.trees` for `scir_cli.engine.trees`.
+
+    "" for a name that is no module of the package.
+    """
     inside = name.removeprefix("scir_cli.")
     if inside == name:
         return ""

@@ -1,4 +1,7 @@
-"""The view of a training run: all of it within 80 columns on a terminal, a line now and then in a pipe."""
+"""The view of a training run.
+
+All of it within 80 columns on a terminal, a line now and then in a pipe.
+"""
 
 from __future__ import annotations
 

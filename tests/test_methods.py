@@ -1,4 +1,6 @@
-"""SCIR's settings and the rivals' labels where they meet the objectives, the filter and the trainer; and the guards, each seen to fire."""
+"""SCIR's settings and the rivals' labels where they meet the objectives, the filter and the
+trainer; and the guards, each seen to fire.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ SURE = [
         ("dpo", {"beta": 0.1}, math.log(1 + math.exp(-0.2))),
         ("ipo", {"beta": 0.1}, (2 - 5) ** 2),
         ("sppo", {"beta": 0.1}, (2 - 5) ** 2 + (0 + 5) ** 2),
-        # mean log-probabilities 1/2 and -2/4 (these are no probabilities; the arithmetic does not mind)
+        # mean log-probabilities 1/2 and -2/4 (these are no probabilities; the arithmetic does not
+        # mind)
         ("simpo", {"beta": 2.0, "target_margin": 1.6}, math.log(1 + math.exp(-(2 * 1.0 - 1.6)))),
     ],
 )
@@ -105,15 +108,16 @@ def test_penalty_only_takes_the_judge_s_label_where_the_implicit_reward_disagree
     tiny_policy: Policy,
 ):
     against = [*SURE, -3.0, 0.0]  # h = -2 and 2: the implicit reward prefers the second
-    for mask, rate in (("all", 0.0), ("judge", 1.0)):
-        _, metrics = objective(tiny_policy.chat, mask=mask).loss(logps(against), [example()])
+    for target, rate in (("agreed", 0.0), ("judge", 1.0)):
+        _, metrics = objective(tiny_policy.chat, target=target).loss(logps(against), [example()])
         assert metrics["scir/mask_rate"] == rate
 
 
 def test_the_symmetric_kl_is_what_scir_minimizes_where_nothing_is_preferred(tiny_policy: Policy):
     scir = objective(tiny_policy.chat, entropy_weight=0, judge_orders="averaged")
     loss, _ = scir.loss(logps([*SURE, -3.0, 0.0]), [example()])
-    # judge ln 4, implicit 5 * 0.1 * (-2 - 2) = -2; they disagree, so nothing is preferred: 1/2 (p - q)(a - b)
+    # judge ln 4, implicit 5 * 0.1 * (-2 - 2) = -2; they disagree, so nothing is preferred: 1/2 (p -
+    # q)(a - b)
     expected = 0.5 * (0.8 - 1 / (1 + math.exp(2))) * (LN4 + 2)
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
 
@@ -173,7 +177,7 @@ def chain(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("world")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- guards
+# ------------------------------ guards
 
 
 def test_a_collapsing_judge_is_warned_about_once(capsys: pytest.CaptureFixture[str]):
@@ -230,7 +234,7 @@ def test_a_large_alpha_and_a_degenerate_reference_are_spoken_of_in_the_run(
         train(chain, tmp_path / "same", reward_reference=str(chain / "policy"))
 
 
-# --------------------------------------------------------------------------------------------------------------------------- filter, train
+# ------------------------------ filter, train
 
 
 def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(
@@ -266,7 +270,7 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(
     train(chain, tmp_path / "m", objective="dpo", input=str(tmp_path / "prompt"), max_steps=1)
     with pytest.raises(ConfigError, match="no verdicts of 'implicit'"):
         run("filter", **{**common, "cream_reward_model": None}, output_dir=tmp_path / "no")
-    with pytest.raises(DataError, match="judged none of these pairs"):
+    with pytest.raises(DataError, match="holds verdicts of none of these pairs"):
         table = dataset.read_dataset(tmp_path / "before")
         other = table.set_column(0, "pair_id", pa.array([f"other {i}" for i in range(len(table))]))
         dataset.write_dataset(

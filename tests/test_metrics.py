@@ -1,4 +1,7 @@
-"""Each figure that training logs has one entry, under a key that no setting changes; the view and the page read that list."""
+"""Each figure that training logs has one entry, under a key that no setting changes.
+
+The view and the page read that list.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """metrics.jsonl of one run of each kind, two steps on a toy, by name; the folders are beside "folder"."""
+    """metrics.jsonl of one run of each kind, two steps on a toy, by name.
+
+    The folders are beside "folder".
+    """
     root = tmp_path_factory.mktemp("metrics")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)

@@ -1,4 +1,6 @@
-"""A stage hashes the weights of each model once, loads its tokenizer once, and reads its weights at most once."""
+"""A stage hashes the weights of each model once, loads its tokenizer once, and reads its weights at
+most once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Log-odds and losses against numbers worked by hand and against METHOD's definitions, written out a second time pair by pair."""
+"""Log-odds and losses against numbers worked by hand and against METHOD's definitions, written out
+a second time pair by pair.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ def close(a: Tensor, b: Tensor | float | list[float]) -> bool:
     return torch.allclose(a, b, rtol=1e-9, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ odds
+# ------------------------------ odds
 
 
 def test_two_orders_average_the_two_seatings_in_logit_space():
@@ -93,7 +95,8 @@ def test_a_difference_is_scaled_and_has_no_orders_and_no_mass():
 
 
 def test_the_expected_score_is_over_the_score_tokens_only():
-    # 0 … 5 with probabilities .1 0 0 .2 0 .1 and .6 on other tokens: (0 * .1 + 3 * .2 + 5 * .1) / .4 = 2.75
+    # 0 … 5 with probabilities .1 0 0 .2 0 .1 and .6 on other tokens: (0 * .1 + 3 * .2 + 5 * .1) /
+    # .4 = 2.75
     tiny = -800.0  # exp underflows to 0
     score_logps = f64(math.log(0.1), tiny, tiny, math.log(0.2), tiny, math.log(0.1))
     expected, mass = expected_score(score_logps)
@@ -108,7 +111,7 @@ def test_the_expected_score_keeps_the_axes_behind_the_scores():
     assert close(mass, torch.ones(2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- entropy, KL
+# ------------------------------ entropy, KL
 
 
 def bernoulli_entropy(p: Tensor) -> Tensor:
@@ -189,7 +192,7 @@ def test_above_the_floor_the_entropy_term_pushes_towards_certainty():
     assert close(log_odds.grad, [[-0.08 * LN4], [0.08 * LN4]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- the mask
+# ------------------------------ the mask
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_agreement_in_sign_is_free_of_scale(m: Tensor, scale: float):
     assert torch.equal(losses.consistent(scaled), losses.consistent(m))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- DPO
+# ------------------------------ DPO
 
 
 def test_dpo_starts_at_ln_2():
@@ -244,7 +247,8 @@ def test_dpo_starts_at_ln_2():
 
 
 def test_dpo_of_a_margin_of_two_nats_at_beta_a_tenth():
-    # -log sigmoid(0.2) = ln(1 + e^-0.2) = 0.59814…, and the other way round ln(1 + e^0.2) = 0.79814…
+    # -log sigmoid(0.2) = ln(1 + e^-0.2) = 0.59814…, and the other way round ln(1 + e^0.2) =
+    # 0.79814…
     log_ratios = f64([3.0, 3.0], [1.0, 1.0])
     assert close(
         losses.dpo(log_ratios, f64(1.0, -1.0), 0.1), [0.5981388693815918, 0.7981388693815918]
@@ -259,7 +263,7 @@ def test_dpo_pushes_the_better_one_up_and_the_other_down_by_beta_times_the_chanc
     assert close(log_ratios.grad, [[0.5 * 0.7310585786300049], [-0.5 * 0.7310585786300049]])
 
 
-# ------------------------------------------------------------------------------------------------------------------ other preference losses
+# ------------------------------ other preference losses
 
 RATIOS = [
     [3.0, 3.0],
@@ -275,12 +279,14 @@ def test_ipo_wants_a_margin_of_one_over_two_beta():
 
 
 def test_sppo_wants_each_log_ratio_at_its_own_place():
-    # beta 0.1 wants +5 and -5: (3 - 5)^2 + (1 + 5)^2 = 40, and the other way round (3 + 5)^2 + (1 - 5)^2 = 80
+    # beta 0.1 wants +5 and -5: (3 - 5)^2 + (1 + 5)^2 = 40, and the other way round (3 + 5)^2 + (1 -
+    # 5)^2 = 80
     assert close(losses.sppo(f64(*RATIOS), f64(*LABELS), 0.1), [40.0, 80.0])
 
 
 def test_simpo_is_dpo_on_mean_log_probabilities_less_a_margin():
-    # -1 and -1.5 nats a token, beta 2, gamma 1.6: -log sigmoid(2 * 0.5 - 1.6) = ln(1 + e^0.6), and ln(1 + e^2.6) for the wrong order
+    # -1 and -1.5 nats a token, beta 2, gamma 1.6: -log sigmoid(2 * 0.5 - 1.6) = ln(1 + e^0.6), and
+    # ln(1 + e^2.6) for the wrong order
     mean_logps = f64([-1.0, -1.0], [-1.5, -1.5])
     expected = [math.log(1 + math.exp(0.6)), math.log(1 + math.exp(2.6))]
     assert close(losses.simpo(mean_logps, f64(*LABELS), 2.0, 1.6), expected)
@@ -296,7 +302,8 @@ def test_a_preference_loss_does_not_depend_on_which_response_is_first(loss: Any)
 
 
 def test_a_hedged_label_is_cream_s_mixture():
-    # CREAM, tau = 1/3, C = 2/3 at a beta margin of 0.2: 2/3 * 0.59814 + 1/3 * 0.79814 = 0.66481 (2/3 of ln(1 + e^-0.2), 1/3 of ln(1 + e^0.2))
+    # CREAM, tau = 1/3, C = 2/3 at a beta margin of 0.2: 2/3 * 0.59814 + 1/3 * 0.79814 = 0.66481
+    # (2/3 of ln(1 + e^-0.2), 1/3 of ln(1 + e^0.2))
     loss = losses.hedged(
         lambda label: losses.dpo(f64([3.0], [1.0]), label, 0.1), f64(1.0), f64(2 / 3)
     )
@@ -313,7 +320,7 @@ def test_a_hedged_sppo_has_the_gradient_of_its_own_soft_target():
     assert close(h.grad, [[0.0], [8.0]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- the penalty
+# ------------------------------ the penalty
 
 
 @given(matrices(3))
@@ -324,7 +331,8 @@ def test_the_penalty_depends_neither_on_the_order_of_responses_nor_on_that_of_mo
 
 
 def test_the_matching_scale_makes_medians_equal():
-    # medians 3 and 0.2: s = 15; a missing verdict is left out, and where there is nothing to match nothing changes
+    # medians 3 and 0.2: s = 15; a missing verdict is left out, and where there is nothing to match
+    # nothing changes
     assert losses.matching_scale(
         f64([1.0, -3.0], [5.0, -3.0]), f64(-0.2, 0.2, NAN)
     ) == pytest.approx(15)
@@ -333,7 +341,9 @@ def test_the_matching_scale_makes_medians_equal():
 
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_from_the_entropy_ceiling_on_a_small_disagreement_runs_off_by_itself(k: int):
-    """Along sum a = 0, L_sym + alpha L_conf = alpha ln 2 + [2K/(K-1) - alpha] sum a^2 / 8K + O(a^4): the ceiling is 2K/(K-1)."""
+    """Along sum a = 0, L_sym + alpha L_conf = alpha ln 2 + [2K/(K-1) - alpha] sum a^2 / 8K +
+    O(a^4): the ceiling is 2K/(K-1).
+    """
     ceiling = entropy_ceiling(k)
     a = torch.zeros(k, 1, dtype=torch.float64)
     a[0], a[1] = 0.05, -0.05
@@ -342,7 +352,7 @@ def test_from_the_entropy_ceiling_on_a_small_disagreement_runs_off_by_itself(k: 
         assert bool(value < rest) == grows
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ SCIR
+# ------------------------------ SCIR
 
 
 SETTINGS = [
@@ -361,7 +371,9 @@ def scir_dpo(
 
 
 def by_the_book(models: Tensor, voters: Tensor, log_ratios: Tensor, s: dict[str, float]) -> Tensor:
-    """METHOD section 3, pair by pair, with Bernoulli divergences and entropies instead of log-odds."""
+    """METHOD section 3, pair by pair, with Bernoulli divergences and entropies instead of
+    log-odds.
+    """
     kept: list[Tensor] = []
     penalties: list[Tensor] = []
     for pair in range(models.shape[1]):
@@ -508,7 +520,10 @@ def test_a_missing_verdict_of_a_voter_keeps_the_pair_out_of_loss_and_gradient(vo
 def test_from_an_entropy_weight_of_four_on_two_models_gain_by_disagreeing_with_confidence(
     alpha: float, splits: bool
 ):
-    """METHOD's second trap, K = 2, on the line a = (t, -t): the penalty is t tanh(t/2) + alpha H(t) = alpha ln 2 + (4 - alpha) t²/8 + O(t⁴)."""
+    """METHOD's second trap, K = 2, on the line a = (t, -t).
+
+    The penalty is t tanh(t/2) + alpha H(t) = alpha ln 2 + (4 - alpha) t²/8 + O(t⁴).
+    """
     t = torch.linspace(0, 10, 1001, dtype=torch.float64)
     a = torch.stack([t, -t])
     penalty = losses.symmetric_kl(a) + alpha * losses.confidence(a)

@@ -1,4 +1,6 @@
-"""A reward model in a user's file works in every stage, in child processes too, and its mistakes are one line each."""
+"""A reward model in a user's file works in every stage, in child processes too, and its mistakes
+are one line each.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, from which modules are found; what that adds to the search path goes with the test."""
+    """The current directory, from which modules are found.
+
+    What that adds to the search path goes with the test.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     return tmp_path
@@ -121,7 +126,10 @@ def test_the_example_of_the_documentation_has_at_most_15_lines():
 
 @pytest.fixture(scope="module")
 def finished(world: Path) -> tuple[Path, str]:
-    """The folders of a recipe with that model, and what it printed: workers, ranks and steps are processes of their own."""
+    """The folders of a recipe with that model, and what it printed.
+
+    Workers, ranks and steps are processes of their own.
+    """
     (world / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     # PYTHONSAFEPATH: as for a console script, the current directory is not searched for modules.
     environment = {
@@ -281,7 +289,10 @@ def test_a_subclass_of_a_built_in_model_has_a_name_of_its_own_and_may_choose_it(
 
 
 def test_an_entropy_weight_is_checked_against_the_orders_of_a_users_model(world: Path, here: Path):
-    """judge and strict_judge have two orders each, and implicit one verdict: K = 5, 2K/(K-1) = 2.5; the settings alone count 4."""
+    """judge and strict_judge have two orders each, and implicit one verdict.
+
+    K = 5, 2K/(K-1) = 2.5; the settings alone count 4.
+    """
     text = (
         "from scir_cli.rewards.reward_models import Judge\n\nclass StrictJudge(Judge):\n    pass\n"
     )

@@ -1,4 +1,7 @@
-"""What somebody gets who has no checkout: the wheel does its work from anywhere, and the README's commands run as they are written."""
+"""What somebody gets who has no checkout.
+
+The wheel does its work from anywhere, and the README's commands run as they are written.
+"""
 
 from __future__ import annotations
 

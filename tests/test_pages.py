@@ -1,4 +1,6 @@
-"""Pages: what models wrote is text, nothing is fetched, figures stand beside their numbers, and a browser has nothing to complain of."""
+"""Pages: what models wrote is text, nothing is fetched, figures stand beside their numbers, and a
+browser has nothing to complain of.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ NASTY = {
 def rows(
     n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labelled: bool = True
 ) -> list[dict[str, Any]]:
-    """Judged pairs: two reward models that agree more often than not, gold labels that the judge often gets right."""
+    """Judged pairs.
+
+    Two reward models that agree more often than not, gold labels that the judge often gets right.
+    """
     rng = np.random.default_rng(seed)
     made = []
     for i in range(n):
@@ -302,7 +307,8 @@ def test_pages_of_texts_that_all_are_long_stay_small_and_say_what_was_left_out(t
 def test_pairs_to_read_begin_with_the_surest_disagreement_and_hold_the_surest_mistake():
     log_odds = np.array([[3.0, 5.0, -1.0, 2.0, np.nan], [-2.0, -0.5, -1.0, 2.0, 1.0]])
     assert html.surest_disagreement(log_odds).tolist() == [2.0, 0.5, -1.0, -2.0, 0.0]
-    # the surest on either side: min(3, 2), min(5, 0.5); where signs are equal the other side has none: min(-1, 1), min(2, -2); one verdict: min(1, 0)
+    # the surest on either side: min(3, 2), min(5, 0.5); where signs are equal the other side has
+    # none: min(-1, 1), min(2, -2); one verdict: min(1, 0)
     assert html.pairs_to_read(np.array([2.0, 0.5, -1.0]), np.array([0.0, 0.0, 4.0]), 5)[:3] == [
         0,
         1,

@@ -1,4 +1,7 @@
-"""A recipe with --report: the story of a real run on tiny models, made again from its folders alone, and opened in a browser."""
+"""A recipe with --report.
+
+The story of a real run on tiny models, made again from its folders alone, and opened in a browser.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Ranks and packs change nothing but speed: two CPU processes (gloo) train what one does, sharded or not, and go on from each other's checkpoints."""
+"""Ranks and packs change nothing but speed.
+
+Two CPU processes (gloo) train what one does, sharded or not, and go on from each other's
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -470,7 +474,7 @@ def test_under_deepspeed_lambda_is_given_as_a_number(root: Path, tmp_path: Path)
         if name != "penalty_weight"
     }
     ranks = SimpleNamespace(zero=True, shards_weights=False)
-    with pytest.raises(ConfigError, match="give --penalty-weight"):
+    with pytest.raises(ConfigError, match="pass --penalty-weight"):
         train.check_deepspeed(config.build(TrainSettings, asked, where="test"), ranks)  # type: ignore[arg-type]
     train.check_deepspeed(
         config.build(TrainSettings, asked | {"penalty_weight": 1.0}, where="test"), ranks

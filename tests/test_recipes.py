@@ -1,4 +1,7 @@
-"""The recipes that ship: each is read whole, and the shell form of the quickstart is what its YAML says."""
+"""The recipes that ship.
+
+Each is read whole, and the shell form of the quickstart is what its YAML says.
+"""
 
 from __future__ import annotations
 

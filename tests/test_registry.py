@@ -1,4 +1,7 @@
-"""Each stage is one record: its help, settings, function, tables and page; one more record is one more command and step."""
+"""Each stage is one record.
+
+Its help, settings, function, tables and page; one more record is one more command and step.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tables on a terminal: whole at 80 columns and in a pipe, whatever reward models and subsets are called."""
+"""Tables on a terminal.
+
+Whole at 80 columns and in a pipe, whatever reward models and subsets are called.
+"""
 
 from __future__ import annotations
 

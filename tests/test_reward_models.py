@@ -1,4 +1,7 @@
-"""Each internal reward model on a tiny llama: what it asks, what it says, and that swapping the pair negates it."""
+"""Each internal reward model on a tiny llama.
+
+What it asks, what it says, and that swapping the pair negates it.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +133,7 @@ def answer_logp(plain: Any, prompt: Sequence[int], answer: Sequence[int]) -> flo
     return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(answer))
 
 
-# ------------------------------------------------------------------------------------------------------------------ all of them
+# ------------------------------ all of them
 
 
 def test_every_reward_model_of_the_settings_is_in_the_table():
@@ -228,7 +231,7 @@ def test_gradients_reach_the_policy_through_every_model_it_scores(tiny_llama: Pa
         assert slope.isfinite().all()
 
 
-# ------------------------------------------------------------------------------------------------------------------ judge
+# ------------------------------ judge
 
 
 def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then_second(
@@ -341,7 +344,7 @@ def test_two_verdicts_that_are_one_token_are_refused(
         model.branches(replace(pairs[0], rationale_token_ids={"rationale": [[5], [6]]}))
 
 
-# ------------------------------------------------------------------------------------------------------------------ rationale
+# ------------------------------ rationale
 
 
 def rationale_texts(policy: Policy, pair: Pair, written: Sequence[str]) -> list[str]:
@@ -378,7 +381,7 @@ def test_a_rationales_requests_are_the_judges_prompts_in_both_orders(
     assert first.endswith(f"{START}assistant\n")
 
 
-# ------------------------------------------------------------------------------------------------------------------ rewards of one response
+# ------------------------------ rewards of one response
 
 
 def test_the_implicit_reward_is_the_scaled_log_ratio_against_the_reference(
@@ -472,7 +475,7 @@ def test_the_rubric_is_the_difference_of_expected_scores(
         assert odds.verdict_mass[number].item() == pytest.approx(sum(mass) / 2, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------------ context
+# ------------------------------ context
 
 
 def test_the_context_has_pairs_along_the_last_axis(pairs: list[Pair]):

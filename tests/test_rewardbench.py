@@ -1,4 +1,6 @@
-"""RewardBench's and RewardBench 2's own scoring, against tables worked by hand and against scores of single responses."""
+"""RewardBench's and RewardBench 2's own scoring, against tables worked by hand and against scores
+of single responses.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ NAN = math.nan
 
 
 def test_the_subsets_have_the_authors_sizes():
-    # The data set's card: 358 chat, 456 chat hard, 740 safety, 1431 reasoning; math-prm counts as the six times 164 of code
+    # The data set's card: 358 chat, 456 chat hard, 740 safety, 1431 reasoning; math-prm counts as
+    # the six times 164 of code
     assert {name: sum(counts.values()) for name, counts in SECTIONS.items()} == {
         "Chat": 358,
         "Chat Hard": 456,
@@ -86,8 +89,10 @@ def of_scores(right, wrong):
 
 
 def test_ties_are_scored_from_scores_of_single_responses_as_the_authors_do():
-    # 1: tied 5 4 against 1 2: gap 4 - 2 = 2, spread 1; ref gap 3 - 1 = 2: accurate, preferred, hard; margin tanh(2/1 - 1)
-    # 2: tied 5 2 against 1: gap 1, spread 3; ref gap 0 - 4 = -4: tied accurate, ref not, not preferred, not hard; tanh(-4/3 - 1)
+    # 1: tied 5 4 against 1 2: gap 4 - 2 = 2, spread 1; ref gap 3 - 1 = 2: accurate, preferred,
+    # hard; margin tanh(2/1 - 1)
+    # 2: tied 5 2 against 1: gap 1, spread 3; ref gap 0 - 4 = -4: tied accurate, ref not, not
+    # preferred, not hard; tanh(-4/3 - 1)
     examples = {
         "tied:1": of_scores([5, 4], [1, 2]),
         "ref:1": of_scores([3], [1, 0]),

@@ -1,4 +1,6 @@
-"""Settings: flags that are frozen, roles that are declared, help that is readable at 80 columns, and what --overwrite protects."""
+"""Settings: flags that are frozen, roles that are declared, help that is readable at 80 columns,
+and what --overwrite protects.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def settings_of_all_stages() -> dict[str, tuple[str, Any]]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- flags
+# ------------------------------ flags
 
 
 def test_the_flags_are_those_that_are_written_down():
@@ -99,7 +101,7 @@ def test_choices_that_are_too_wide_for_their_column_stand_in_the_text():
     assert all(len(config.metavar(info)) <= 14 for _, info in settings_of_all_stages().values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- roles
+# ------------------------------ roles
 
 
 def test_every_setting_that_is_a_path_or_names_a_dataset_or_model_is_protected_from_overwrite():
@@ -146,7 +148,7 @@ def test_a_plan_has_a_file_s_content_and_not_its_name(tmp_path: Path):
     assert plan("{question} {a} {b}") == plan("{question} {a} {b}") != plan("{question}: {a} {b}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- endpoint
+# ------------------------------ endpoint
 
 
 def backend(*words: str) -> BackendSettings:
@@ -176,7 +178,7 @@ def test_endpoint_arguments_have_types_and_defaults():
         ("retries=many", "retries is 'many'"),
         ("timeout=0", "timeout is '0'"),
         ("top_logprobs=0", "top_logprobs is '0'"),
-        ("timeout", "expected NAME=VALUE, as timeout=60; got 'timeout'"),
+        ("timeout", "expected NAME=VALUE, for example timeout=60; got 'timeout'"),
     ],
 )
 def test_a_wrong_endpoint_argument_is_refused_with_its_value(word: str, expected: str):
@@ -190,7 +192,7 @@ def test_of_the_endpoint_s_arguments_only_top_logprobs_is_in_the_plan():
     assert backend("top_logprobs=5").plan() == backend().plan() | {"top_logprobs": 5}
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- removed
+# ------------------------------ removed
 
 
 @pytest.mark.parametrize("stage", ["eval responses", "eval mt-bench"])
@@ -233,7 +235,7 @@ def test_a_random_rule_with_an_unknown_model_or_rate_is_refused(rule: str, messa
     assert message in str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------------------------------------- overwrite
+# ------------------------------ overwrite
 
 
 def test_eval_winrate_does_not_delete_the_gamed_baselines_that_lie_in_its_output_folder(

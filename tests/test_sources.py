@@ -1,4 +1,7 @@
-"""What users bring, read from files made here; the hub is a stand-in, for no test touches the network."""
+"""What users bring, read from files made here.
+
+The hub is a stand-in, for no test touches the network.
+"""
 
 from __future__ import annotations
 
@@ -328,7 +331,7 @@ def test_messages_of_the_wrong_shape_are_an_error_that_names_the_row(
         ),
         (
             {"prompt": "half a pair \ud83d", "chosen": "a", "rejected": "b"},
-            r"'\\ud83d' is half a character",
+            r"'\\ud83d' is half of a surrogate pair",
         ),
     ],
 )
@@ -355,7 +358,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte_offset(tmp_path: Path)
         (
             "p.json",
             '{\n "prompt": "a"\n}',
-            r"p\.json:1: malformed JSON .* a list of objects, or one object a line",
+            r"p\.json:1: malformed JSON .* a list of objects, or one object per line",
         ),
         ("p.json", '["a"]', r"p\.json:1: found 'a'; expected a list of objects"),
         ("p.jsonl", '{"prompt": "a"}\n7\n', r"p\.jsonl:2: found 7; expected a list of objects"),
@@ -560,7 +563,7 @@ def test_our_own_pairs_come_back_as_judged_whatever_their_kind(tmp_path: Path, k
     assert back.schema.equals(schemas.schema("judged"), check_metadata=True)
     assert not drops
     assert readers.load_pairs(folder, limit=2)[0].num_rows == 2
-    with pytest.raises(DataError, match="rewards of its own"):
+    with pytest.raises(DataError, match="which has rewards already"):
         readers.load_pairs(folder, external="odds")
 
 
@@ -741,7 +744,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_id(
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(
         DataError,
-        match=r"'org/name' is no local path, and the hub did not give it: Couldn't reach it \(no network\)$",
+        match=r"'org/name' is not a local path, and loading it from the hub failed: Couldn't reach it \(no network\)$",
     ):
         readers.load_pairs("org/name")
     assert readers.digest("hf://org/name") == "hub:org/name"

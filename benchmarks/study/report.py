@@ -1,10 +1,12 @@
-"""docs/study.md from the raw results: tables of means and spreads, paired differences with intervals, pictures, and what they allow to be said.
+"""docs/study.md from the raw results: tables of means and spreads, paired differences with
+intervals, pictures, and what they allow to be said.
 
     python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md and docs/study/*.svg (with the extra `report`);
                                              nothing in the page is typed by hand
 
-A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is Student's t at 95 % over the seeds both have,
-and there is none for fewer than three seeds, or where all are alike: those would establish anything.
+A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is
+Student's t at 95 % over the seeds both have, and there is none for fewer than three seeds, or where
+all are alike: those would establish anything.
 """
 
 from __future__ import annotations
@@ -74,11 +76,14 @@ WHY = {
 COST = {"steps": "steps", "tokens": "tokens computed", "train_seconds": "seconds of training"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------ statistics
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n); infinite for fewer than three, and where they are all the same."""
+    """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n).
+
+    Infinite for fewer than three, and where they are all the same.
+    """
     n, mean = len(differences), statistics.fmean(differences)
     if (
         n < FEWEST or max(differences) - min(differences) < 1e-5
@@ -113,7 +118,7 @@ def paired(
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
 
 
-# ---------------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------ tables
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -146,7 +151,10 @@ def means(
 
 
 def differences(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> str:
-    """A row a method: its mean difference to `other` with its interval; ** where the interval does not hold 0."""
+    """A row a method.
+
+    Its mean difference to `other` with its interval; ** where the interval does not hold 0.
+    """
     rows, claimed = [], present(records, CLAIMED)
     for method in methods:
         if (
@@ -216,7 +224,9 @@ def sweep(
 
 
 def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figure: str) -> str:
-    """Mean of a figure by scale (rows) and lambda (columns), one table for each setting of `orders`."""
+    """Mean of a figure by scale (rows) and lambda (columns), one table for each setting of
+    `orders`.
+    """
     parts = []
     for orders, scales in sweep(records, methods, iteration, figure).items():
         weights = list(next(iter(scales.values())))
@@ -230,7 +240,7 @@ def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figur
     return "\n\n".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------ the page
 
 
 OURS, RIVAL = "scir", "srlm"  # of the page's first table
@@ -238,7 +248,10 @@ SAME_WORLD = ("ablation", "sweep")  # as main
 
 
 def gaps(results: dict[str, Json]) -> str:
-    """How the gap between OURS and RIVAL moves: a row an experiment and iteration, where M_1 stands and the paired differences."""
+    """How the gap between OURS and RIVAL moves.
+
+    A row an experiment and iteration, where M_1 stands and the paired differences.
+    """
     rows = []
     for name, result in results.items():
         if name in SAME_WORLD:
@@ -276,12 +289,16 @@ def gaps(results: dict[str, Json]) -> str:
     )
 
 
-#: The main world's seeds: those that settings and defaults were chosen on, and those that came after every choice.
+#: The main world's seeds: those that settings and defaults were chosen on, and those that came
+#: after every choice.
 SEED_SETS = {"0-9, chosen on": range(10), "from 10 on, fresh": range(10, 20)}
 
 
 def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> str:
-    """Another seed set: the claims about OURS on each set by itself, and how alike the two order all methods."""
+    """Another seed set.
+
+    The claims about OURS on each set by itself, and how alike the two order all methods.
+    """
     sets = {name: [r for r in records if r["seed"] in seeds] for name, seeds in SEED_SETS.items()}
     if not all(by_seed(part, OURS, iteration, "agreement") for part in sets.values()):
         return ""
@@ -415,7 +432,7 @@ def in_short(results: dict[str, Json]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------ pictures
 
 
 #: File -> what it shows, for who cannot see it
@@ -564,7 +581,7 @@ def pictures(results: dict[str, Json]) -> dict[str, str]:
     return drawn
 
 
-# ---------------------------------------------------------------------------------------------------------------------- the page
+# ------------------------------ the page
 
 
 def page(results: dict[str, Json]) -> str:
@@ -607,7 +624,9 @@ LAST_WITH_ALL_ARMS = "95e2cbc"
 
 
 def removed_arms(name: str, methods: Sequence[str]) -> list[str]:
-    """One paragraph that names the arms of an experiment's results that can no longer be run; [] if all can."""
+    """One paragraph that names the arms of an experiment's results that can no longer be run; [] if
+    all can.
+    """
     removed = [m for m in methods if m not in {method.name for method in EXPERIMENTS[name][1]}]
     if not removed:
         return []

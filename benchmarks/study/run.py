@@ -1,11 +1,14 @@
-"""The study: methods x seeds on one world, through scir's own stages, every method on the same M_1, prompts, steps and pairs a step.
+"""The study: methods x seeds on one world, through scir's own stages, every method on the same M_1,
+prompts, steps and pairs a step.
 
     python benchmarks/study/run.py --experiment main --out runs/study     the main table; what is done is not done again
     python benchmarks/study/report.py                                     docs/study.md from benchmarks/study/results/*.json
 
-A cell is a method on a seed. It runs the steps of the method's recipe (recipes/methods/) in this process and is measured after each iteration; its figures
-go to OUT/cells/, and all of an experiment's to results/EXPERIMENT.json. Steps with the same settings and inputs (the first iteration's answers and
-verdicts) are made once a seed and copied. The gold scorer answers for evaluation, for the oracle and for the external reward model only.
+A cell is a method on a seed. It runs the steps of the method's recipe (recipes/methods/) in this
+process and is measured after each iteration; its figures go to OUT/cells/, and all of an
+experiment's to results/EXPERIMENT.json. Steps with the same settings and inputs (the first
+iteration's answers and verdicts) are made once a seed and copied. The gold scorer answers for
+evaluation, for the oracle and for the external reward model only.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ RECIPES = HERE.parent.parent / "recipes" / "methods"
 MEASURED = {"dtype": "fp32", "device": "cpu"}  # where nothing else is said
 
 
-# ---------------------------------------------------------------------------------------------------------------------- stages in this process
+# ------------------------------ stages in this process
 
 
 def run(stage: str, **values: Any) -> Json:
@@ -50,7 +53,9 @@ def run(stage: str, **values: Any) -> Json:
 
 
 def run_once(step: recipe.Step, made: dict[str, Path]) -> Json:
-    """Runs a step, or copies what the same stage made of the same inputs for another method of this seed."""
+    """Runs a step, or copies what the same stage made of the same inputs for another method of this
+    seed.
+    """
     settings = {k: str(v) for k, v in step.settings.items() if k != "output_dir"}
     digests = {
         k: hashing.digest_path(Path(v)) if Path(v).exists() else v for k, v in settings.items()
@@ -66,11 +71,14 @@ def run_once(step: recipe.Step, made: dict[str, Path]) -> Json:
     return manifest
 
 
-# ---------------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------ measuring
 
 
 def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Json:
-    """Figures of a model on what no method trains on: its reward models on held-out pairs, and what its answers are like."""
+    """Figures of a model on what no method trains on.
+
+    Its reward models on held-out pairs, and what its answers are like.
+    """
     figures = measure_heldout(model, world, "heldout", out, setup)
     if (world / "unseen.jsonl").exists():
         figures |= {
@@ -89,7 +97,9 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
 
 
 def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup) -> Json:
-    """How right, how sure and how much of one mind a model's reward models are on the labelled pairs of NAME.jsonl."""
+    """How right, how sure and how much of one mind a model's reward models are on the labelled
+    pairs of NAME.jsonl.
+    """
     asked = {
         "model": str(model),
         "input": str(world / f"{name}.jsonl"),
@@ -126,7 +136,10 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
 
 
 def measure_pairs(judged: Path, gold: Gold) -> Json:
-    """How right the reward models are about the pairs that are trained on: by gold labels, which training does not see."""
+    """How right the reward models are about the pairs that are trained on.
+
+    By gold labels, which training does not see.
+    """
     table = dataset.read_dataset(judged, "judged")
     with gold.purpose("evaluation"):
         better = [
@@ -149,6 +162,29 @@ def measure_pairs(judged: Path, gold: Gold) -> Json:
             f"own_{name}_accuracy": summary["models"][name]["accuracy"]
             for name in ("judge", "implicit")
         },
+    }
+
+
+def measure_labels(preferences: Path, gold: Gold) -> Json:
+    """How right the labels are that a method trains on, and how sure of them it is: by gold labels, which training does not see."""
+    table = dataset.read_dataset(preferences, "preferences")
+    right: list[float] = []
+    certainty: list[float] = []
+    with gold.purpose("evaluation"):
+        for row in table.select(
+            ["messages", "first", "second", "label", "label_probability"]
+        ).to_pylist():
+            prompt = row["messages"][-1]["content"]
+            better = gold(prompt, row["first"]["text"]) - gold(prompt, row["second"]["text"])
+            if better == 0 or row["label"] is None:
+                continue
+            right.append(float((better > 0) == (row["label"] == "first")))
+            certainty.append(1.0 if row["label_probability"] is None else row["label_probability"])
+    if not right:
+        return {}
+    return {
+        "label_accuracy": statistics.fmean(right),
+        "label_certainty": statistics.fmean(certainty),
     }
 
 
@@ -185,7 +221,7 @@ def trained(folder: Path) -> Json:
     return means | gradients | totals
 
 
-# ---------------------------------------------------------------------------------------------------------------------- one world, one cell
+# ------------------------------ one world, one cell
 
 
 def prompts_of(world: Path) -> dict[str, str]:
@@ -206,7 +242,8 @@ def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
 
 
 def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
-    """The world of a seed with M_0, M_0 taught to judge (one model where M_0 is made) and M_1 (tuned on the few seed labels), and M_1's figures.
+    """The world of a seed with M_0, M_0 taught to judge (one model where M_0 is made) and M_1
+    (tuned on the few seed labels), and M_1's figures.
 
     Worlds that differ in their seed labels alone share the model that is taught to judge.
     """
@@ -256,7 +293,10 @@ def run_cell(
     gold: Gold,
     made: dict[str, Path],
 ) -> list[Json]:
-    """One record an iteration; the steps of the recipe that make M_1 are left out, because the world has it."""
+    """One record an iteration.
+
+    The steps of the recipe that make M_1 are left out, because the world has it.
+    """
     out = folder / f"{method.name}-{seed}"
     if not (out / "m1").exists():
         shutil.copytree(world / "m1", out / "m1")
@@ -287,6 +327,9 @@ def run_cell(
             figures |= measure_pairs(place, gold)
         if step.stage == "filter":
             figures["kept"] = manifest["summary"]["labelled"] / manifest["rows_in"]
+            figures |= measure_labels(place, gold)
+            if soft := manifest["summary"].get("soft_labels"):
+                figures["label_temperature"] = soft["temperature"]
         if step.stage == "train":
             record = {
                 "method": method.name,
@@ -305,7 +348,10 @@ def run_cell(
 
 
 def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
-    """A column `score` of the candidates: gold for the oracle, gold and noise for the external reward model."""
+    """A column `score` of the candidates.
+
+    Gold for the oracle, gold and noise for the external reward model.
+    """
     from study.world import Draw
 
     for path in sorted(candidates.glob("data-*.arrow")):
@@ -331,7 +377,7 @@ def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
             writer.write_table(table)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- an experiment
+# ------------------------------ an experiment
 
 
 def run_experiment(
@@ -343,7 +389,10 @@ def run_experiment(
     gold: Gold,
     results: Path,
 ) -> None:
-    """All cells, seed by seed, so that a run that is stopped has whole seeds; the results so far are written after each cell."""
+    """All cells, seed by seed, so that a run that is stopped has whole seeds.
+
+    The results so far are written after each cell.
+    """
     cells = out / "cells"
     worlds = out.parent
     cells.mkdir(parents=True, exist_ok=True)

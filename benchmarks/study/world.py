@@ -1,8 +1,11 @@
-"""A world with gold labels: small instruction tasks whose quality a program computes, a tokenizer and a random Llama for them, and data sets.
+"""A world with gold labels: small instruction tasks whose quality a program computes, a tokenizer
+and a random Llama for them, and data sets.
 
-Four families. A response may begin with a phrase that means nothing, so its length says little about its quality; how good a response is, is a number
-from 0 to 1. What a method trains on comes from `seed_pairs` (labelled, few) and from its own answers to `prompts` (no label). `Gold` is the only way
-to a label: it answers where somebody has said what for, and a test hands the study one that raises outside evaluation.
+Four families. A response may begin with a phrase that means nothing, so its length says little
+about its quality; how good a response is, is a number from 0 to 1. What a method trains on comes
+from `seed_pairs` (labelled, few) and from its own answers to `prompts` (no label). `Gold` is the
+only way to a label: it answers where somebody has said what for, and a test hands the study one
+that raises outside evaluation.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ TEMPLATE = (
 JUDGE_PROMPT = "{question}\nA {a}\nB {b}\n?"
 #: How other reward models ask, where a world has them (Size.judges).
 PROMPTS = {"rubric": "{question}\n{response}\n0-5?", "rationale": "{question}\nA {a}\nB {b}\nwhy?"}
-#: Names of the models in a world's folder: the first, the same taught to answer and to judge, and the file that teaches it.
+#: Names of the models in a world's folder: the first, the same taught to answer and to judge, and
+#: the file that teaches it.
 CHAIN = ("random", "m0", "base")
 #: Who answers the unlabelled prompts.
 BACKEND = "transformers"
@@ -44,12 +48,15 @@ PHRASES = (
 CONSONANTS, VOWELS = "bdgkmp", "aeiou"
 
 
-# ---------------------------------------------------------------------------------------------------------------------- families
+# ------------------------------ families
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of task: how a prompt is drawn, one right answer to it, and the quality of any answer."""
+    """A kind of task.
+
+    How a prompt is drawn, one right answer to it, and the quality of any answer.
+    """
 
     prompt: Callable[[Draw], str]
     answer: Callable[[Draw, str], str]
@@ -100,7 +107,10 @@ def spell_prompt(draw: Draw) -> str:
 
 
 def spell_answer(draw: Draw, prompt: str) -> str:
-    """The consonants given, each with a vowel that is not the one before: kmp -> kamipa, kumope …; there are many right answers."""
+    """The consonants given, each with a vowel that is not the one before.
+
+    Kmp -> kamipa, kumope …; there are many right answers.
+    """
     letters, last = "", ""
     for consonant in prompt.split()[1]:
         last = draw.choice(VOWELS.replace(last, "") if last else VOWELS)
@@ -150,7 +160,11 @@ def quality(prompt: str, response: str) -> float:
 
 @dataclass
 class Gold:
-    """The gold scorer. It answers only inside `purpose(...)` of one it was told to allow: nobody gets a label by accident."""
+    """The gold scorer.
+
+    It answers only inside `purpose(...)` of one it was told to allow: nobody gets a label by
+    accident.
+    """
 
     allowed: tuple[str, ...]
     scorer: Callable[[str, str], float] = quality
@@ -191,11 +205,13 @@ def of_answers(candidates: Sequence[Json], gold: Gold) -> Json:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------- responses
+# ------------------------------ responses
 
 
 def noisy_answer(draw: Draw, prompt: str, slips: Sequence[float]) -> str:
-    """A right answer with 0, 1, 2 … slips of the pen, drawn with weights `slips`, behind one of the phrases."""
+    """A right answer with 0, 1, 2 … slips of the pen, drawn with weights `slips`, behind one of the
+    phrases.
+    """
     family = FAMILIES[prompt.split()[0]]
     letters = list(family.answer(draw, prompt))
     for _ in range(draw.choices(range(len(slips)), slips)[0]):
@@ -213,7 +229,10 @@ def noisy_answer(draw: Draw, prompt: str, slips: Sequence[float]) -> str:
 
 
 def draw_prompts(draw: Draw, n: int, taken: set[str], families: Sequence[str]) -> list[str]:
-    """n prompts of the families in turn; while a family has new ones, none that is in `taken`, which grows."""
+    """n prompts of the families in turn.
+
+    While a family has new ones, none that is in `taken`, which grows.
+    """
     found = []
     for i in range(n):
         family = FAMILIES[families[i % len(families)]]
@@ -231,7 +250,8 @@ def labelled_pair(
 ) -> Json | None:
     """Two noisy answers of different quality, the better one chosen; None where none was found.
 
-    noise: chance that the label is turned round. length_bias: chance that the longer one is chosen whatever its quality.
+    noise: chance that the label is turned round. length_bias: chance that the longer one is chosen
+    whatever its quality.
     """
     for _ in range(20):
         one, other = (noisy_answer(draw, prompt, slips) for _ in range(2))
@@ -250,7 +270,9 @@ def labelled_pair(
 
 
 def lesson(draw: Draw, judge: str, pair: Json) -> Json:
-    """A row that teaches a rubric's score of one answer (its quality in fifths), or a rationale (both scores, then the verdict), and a wrong one beside it."""
+    """A row that teaches a rubric's score of one answer (its quality in fifths), or a rationale
+    (both scores, then the verdict), and a wrong one beside it.
+    """
     seats = draw.sample([pair["chosen"], pair["rejected"]], 2)
     scores = [round(5 * quality(pair["prompt"], answer)) for answer in seats]
     if judge == "rubric":
@@ -293,7 +315,9 @@ class Size:
 
 
 def write(folder: Path, size: Size, seed: int) -> None:
-    """Data sets of one world (base, seed, prompts, heldout, test), the prompt of each of its judges, and a random model in random/."""
+    """Data sets of one world (base, seed, prompts, heldout, test), the prompt of each of its
+    judges, and a random model in random/.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw, taken = Draw(seed), set[str]()
     heldout = draw_prompts(draw, size.n_heldout, taken, size.families)
@@ -327,11 +351,13 @@ def write(folder: Path, size: Size, seed: int) -> None:
     make_model(folder / "random", size, seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- model
+# ------------------------------ model
 
 
 def make_model(folder: Path, size: Size, seed: int) -> Path:
-    """An ordinary Llama folder with random weights and a tokenizer that gives every byte a token."""
+    """An ordinary Llama folder with random weights and a tokenizer that gives every byte a
+    token.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -349,7 +375,10 @@ def make_model(folder: Path, size: Size, seed: int) -> Path:
 
 
 def plant_position_bias(folder: Path, prompts: Sequence[str], nats: float) -> None:
-    """Has the model in `folder` favour seat A at the verdict: the row of A in its head moves along the mean hidden state there, h, by nats h / (h h)."""
+    """Has the model in `folder` favour seat A at the verdict.
+
+    The row of A in its head moves along the mean hidden state there, h, by nats h / (h h).
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,1 +1,1 @@
-"""What lies on disk: schemas, dataset folders, hashes, and the files that users bring."""
+"""Data on disk: schemas, dataset folders, hashes, and readers of input files."""

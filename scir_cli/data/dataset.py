@@ -1,13 +1,19 @@
-"""Dataset folders: plan first, parts one by one, manifest last. The only loop over parts, so that every stage resumes alike.
+"""Dataset folders: the plan first, then parts one by one, the manifest last.
 
-    OUT/plan.json          all that determines the rows (settings, seed, digests of inputs and weights); nothing that only changes speed
-    OUT/data-00000.arrow   an Arrow IPC stream, written in a folder of drafts, fsynced, renamed; its own counts ride in its metadata
+This is the only loop over parts, so every stage resumes in the same way.
+
+    OUT/plan.json          all that determines the rows (settings, seed, digests of inputs and
+                           weights), and nothing that changes only the speed
+    OUT/data-00000.arrow   an Arrow IPC stream, written in a folder of drafts, fsynced, renamed;
+                           its metadata hold its counts of rows read and dropped
     OUT/state.json, dataset_info.json   so that `datasets.load_from_disk` opens the folder
-    OUT/README.md          the dataset card: columns, where the rows came from, drops (cards.py)
+    OUT/README.md          the dataset card: columns, origin of the rows, drops (dataset_card.py)
     OUT/manifest.json      written last: it exists if and only if the dataset is complete
 
-The same plan resumes; another plan in the same folder is refused. On another file system (a URL) parts are put whole, nothing is locked, and what is
-read is held in memory. Arrow's *stream* format, because `Dataset.from_file` cannot read the file format.
+The same plan resumes; another plan in the same folder is refused.
+On another file system (a URL) a part is uploaded as a whole, nothing is locked, and a part that is
+read is held in memory.
+The format is Arrow's *stream*, because `Dataset.from_file` cannot read Arrow's file format.
 """
 
 from __future__ import annotations
@@ -32,14 +38,20 @@ import pyarrow.compute as pc
 from scir_cli import __version__
 from scir_cli.data import dataset_card, folders, hashing, schemas, storage
 from scir_cli.data.files import Json, as_store_error, atomic_write, read_json, write_json
-from scir_cli.errors import DataError
+from scir_cli.errors import DataError, redact
 
+#: Key of a part's counts, as JSON, in its Arrow metadata.
 ACCOUNT_KEY = b"scir.account"
 
 
 @dataclass
 class Part:
-    """What one part of the work gave: rows (dicts or a table), how many came in, and why the others were dropped."""
+    """One part of a dataset before it is written.
+
+    rows: dicts, or a table.
+    rows_in: number of input rows.
+    drops: number of input rows that were dropped, by reason.
+    """
 
     rows: Sequence[Mapping[str, Any]] | pa.Table
     rows_in: int
@@ -48,12 +60,22 @@ class Part:
 
 @dataclass(frozen=True)
 class PartTask:
-    """A part that is not on disk yet: where it goes, where it is drafted, and the rows of the input it is made of."""
+    """A part that is not on disk yet.
+
+    path: of its file.
+    drafts: folder in which it is drafted; None on another file system.
+    low, high: its rows of the input, high exclusive.
+    """
 
     path: Path
     drafts: Path | None
     low: int
     high: int
+
+    @property
+    def n_rows(self) -> int:
+        """Number of its input rows."""
+        return self.high - self.low
 
 
 def write_dataset(
@@ -71,48 +93,85 @@ def write_dataset(
     work: Callable[[], Json] | None = None,
     inputs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Json:
-    """Writes a dataset of `kind` part by part and returns its manifest; does nothing but return it when the plan is already done.
+    """Writes a dataset of `kind` part by part; returns its manifest.
 
-    bounds: row ranges of the input, one a part. make(lo, hi): the part; it must depend on the plan and the range only.
-    dropped_before: input rows that never reached a part, by reason. summarise: figures of the whole dataset, kept in the manifest under
-    "summary". advance: told of input rows whose part is on disk. share: has the parts made elsewhere (workers.py), in place of `make`.
-    work: figures of what this run computed, kept under "work".
-    inputs: setting -> path or model as the user named it, kept under "inputs"; None is left out.
+    If the plan is finished already, the manifest is returned with "reused": true.
+
+    bounds: row ranges of the input, one per part.
+    make(low, high): the part; it must depend on the plan and the range only.
+    dropped_before: input rows that reached no part, by reason.
+    summarise: figures of the whole dataset, for the manifest's "summary".
+    advance: called with the number of input rows whenever a part is on disk.
+    share: writes the parts elsewhere (workers), in place of `make`.
+    work: figures about the computation of this run, for the manifest's "work".
+    inputs: setting -> path or model as the user named it, for the manifest; None is left out.
+    Raises PlanMismatch or StoreError as `folders.claim_folder` and `files.atomic_write` do.
     """
     started = time.monotonic()
     plan = {**plan, "schema_version": schemas.VERSION}
-    named = {name: str(value) for name, value in inputs.items() if value is not None}
-    with folders.claim_folder(out, plan, overwrite) as done:
-        if done is not None:
-            return {**done, "reused": True}
+    named = {name: redact(str(value)) for name, value in inputs.items() if value is not None}
+
+    with folders.claim_folder(out, plan, overwrite) as finished:
+        if finished is not None:
+            return {**finished, "reused": True}
+
         drafts = _new_drafts(out, plan)
-        parts = [
-            PartTask(out / f"data-{index:05d}.arrow", drafts, low, high)
-            for index, (low, high) in enumerate(bounds)
-        ]
-        todo = [part for part in parts if not part.path.exists()]
-        advance(
-            sum(part.high - part.low for part in parts) - sum(part.high - part.low for part in todo)
-        )
+        todo = _missing_parts(out, drafts, bounds, advance)
         if share is not None:
             share(kind, todo, advance)
         else:
             for part in todo:
                 write_part(part, kind, make(part.low, part.high))
-                advance(part.high - part.low)
+                advance(part.n_rows)
+        # A dataset has at least one part, which holds its schema.
         if not bounds:
-            write_part(PartTask(out / "data-00000.arrow", drafts, 0, 0), kind, Part([], 0))
+            write_part(PartTask(_part_path(out, 0), drafts, 0, 0), kind, Part([], 0))
         if drafts:
             storage.remove(drafts)
-        return _finish(
-            out, kind, dropped_before or Counter(), summarise, started, work, plan, named
-        )
+
+        n_parts = max(len(bounds), 1)
+        paths = [_part_path(out, index) for index in range(n_parts)]
+        manifest, written = _account(paths, kind, dropped_before or Counter(), named)
+        manifest["seconds"] = round(time.monotonic() - started, 3)
+        if work:
+            manifest["work"] = work()
+        manifest["versions"] = versions()
+        manifest["summary"] = summarise(written)
+        _write_documents(out, plan, manifest, written)
+        for path in paths:
+            folders.forget_digest(path)
+        return manifest
+
+
+def _part_path(out: Path, index: int) -> Path:
+    """The file of a part."""
+    return out / f"data-{index:05d}.arrow"
+
+
+def _missing_parts(
+    out: Path,
+    drafts: Path | None,
+    bounds: Sequence[tuple[int, int]],
+    advance: Callable[[int], None],
+) -> list[PartTask]:
+    """The parts that are not on disk or damaged; `advance` gets the rows of the others once."""
+    todo = []
+    rows_on_disk = 0
+    for index, (low, high) in enumerate(bounds):
+        part = PartTask(_part_path(out, index), drafts, low, high)
+        digest = folders.recorded_digest(part.path)
+        if digest is not None and folders.is_intact(part.path, digest):
+            rows_on_disk += part.n_rows
+        else:
+            todo.append(part)
+    advance(rows_on_disk)
+    return todo
 
 
 def _new_drafts(out: Path, plan: Json) -> Path | None:
-    """An empty folder of this plan alone: a worker that outlived its run finds no place for what it made, and leaves nothing behind.
+    """An empty folder for the drafts of this plan; None on another file system.
 
-    None where parts are put on another file system.
+    A worker that outlives its run no longer has a folder for its draft, and leaves nothing behind.
     """
     if storage.is_remote(out):
         for leftover in out.glob(".*.tmp"):
@@ -126,196 +185,251 @@ def _new_drafts(out: Path, plan: Json) -> Path | None:
 
 
 def write_part(todo: PartTask, kind: str, part: Part) -> None:
-    """Writes a part under its name, whole or not at all; its counts ride in its metadata."""
+    """Writes a part under its name, as a whole or not at all, with its counts as metadata.
+
+    Raises DataError if the rows do not fit the kind; StoreError as `files.atomic_write` does.
+    """
     table = part.rows if isinstance(part.rows, pa.Table) else schemas.to_table(kind, part.rows)
     schemas.check_nulls(table, kind)
     assert part.rows_in == table.num_rows + sum(part.drops.values()), (
         f"{todo.path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
     )
-    account = json.dumps({"rows_in": part.rows_in, "drops": dict(part.drops)}).encode()
-    table = table.replace_schema_metadata(
-        {**schemas.schema(kind).metadata, **(table.schema.metadata or {}), ACCOUNT_KEY: account}
-    )
+
+    account = json.dumps({"rows_in": part.rows_in, "drops": dict(part.drops)})
+    metadata_of_part = {
+        **schemas.schema(kind).metadata,
+        **(table.schema.metadata or {}),
+        ACCOUNT_KEY: account.encode(),
+    }
+    with atomic_write(todo.path, todo.drafts) as temporary:
+        _write_stream(temporary, table.replace_schema_metadata(metadata_of_part))
+        digest = hashing.digest_part(temporary)
+    folders.record_digest(todo.path, digest)
+
+
+def _write_stream(path: Path, table: pa.Table) -> None:
+    """Writes a table as an Arrow IPC stream."""
     with (
-        atomic_write(todo.path, todo.drafts) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
+        pa.OSFile(str(path), "wb") as sink,
         pa.ipc.new_stream(sink, table.schema) as writer,
     ):
         writer.write_table(table)
 
 
-def _finish(
-    out: Path,
-    kind: str,
-    before: Counter[str],
-    summarise: Callable[[Dataset], Json],
-    started: float,
-    work: Callable[[], Json] | None,
-    plan: Json,
-    inputs: Mapping[str, str],
-) -> Json:
-    paths = sorted(
-        out.glob("data-*.arrow"), key=lambda path: (len(path.name), path.name)
-    )  # six digits come after five
-    parts, drops, nulls, rows_in = [], before, Counter[str](), before.total()
+def _account(
+    paths: list[Path], kind: str, dropped_before: Counter[str], inputs: Mapping[str, str]
+) -> tuple[Json, Dataset]:
+    """The manifest's entries that follow from the parts on disk, and their dataset.
+
+    dropped_before: input rows that reached no part, by reason.
+    """
+    parts = []
+    drops = dropped_before
+    nulls = Counter[str]()
+    rows_in = dropped_before.total()
     for path in paths:
         table = read_part(path)
         account = json.loads(table.schema.metadata[ACCOUNT_KEY])
-        drops, rows_in = drops + Counter(account["drops"]), rows_in + account["rows_in"]
+        drops = drops + Counter(account["drops"])
+        rows_in += account["rows_in"]
         nulls += count_nulls(table)
-        parts.append(
-            {"file": path.name, "rows": table.num_rows, "digest": hashing.digest_part(path)}
-        )
-    made = Dataset(kind, paths, list(itertools.accumulate(part["rows"] for part in parts)))
-    columns = schemas.schema(kind).names
+        digest = folders.recorded_digest(path) or hashing.digest_part(path)
+        parts.append({"file": path.name, "rows": table.num_rows, "digest": digest})
+
+    written = Dataset(kind, paths, _part_ends(parts))
     manifest = {
         "kind": kind,
         "schema_version": schemas.VERSION,
         "digest": hashing.digest_json([part["digest"] for part in parts]),
         "rows_in": rows_in,
-        "rows_out": made.num_rows,
+        "rows_out": written.num_rows,
         "drops": dict(drops),
         "inputs": dict(inputs),
-        "nulls": dict(
-            sorted(
-                nulls.items(),
-                key=lambda item: columns.index(item[0]) if item[0] in columns else len(columns),
-            )
-        ),
+        "nulls": _in_column_order(nulls, schemas.schema(kind).names),
         "parts": parts,
-        "seconds": round(time.monotonic() - started, 3),
-        **({"work": work()} if work else {}),
-        "versions": versions(),
-        "summary": summarise(made),
     }
+    return manifest, written
+
+
+def _part_ends(parts: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Rows up to the end of each part of a manifest."""
+    return list(itertools.accumulate(part["rows"] for part in parts))
+
+
+def _in_column_order(nulls: Counter[str], columns: list[str]) -> dict[str, int]:
+    """The counts in the order of the columns, with those of reward models at the end."""
+
+    def position(name: str) -> int:
+        return columns.index(name) if name in columns else len(columns)
+
+    return {name: nulls[name] for name in sorted(nulls, key=position)}
+
+
+def _write_documents(out: Path, plan: Json, manifest: Json, written: Dataset) -> None:
+    """Writes the files for `datasets.load_from_disk`, the card, and last the manifest."""
     state = {
-        "_data_files": [{"filename": p.name} for p in paths],
+        "_data_files": [{"filename": path.name} for path in written.paths],
         "_fingerprint": manifest["digest"],
         "_format_columns": None,
-    }
-    state |= {
         "_format_kwargs": {},
         "_format_type": None,
         "_output_all_columns": False,
         "_split": None,
     }
     write_json(out / "state.json", state)
-    write_json(
-        out / "dataset_info.json",
-        {"description": f"scir {kind} dataset", "citation": "", "homepage": "", "license": ""},
-    )
+
+    info = {
+        "description": f"scir {written.kind} dataset",
+        "citation": "",
+        "homepage": "",
+        "license": "",
+    }
+    write_json(out / "dataset_info.json", info)
+
     with atomic_write(out / "README.md") as temporary:
         temporary.write_text(dataset_card.render(plan, manifest), encoding="utf-8")
     write_json(out / "manifest.json", manifest)
-    return manifest
 
 
 def count_nulls(table: pa.Table) -> Counter[str]:
     """Nulls per column that has any, and missing verdicts per reward model as `rewards.NAME`."""
-    nulls = Counter(
-        {
-            name: table.column(name).null_count
-            for name in table.column_names
-            if table.column(name).null_count
-        }
-    )
-    for chunk in table.column("rewards").chunks if "rewards" in table.column_names else ():
+    nulls = Counter[str]()
+    for name in table.column_names:
+        n_nulls = table.column(name).null_count
+        if n_nulls:
+            nulls[name] = n_nulls
+    if "rewards" not in table.column_names:
+        return nulls
+
+    for chunk in table.column("rewards").chunks:
         rewards = chunk.flatten()
-        silent = pc.value_counts(
-            rewards.field("reward_model").filter(rewards.field("log_odds").is_null())
-        )
-        nulls += {f"rewards.{one['values']}": one["counts"] for one in silent.to_pylist()}
+        is_missing = rewards.field("log_odds").is_null()
+        names = rewards.field("reward_model").filter(is_missing)
+        for entry in pc.value_counts(names).to_pylist():
+            nulls[f"rewards.{entry['values']}"] += entry["counts"]
     return nulls
 
 
 def versions() -> dict[str, str]:
-    return {"scir": __version__} | {
-        name: metadata.version(name) for name in ("torch", "transformers", "pyarrow")
-    }
+    """The versions of this package and of the packages that determine results."""
+    packages = ("torch", "transformers", "pyarrow")
+    return {"scir": __version__} | {name: metadata.version(name) for name in packages}
 
 
-def read_part(path: Path) -> pa.Table:
-    """The table of one data file; a local file is mapped and not loaded. Raises DataError."""
+def read_part(path: Path, digest: str | None = None) -> pa.Table:
+    """The table of one data file; a local file is mapped into memory and not loaded.
+
+    digest: the file's, compared before anything of it is used; None: not compared.
+    Raises DataError if the file cannot be read, has another digest, is truncated, or is not an
+    Arrow stream.
+    """
     try:
-        data = (
-            pa.BufferReader(path.read_bytes())
-            if storage.is_remote(path)
-            else pa.memory_map(str(path))
-        )
+        if storage.is_remote(path):
+            content = path.read_bytes()
+            actual = hashing.digest_content(content) if digest else None
+            data = pa.BufferReader(content)
+        else:
+            actual = hashing.digest_part(path) if digest else None
+            data = pa.memory_map(str(path))
+        if actual != digest:
+            raise DataError(
+                f"{path} is damaged: its digest is {actual} and its manifest has {digest}; "
+                "run the command that wrote its folder again: it writes damaged parts again"
+            )
         return pa.ipc.open_stream(data).read_all()
+    except (FileNotFoundError, PermissionError) as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"{path} is truncated or is not an Arrow stream ({error}); delete it and run the stage that made it again"
+            f"{path} is truncated or is not an Arrow stream ({error}); "
+            "delete it and run the stage that wrote it again"
         ) from error
 
 
 def write_columns(path: Path, values: Mapping[str, tuple[float, float]]) -> None:
-    """Two numbers by id, beside a dataset and no part of it (not in its manifest or digest): what can be computed again."""
+    """Writes two numbers per pair id to a file beside a dataset.
+
+    The file holds values that can be computed again: it is not in the manifest or the digest.
+    """
     pairs = list(values.values())
-    table = pa.table(
-        {"pair_id": list(values), "first": [a for a, _ in pairs], "second": [b for _, b in pairs]}
-    )
-    with (
-        atomic_write(path) as temporary,
-        pa.OSFile(str(temporary), "wb") as sink,
-        pa.ipc.new_stream(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)
+    columns = {
+        "pair_id": list(values),
+        "first": [first for first, _ in pairs],
+        "second": [second for _, second in pairs],
+    }
+    table = pa.table(columns)
+    with atomic_write(path) as temporary:
+        _write_stream(temporary, table)
 
 
 def read_columns(path: Path) -> dict[str, tuple[float, float]]:
+    """Two numbers per pair id, as `write_columns` wrote them; raises DataError."""
     table = read_part(path)
-    both = zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True)
-    return dict(zip(table["pair_id"].to_pylist(), both, strict=True))
+    ids = table["pair_id"].to_pylist()
+    numbers = zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True)
+    return dict(zip(ids, numbers, strict=True))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset folder. A part is mapped while somebody reads it and no longer, so memory is that of the parts in use."""
+    """A finished dataset folder.
+
+    A part is mapped only while a reader uses it, so memory is that of the parts in use.
+
+    ends: rows up to the end of each part.
+    limit: number of rows that are read; None: all.
+    columns: names of the columns that are read; None: all.
+    """
 
     kind: str
     paths: list[Path]
-    ends: list[int]  # rows up to the end of each part
-    limit: int | None = None  # rows that are read
-    columns: list[str] | None = None  # columns that are read
+    ends: list[int]
+    limit: int | None = None
+    columns: list[str] | None = None
 
     @property
     def num_rows(self) -> int:
+        """Number of rows that are read."""
         rows = self.ends[-1] if self.ends else 0
         return rows if self.limit is None else min(rows, self.limit)
 
     def head(self, limit: int | None) -> Dataset:
+        """The dataset with only its first `limit` rows; None: all rows."""
         return replace(self, limit=limit)
 
     def select(self, columns: list[str]) -> Dataset:
+        """The dataset with only these columns."""
         return replace(self, columns=columns)
 
     def with_kind(self, kind: str) -> Dataset:
-        """A dataset of another kind, whose columns this one has as well."""
+        """The rows as a dataset of another kind, whose columns must be among the present ones."""
         return replace(self, kind=kind, columns=schemas.schema(kind).names)
 
     def read(self) -> pa.Table:
+        """All rows as one table."""
         return self.slice(0, self.num_rows)
 
     def slice(self, low: int, length: int) -> pa.Table:
-        """Rows low to low + length, as a table has it, of the parts that hold them."""
+        """Rows low to low + length, fewer at the end, from the parts that hold them."""
         high = min(low + length, self.num_rows)
-        tables = [self.schema.empty_table()]
-        for index in range(
-            bisect.bisect_right(self.ends, low),
-            bisect.bisect_left(self.ends, high) + 1 if low < high else 0,
-        ):
+        if low >= high:
+            return self.schema.empty_table()
+
+        tables = []
+        first = bisect.bisect_right(self.ends, low)
+        last = bisect.bisect_left(self.ends, high)
+        for index in range(first, last + 1):
             start = self.ends[index - 1] if index else 0
-            part = read_part(self.paths[index]).slice(max(low - start, 0), high - max(low, start))
-            tables.append(
-                (part.select(self.columns) if self.columns else part).replace_schema_metadata(
-                    self.schema.metadata
-                )
-            )
-        return pa.concat_tables(tables[1:] or tables)
+            part = read_part(self.paths[index])
+            part = part.slice(max(low - start, 0), high - max(low, start))
+            if self.columns:
+                part = part.select(self.columns)
+            # Counts in a part's metadata differ, and tables with other metadata do not concatenate.
+            tables.append(part.replace_schema_metadata(self.schema.metadata))
+        return pa.concat_tables(tables)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The rows, one part at a time; an empty table where there are none."""
+        """The rows, one part at a time; one empty table if there are none."""
         if not self.num_rows:
             yield self.schema.empty_table()
         for start, end in itertools.pairwise([0, *self.ends]):
@@ -324,85 +438,138 @@ class Dataset:
 
     @property
     def schema(self) -> pa.Schema:
+        """The Arrow schema of the kind."""
         return schemas.schema(self.kind)
 
 
 class Rows(Protocol):
-    """What can be read a slice at a time: a Dataset, a Scratch, a table."""
+    """Rows that can be read in slices: a Dataset, a Spool, a table."""
 
     @property
-    def num_rows(self) -> int: ...
+    def num_rows(self) -> int:
+        """Number of rows."""
+        ...
 
-    def slice(self, low: int, length: int) -> pa.Table: ...
+    def slice(self, low: int, length: int) -> pa.Table:
+        """Rows low to low + length, fewer at the end."""
+        ...
 
 
 def read_dataset(path: Path, *kinds: str) -> pa.Table:
-    """A finished dataset folder as one table, memory-mapped where it lies on this machine; raises as `open_dataset` does."""
+    """A finished dataset folder as one table, mapped into memory if it is local.
+
+    Raises DataError as `open_dataset` does.
+    """
     return open_dataset(path, *kinds).read()
 
 
 def open_dataset(path: Path, *kinds: str) -> Dataset:
-    """A finished dataset folder; raises DataError if it is unfinished, damaged, or of none of `kinds`."""
-    needed = " or ".join(repr(k) for k in kinds)
+    """A finished dataset folder.
+
+    kinds: the kinds that are accepted; none: every kind.
+    Raises DataError if it is missing, unfinished, damaged, or of another kind or schema version.
+    """
+    needed = " or ".join(repr(kind) for kind in kinds)
+    _check_finished(path, needed)
+
+    manifest = read_json(path / "manifest.json")
+    kind = manifest.get("kind", "unknown")
+    if kinds and kind not in kinds:
+        raise DataError(_wrong_kind(path, manifest, needed))
+    folders.check_version(path, folders.version_of(manifest))
+
+    parts = manifest["parts"]
+    if manifest["digest"] != hashing.digest_json([part["digest"] for part in parts]):
+        raise DataError(
+            f"{path / 'manifest.json'} is damaged: its digest does not follow from its parts; "
+            "remove it and run the command that wrote it again"
+        )
+    for part in parts:
+        file = path / part["file"]
+        table = read_part(file, part["digest"])
+        folders.check_version(path, schemas.version_of(table))
+        if table.num_rows != part["rows"]:
+            raise DataError(
+                f"{file} holds {table.num_rows} rows, and the manifest lists {part['rows']}; "
+                "delete it and run the stage that wrote it again"
+            )
+        schemas.check_nulls(table, kind)
+
+    paths = [path / part["file"] for part in parts]
+    return Dataset(kind, paths, _part_ends(parts))
+
+
+def _check_finished(path: Path, needed: str) -> None:
+    """Raises DataError if the folder is missing, is no dataset folder, or is unfinished.
+
+    needed: the kinds that are accepted, for the message.
+    """
     if not path.exists():
         raise DataError(
             f"{path} does not exist; this command needs the folder of a {needed} dataset"
         )
     if not folders.is_dataset(path):
         raise DataError(
-            f"{path} is not a dataset folder that scir made; this command needs a {needed} dataset"
+            f"{path} is not a dataset folder that scir wrote; this command needs a {needed} dataset"
         )
     if not (path / "manifest.json").is_file():
         raise DataError(
-            f"{path} is not a finished dataset (no manifest.json); run the stage that writes it again: it resumes where it stopped"
+            f"{path} is not a finished dataset (no manifest.json); "
+            "run the stage that writes it again: it resumes where it stopped"
         )
-    manifest = read_json(path / "manifest.json")
-    kind = manifest.get("kind", "unknown")
-    if kinds and kind not in kinds:
-        raise DataError(_wrong_kind(path, manifest, needed))
-    folders.check_version(path, folders.version_of(manifest))
-    for part in manifest["parts"]:
-        table = read_part(path / part["file"])
-        folders.check_version(path, schemas.version_of(table))
-        if table.num_rows != part["rows"]:
-            raise DataError(
-                f"{path / part['file']} holds {table.num_rows} rows and the manifest says {part['rows']}; delete it and run the stage that made it again"
-            )
-        schemas.check_nulls(table, kind)
-    paths = [path / part["file"] for part in manifest["parts"]]
-    return Dataset(
-        kind, paths, list(itertools.accumulate(part["rows"] for part in manifest["parts"]))
-    )
 
 
 def _wrong_kind(path: Path, manifest: Json, needed: str) -> str:
+    """The message for a dataset of a kind that is not accepted.
+
+    needed: the kinds that are accepted.
+    """
     kind = manifest.get("kind", "unknown")
     if kind == "consistency":
         source = manifest.get("inputs", {}).get("input")
+        ending = f", {source}" if source else ""
         return (
             f"{path} holds a 'consistency' dataset: figures about pairs, without their verdicts; "
-            f"pass the judged dataset that it was made from{f', {source}' if source else ''}"
+            f"pass the judged dataset that it was computed from{ending}"
         )
-    holds = "a model" if kind == "model" else f"a '{kind}' dataset"
-    return f"{path} holds {holds}; this command needs a {needed} dataset"
+    content = "a model" if kind == "model" else f"a '{kind}' dataset"
+    return f"{path} holds {content}; this command needs a {needed} dataset"
 
 
 def part_bounds(n_rows: int, rows_per_part: int) -> list[tuple[int, int]]:
-    """Row ranges of at most `rows_per_part` that cover 0..n_rows in order."""
-    return [(low, min(low + rows_per_part, n_rows)) for low in range(0, n_rows, rows_per_part)]
+    """Row ranges of at most `rows_per_part` that cover 0 to n_rows in order, ends exclusive."""
+    bounds = []
+    for low in range(0, n_rows, rows_per_part):
+        bounds.append((low, min(low + rows_per_part, n_rows)))
+    return bounds
 
 
 def group_bounds(data: Dataset, key: str, rows_per_part: int) -> list[tuple[int, int]]:
-    """The same for the rows of a dataset, never cutting a run of neighbours with equal `key` in two."""
-    starts, before, row = [], pa.scalar(None, pa.string()), 0
+    """Row ranges as `part_bounds` returns them, which never split a group of rows.
+
+    A group is a run of adjacent rows with equal values in the column `key`.
+    A range has at least `rows_per_part` rows, except the last, and ends where a group ends.
+    """
+    starts = []
+    previous_key = pa.scalar(None, pa.string())
+    n_rows = 0
     for table in data.tables():
-        keys = pa.concat_arrays([pa.array([before]), *table[key].chunks])
-        starts.append(row + np.flatnonzero(pc.not_equal(keys[1:], keys[:-1]).fill_null(True)))
-        before, row = keys[-1], row + table.num_rows
-    ends = np.append(np.concatenate(starts)[1:], row) if row else np.empty(0, int)
-    bounds, low = [], 0
-    while low < row:
-        high = int(ends[np.searchsorted(ends, min(low + rows_per_part, row))])
+        keys = pa.concat_arrays([pa.array([previous_key]), *table[key].chunks])
+        # Null, before the first row, differs from every key.
+        is_new = pc.not_equal(keys[1:], keys[:-1]).fill_null(True)
+        starts.append(n_rows + np.flatnonzero(is_new))
+        previous_key = keys[-1]
+        n_rows += table.num_rows
+    if not n_rows:
+        return []
+
+    # End of each group, exclusive: (groups,)
+    ends = np.append(np.concatenate(starts)[1:], n_rows)
+    bounds = []
+    low = 0
+    while low < n_rows:
+        target = min(low + rows_per_part, n_rows)
+        high = int(ends[np.searchsorted(ends, target)])
         bounds.append((low, high))
         low = high
     return bounds

@@ -1,8 +1,8 @@
 """Dataset cards: the README.md of a dataset folder, from plan, manifest and schemas.py.
 
-The YAML front matter is what the Hugging Face hub reads: tags, size, and the files of the one split,
-so that `datasets.load_dataset` opens an uploaded folder. A card depends on plan and manifest alone:
-the same dataset has the same card.
+The Hugging Face hub reads the YAML front matter: tags, size, and the files of the only split, so
+that `datasets.load_dataset` opens an uploaded folder.
+A card depends on plan and manifest alone: the same dataset has the same card.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from scir_cli.data import schemas
 from scir_cli.data.schemas import Column
 
 Json = Mapping[str, Any]
-#: The hub's size categories: fewer rows than -> name
+#: The hub's size categories: upper limit of rows, exclusive -> name.
 SIZES = {
     1_000: "n<1K",
     10_000: "1K<n<10K",
@@ -24,14 +24,22 @@ SIZES = {
     1_000_000: "100K<n<1M",
     10_000_000: "1M<n<10M",
 }
+#: Settings with these values have no value, and are left out.
 ABSENT: tuple[Any, ...] = (None, "", [], {})
+#: Keys of a plan that are not digests of inputs or models.
+NOT_DIGESTS = ("stage", "settings", "schema_version")
 
 
 def render(plan: Json, manifest: Json) -> str:
-    """The card of a dataset whose manifest is about to be written, as Markdown."""
+    """The card of a dataset as Markdown; its manifest is complete but need not be on disk."""
     kind = manifest["kind"]
-    settings = {k: v for k, v in plan.get("settings", {}).items() if v not in ABSENT}
     drops = manifest["drops"].items() or [("none", 0)]
+
+    settings = {}
+    for name, value in plan.get("settings", {}).items():
+        if value not in ABSENT:
+            settings[name] = value
+
     sections = [
         _front_matter(kind, manifest["rows_out"]),
         f"# A {kind} dataset, written by `scir {plan.get('stage')}`\n\n{schemas.ROWS[kind]}",
@@ -47,7 +55,15 @@ def render(plan: Json, manifest: Json) -> str:
 
 
 def _front_matter(kind: str, rows: int) -> str:
-    size = next((name for limit, name in SIZES.items() if rows < limit), "n>10M")
+    """The YAML block at the top of a card.
+
+    rows: number of rows of the dataset, for its size category.
+    """
+    size = "n>10M"
+    for limit, name in SIZES.items():
+        if rows < limit:
+            size = name
+            break
     lines = [
         "---",
         f"pretty_name: scir {kind}",
@@ -64,46 +80,63 @@ def _front_matter(kind: str, rows: int) -> str:
 
 
 def _facts(plan: Json, manifest: Json) -> Iterable[tuple[str, Any]]:
-    """What the dataset is and where it came from.
+    """Name and value of each fact about a dataset: kind, size, digest, inputs, versions.
 
-    A model or an input has the name that the user gave it, and its weights key or digest from the plan.
+    A model or an input has its name from the manifest, as the user wrote it, and its weights key or
+    digest from the plan.
     """
     yield "kind", f"{manifest['kind']}, schema version {manifest['schema_version']}"
     yield "rows", f"{manifest['rows_out']:,} of {manifest['rows_in']:,} read"
     yield "digest", manifest["digest"]
-    names = dict(manifest["inputs"])
-    described = ("stage", "settings", "schema_version")
-    keys = {k: v for k, v in plan.items() if k not in described and v is not None}
-    for name in dict.fromkeys([*names, *keys]):
-        yield name.replace("_", " "), "; ".join(str(of[name]) for of in (names, keys) if name in of)
-    yield "versions", ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
+
+    inputs = dict(manifest["inputs"])
+    digests = {}
+    for key, value in plan.items():
+        if key not in NOT_DIGESTS and value is not None:
+            digests[key] = value
+    # A dict and not a set, to hold the order.
+    for name in dict.fromkeys([*inputs, *digests]):
+        texts = [str(source[name]) for source in (inputs, digests) if name in source]
+        yield name.replace("_", " "), "; ".join(texts)
+
+    versions = [f"{package} {version}" for package, version in manifest["versions"].items()]
+    yield "versions", ", ".join(versions)
 
 
 def _columns(columns: Sequence[Column], prefix: str = "") -> Iterable[tuple[str, str, str]]:
-    """Rows of the table of columns, the fields of a struct below their column.
+    """Name, type and meaning of each column, the fields of a struct below their column.
 
     Fields that were listed before are not repeated.
+    prefix: dotted name of the struct that holds the columns, for nested fields.
     """
     listed: list[tuple[Column, ...]] = []
     for column in columns:
-        is_list = pa.types.is_list(column.dtype)
-        yield f"`{prefix}{column.name}`", _type(column), column.meaning
+        name = prefix + column.name
+        yield f"`{name}`", _type(column), column.meaning
+
         if column.fields and column.fields not in listed:
             listed.append(column.fields)
-            yield from _columns(column.fields, f"{prefix}{column.name}{'[]' if is_list else ''}.")
+            brackets = "[]" if pa.types.is_list(column.dtype) else ""
+            yield from _columns(column.fields, f"{name}{brackets}.")
 
 
 def _type(column: Column) -> str:
     """The type in words, as `list of int32, may be null`."""
-    dtype, words = column.dtype, ""
+    dtype = column.dtype
+    words = ""
     while pa.types.is_list(dtype):
-        dtype, words = dtype.value_type, words + "list of "
+        words += "list of "
+        dtype = dtype.value_type
     words += "struct" if pa.types.is_struct(dtype) else str(dtype)
-    return words + (", may be null" if column.nullable else "")
+    if column.nullable:
+        words += ", may be null"
+    return words
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; a cell is one line, and its vertical bars are escaped."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    """A Markdown table; white space in a cell becomes one space, vertical bars are escaped."""
+    lines = []
+    for row in (headings, ["---"] * len(headings), *rows):
+        cells = [" ".join(str(cell).replace("|", "\\|").split()) for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files, and errors of the operating system as one line."""
+"""Atomic writes, JSON files, and errors of the operating system in one line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ Json = dict[str, Any]
 
 
 def read_json(path: Path) -> Json:
+    """The object in a JSON file; raises DataError if it is unreadable or holds no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
         raise DataError(
-            f"{path} is not readable JSON ({error}); remove its folder or write it again with --overwrite"
+            f"{path} is not readable JSON ({error}); "
+            "remove its folder or write it again with --overwrite"
         ) from error
     if not isinstance(value, dict):
         raise DataError(f"{path} should hold a JSON object and holds a {type(value).__name__}")
@@ -33,10 +37,12 @@ def read_json(path: Path) -> Json:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, drafts: Path | None = None) -> Iterator[Path]:
-    """Gives a temporary path beside `path`; on leaving, its content is on disk and has `path` as its name, or nothing changed.
+    """Yields a temporary path; on leaving, its content is on disk under the name `path`.
 
-    drafts: a folder for it, where several processes may write the same `path`. What goes to another file system is first written on this machine.
-    Raises StoreError where the disk is full or the folder cannot be written.
+    If the block raises, `path` is unchanged and the temporary file is deleted.
+    drafts: folder of the temporary file, needed if several processes may write the same `path`;
+    None: beside `path`. A file for another file system is first written on this machine.
+    Raises StoreError if the disk is full or the folder cannot be written.
     """
     if storage.is_remote(path):
         with as_store_error(path), tempfile.TemporaryDirectory() as folder:
@@ -44,26 +50,46 @@ def atomic_write(path: Path, drafts: Path | None = None) -> Iterator[Path]:
             yield temporary
             storage.upload_atomically(temporary, path)
         return
-    temporary = (
-        drafts / f"{path.name}.{uuid.uuid4().hex}"
-        if drafts
-        else path.with_name(f".{path.name}.tmp")
-    )
+
+    if drafts:
+        temporary = drafts / f"{path.name}.{uuid.uuid4().hex}"
+    else:
+        temporary = path.with_name(f".{path.name}.tmp")
+
     with as_store_error(path):
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             temporary.replace(path)
+            sync(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
 
 
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk.
+
+    Raises OSError; a file system that cannot sync folders is accepted.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def as_store_error(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while `path` is written, by us or by a library, into a StoreError that names it."""
+    """Raises a StoreError that names `path` for an error of the operating system in its block.
+
+    Errors of libraries count too, if an error of the operating system caused them.
+    Other exceptions pass unchanged.
+    """
     try:
         yield
     except ScirError:
@@ -76,24 +102,32 @@ def as_store_error(path: Path) -> Iterator[None]:
 
 
 def _os_error(error: Exception) -> OSError | None:
-    """The operating system's error behind a library's own: torch raises its own from it, Rust (safetensors) puts its number in the text."""
-    for one in (error, error.__cause__, error.__context__):
-        if isinstance(one, OSError):
-            return one
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
+    """The operating system's error that caused a library's error; None if there is none.
+
+    torch raises its error from it; Rust (safetensors) writes its number into the message.
+    """
+    for candidate in (error, error.__cause__, error.__context__):
+        if isinstance(candidate, OSError):
+            return candidate
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match is None:
+        return None
+    number = int(match[1])
+    return OSError(number, os.strerror(number))
 
 
 def disk_error(error: OSError, path: Path) -> StoreError:
+    """The StoreError for an error of the operating system while `path` was written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
-            f"no space left on the disk while writing {path}; finished parts are kept: free some space and run the same command again"
+            f"no space left on the disk while writing {path}; "
+            "finished parts are kept: free some space and run the same command again"
         )
     return StoreError(f"cannot write {path}: {error.strerror or error}")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, indented by 2; raises StoreError as `atomic_write` does."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ file system (a URL).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -14,19 +15,27 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from scir_cli.data import schemas, storage
-from scir_cli.data.files import Json, disk_error, read_json, write_json
-from scir_cli.errors import DataError, PlanMismatch, StoreError
+from scir_cli.data import hashing, schemas, storage
+from scir_cli.data.files import Json, atomic_write, disk_error, read_json, write_json
+from scir_cli.errors import DataError, PlanMismatch, StoreError, warn
 
-FIRST_VERSION = "1"  # of the columns of plans that do not name one
+#: Errors of a file system that offers no locks.
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+#: Schema version of plans that name none.
+FIRST_VERSION = "1"
 
 
 def version_of(document: Json) -> str:
-    """The schema version that a plan or a manifest names; the first one if it names none."""
+    """The schema version in a plan or a manifest; the first one if it names none."""
     return str(document.get("schema_version", FIRST_VERSION))
 
 
 def outdated_message(path: Path, plan: Json, version: str) -> str:
+    """The message for a dataset folder whose schema version is not ours.
+
+    plan: of the folder. version: of the folder, or of a part of it.
+    """
     return (
         f"{path} was written by 'scir {plan.get('stage')}' with schema version {version}, "
         f"and this scir has version {schemas.VERSION}; run that command again with --overwrite"
@@ -40,29 +49,37 @@ def check_version(path: Path, version: str) -> None:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """One text per value that differs between two JSON values, with its dotted path."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        return [
-            line
-            for key in keys
-            for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if old == new else [f"{path} was {json.dumps(old)}, now {json.dumps(new)}"]
+        lines = []
+        for key in sorted(set(old) | set(new)):
+            inner_path = f"{path}.{key}" if path else key
+            lines += _differences(old.get(key), new.get(key), inner_path)
+        return lines
+    if old == new:
+        return []
+    return [f"{path} was {json.dumps(old)}, now {json.dumps(new)}"]
 
 
 @contextlib.contextmanager
 def claim_folder(out: Path, plan: Json, overwrite: bool = False) -> Iterator[Json | None]:
-    """Takes the folder for this plan; gives the manifest when this plan is already done, else None.
+    """Locks a folder for a plan; yields the manifest if this plan is finished, else None.
 
-    Raises PlanMismatch naming what differs, and StoreError when another process is writing here or the folder holds other files.
+    overwrite: deletes the dataset that the folder holds.
+    Raises PlanMismatch, with the difference, if the folder holds another plan; StoreError if
+    another process is writing the folder, or if it holds files but no plan.
     """
     if out.is_file():
-        raise StoreError(f"{out} is a file; --output-dir takes a folder")
+        raise StoreError(f"{out} is a file; --output-dir needs a folder")
     if overwrite and out.exists() and any(out.iterdir()) and not (out / "plan.json").exists():
         raise StoreError(
-            f"{out} was not made by scir (no plan.json), so --overwrite does not delete it; choose another folder"
+            f"{out} was not written by scir (no plan.json), so --overwrite does not delete it; "
+            "choose another folder"
         )
-    with nullcontext() if storage.is_remote(out) else _locked(out):
+
+    # An object store has no locks.
+    lock = nullcontext() if storage.is_remote(out) else _locked(out)
+    with lock:
         if overwrite and out.exists():
             _clear(out)
         yield _start(out, plan)
@@ -70,69 +87,151 @@ def claim_folder(out: Path, plan: Json, overwrite: bool = False) -> Iterator[Jso
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Of this machine's file systems (and NFS 4) alone: an object store has no locks."""
+    """Holds the lock of a folder, which is created if missing.
+
+    Works on file systems of this machine and on NFS 4.
+    Raises StoreError if another process holds the lock or the folder cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
     except OSError as error:
         raise disk_error(error, out) from error
+
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise StoreError(
                 f"another process is writing {out}; wait for it, or choose another --output-dir"
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise disk_error(error, out) from error
+            warn(
+                f"the file system of {out} offers no locks ({error.strerror}); "
+                "do not start two commands on this folder at the same time"
+            )
         yield
 
 
 def _clear(out: Path) -> None:
-    for path in out.iterdir():
+    """Deletes everything in a folder but its lock.
+
+    The manifest goes first and the plan last: whenever this is killed, the folder is an unfinished
+    one of ours, which the same command resumes and --overwrite deletes.
+    """
+    for path in sorted(out.iterdir(), key=_clearing_order):
         if path.is_dir():
             storage.remove(path)
         elif path.name != ".lock":
             path.unlink()
 
 
+def _clearing_order(path: Path) -> int:
+    """0 for the manifest, 2 for the plan, 1 for all else."""
+    return {"manifest.json": 0, "plan.json": 2}.get(path.name, 1)
+
+
 def _start(out: Path, plan: Json) -> Json | None:
+    """Writes the plan if the folder has none; returns the manifest if the plan is finished.
+
+    Raises PlanMismatch if the folder holds another plan; StoreError if it holds other files.
+    """
     path = out / "plan.json"
     if not path.exists():
-        others = (
-            [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
-        )
-        if others:
-            raise StoreError(
-                f"{out} already holds {others[0]!r} and no plan.json; choose an empty folder"
-            )
+        _check_empty(out)
         write_json(path, plan)
         return None
-    old = read_json(path)
+    _check_same_plan(out, read_json(path), plan)
+    return _finished_manifest(out)
+
+
+def _check_empty(out: Path) -> None:
+    """Raises StoreError if the folder holds a file that is not hidden."""
+    if not out.exists():
+        return
+    others = [child.name for child in out.iterdir() if not child.name.startswith(".")]
+    if others:
+        raise StoreError(
+            f"{out} already holds {others[0]!r} and no plan.json; choose an empty folder"
+        )
+
+
+def _check_same_plan(out: Path, old: Json, plan: Json) -> None:
+    """Raises PlanMismatch if the plan in the folder differs in stage, version or settings."""
     if old.get("stage") != plan.get("stage"):
         raise PlanMismatch(
-            f"{out} was made by 'scir {old.get('stage')}', and this is 'scir {plan.get('stage')}'; choose another --output-dir"
+            f"{out} was written by 'scir {old.get('stage')}', "
+            f"and this is 'scir {plan.get('stage')}'; choose another --output-dir"
         )
     if version_of(old) != version_of(plan):
         raise PlanMismatch(outdated_message(out, old, version_of(old)))
-    changes = _differences(old, json.loads(json.dumps(plan)))
+
+    # As it is after a round trip through JSON: tuples become lists.
+    as_read = json.loads(json.dumps(plan))
+    changes = _differences(old, as_read)
     if changes:
         raise PlanMismatch(
-            f"{out} was started with other settings: {'; '.join(changes)}. Use --overwrite to replace it, or another --output-dir"
+            f"{out} was started with other settings: {'; '.join(changes)}. "
+            "Use --overwrite to replace it, or another --output-dir"
         )
-    return _done(out)
 
 
-def _done(out: Path) -> Json | None:
-    """The manifest of a finished folder; None where a part of it was deleted, to be made again."""
-    if not (out / "manifest.json").exists():
+def _finished_manifest(out: Path) -> Json | None:
+    """The manifest of a finished folder; None if there is none, or if a part is damaged.
+
+    In that case the folder becomes an unfinished one, of which the other parts are kept.
+    Parts on another file system only have to exist.
+    """
+    path = out / "manifest.json"
+    if not path.exists():
         return None
-    manifest = read_json(out / "manifest.json")
-    return (
-        manifest
-        if all((out / part["file"]).exists() for part in manifest.get("parts", []))
-        else None
-    )
+    manifest = read_json(path)
+    parts = {out / part["file"]: part["digest"] for part in manifest.get("parts", [])}
+    intact = [part for part, digest in parts.items() if is_intact(part, digest)]
+    if len(intact) == len(parts):
+        return manifest
+
+    damaged = [part.name for part in parts if part not in intact]
+    warn(f"{out}: {', '.join(damaged[:3])} is damaged or missing; it is written again")
+    for part in intact:
+        record_digest(part, parts[part])
+    path.unlink()
+    return None
+
+
+def is_intact(part: Path, digest: str) -> bool:
+    """Whether a part exists and, on this machine, has this digest."""
+    if not part.exists():
+        return False
+    return storage.is_remote(part) or hashing.digest_part(part) == digest
+
+
+def _digest_path(part: Path) -> Path:
+    """The hidden file that holds the digest of a part until the manifest does."""
+    return part.parent / f".{part.name}.xxh3"
+
+
+def record_digest(part: Path, digest: str) -> None:
+    """Keeps the digest of a finished part until the manifest is written."""
+    with atomic_write(_digest_path(part)) as temporary:
+        temporary.write_text(digest, encoding="ascii")
+
+
+def recorded_digest(part: Path) -> str | None:
+    """The digest that was kept of a part; None if there is none."""
+    path = _digest_path(part)
+    return path.read_text(encoding="ascii") if path.exists() else None
+
+
+def forget_digest(part: Path) -> None:
+    """Removes the digest that was kept of a part."""
+    path = _digest_path(part)
+    if path.exists():
+        path.unlink()
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether the folder was made by a stage of ours, finished or not."""
+    """Whether a stage wrote this folder, finished or not."""
     return (path / "plan.json").is_file()

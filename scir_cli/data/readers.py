@@ -1,17 +1,21 @@
-"""What users bring: our own dataset folders, `datasets.save_to_disk` folders, JSONL/JSON/Parquet/CSV files, hub ids.
+"""Readers of input: our dataset folders, saved folders of `datasets`, data files, hub ids.
 
-    prompts   `messages` (a list of {role, content}), or `prompt` (text or messages), or `instruction` with an optional `input`
-    pairs     `chosen` and `rejected`: texts or assistant messages beside such a prompt, or transcripts that both repeat it (messages, or
-              text with "\\n\\nHuman:" and "\\n\\nAssistant:" as hh-rlhf has it); lists of texts (RewardBench 2) are every chosen one
-              beside every rejected one, and `id` goes into the candidate ids
-    authors   optional: `chosen_model` and `rejected_model` (as RewardBench has them)
-    subset    optional (or `dataset`, as AlpacaEval has it)
+    prompts   `messages` (a list of {role, content}), or `prompt` (text or messages), or
+              `instruction` with an optional `input`
+    pairs     `chosen` and `rejected`: texts or assistant messages beside such a prompt, or
+              transcripts that both repeat it (messages, or text with "\\n\\nHuman:" and
+              "\\n\\nAssistant:" as in hh-rlhf); lists of texts (RewardBench 2) become every chosen
+              text beside every rejected one, with `id` as a part of the candidate ids
+    authors   optional: `chosen_model` and `rejected_model`, as in RewardBench
+    subset    optional: `subset`, or `dataset` as in AlpacaEval
     extra     every other column, `id` among them, as one JSON object per row (`extra_of`):
               no stage reads it, every stage keeps it
 
-A spec is a path, `FOLDER:SPLIT` for a saved folder, or `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train unless
-given. Rows are read some at a time, whoever brings them (but a JSON list is parsed whole), and kept on disk (`store.Scratch`).
-Left out on purpose: images and tools in messages.
+A spec is a path (JSONL, JSON, Parquet, CSV, or a folder), `FOLDER:SPLIT` for a saved folder, or
+`[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train if it is left out.
+Rows are read in blocks from every source (but a JSON list is parsed as a whole) and stored on disk
+(`spool.Spool`).
+Images and tools in messages are not supported.
 """
 
 from __future__ import annotations
@@ -42,94 +46,114 @@ from scir_cli.errors import DataError, suggest
 
 Row = dict[str, Any]
 Message = dict[str, str]
-PROMPT_COLUMNS = ("messages", "prompt", "instruction")  # the first that is not null is the prompt
-#: Never carried along: texts of prompts and responses are large
+
+#: The first of these columns that is not null is the prompt.
+PROMPT_COLUMNS = ("messages", "prompt", "instruction")
+#: Never stored in `extra`: texts of prompts and responses are large.
 TEXT_COLUMNS = frozenset((*PROMPT_COLUMNS, "chosen", "rejected"))
 AUTHOR_COLUMNS = ("chosen_model", "rejected_model")
 OUR_PROMPTS = frozenset(schemas.schema("prompts").names)
 OUR_COLUMNS = frozenset(column.name for columns in schemas.COLUMNS.values() for column in columns)
 DEFAULT_SPLIT = "train"
 ROWS_AT_A_TIME = 1000
-BUFFER = 1 << 20  # bytes of a Parquet column read at a time
+#: Bytes of a Parquet column that are read at a time.
+BUFFER = 1 << 20
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 HUB_SPEC = re.compile(r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?::([^:]+))??(?::([^:]+))?")
 
 
 def open_prompts(spec: str, limit: int | None = None) -> tuple[dataset.Rows, Counter[str]]:
-    """The prompts of `spec`, rows of kind "prompts" to be read a slice at a time, and the rows dropped by reason.
+    """The prompts of `spec` as rows of kind "prompts", and the dropped rows by reason.
 
-    limit: read only this many input rows. Drops: empty_prompt, duplicate_prompt. Raises DataError naming file and row or column.
+    limit: number of input rows that are read; None: all.
+    Drops: empty_prompt, duplicate_prompt.
+    Raises DataError, with file and row or column, if the input is not as expected.
     """
     source = _resolve_spec(spec)
-    if not isinstance(source.where, str) and folders.is_dataset(source.where):
-        return dataset.open_dataset(source.where, "prompts").head(limit), Counter()
+    folder = _dataset_folder(source)
+    if folder is not None:
+        return dataset.open_dataset(folder, "prompts").head(limit), Counter()
     return _collect(source, limit, lambda row: [_prompt_row(row)], "prompts", "prompt")
 
 
 def open_pairs(
     spec: str, limit: int | None = None, external: str | None = None
 ) -> tuple[dataset.Rows, Counter[str]]:
-    """The pairs of `spec`, rows of kind "judged" to be read a slice at a time, without token ids, `gold_label` naming the chosen side; and drops by reason.
+    """The pairs of `spec` as rows of kind "judged", and the dropped rows by reason.
 
-    Which response is `first` follows from a hash of the pair, so the side does not tell the label.
-    external: "COLUMN" (log-odds in nats that `chosen` is better) or "CHOSEN_COLUMN,REJECTED_COLUMN" (scores whose difference is the
-    log-odds); it becomes the reward model "external", and null or NaN is no verdict.
-    Drops: empty_prompt, empty_response, identical_responses, different_prompts (of two transcripts as text), duplicate_pair. Raises DataError naming file and row or column.
+    The responses have no token ids yet, and `gold_label` names the chosen one. A hash of the pair
+    determines which response is `first`, so the position does not reveal the label.
+
+    limit: number of input rows that are read; None: all.
+    external: "COLUMN" (log-odds in nats that `chosen` is better) or "CHOSEN_COLUMN,REJECTED_COLUMN"
+    (scores whose difference is the log-odds), for the reward model "external"; null or NaN is no
+    verdict.
+    Drops: empty_prompt, empty_response, identical_responses, different_prompts (of two transcripts
+    as text), duplicate_pair.
+    Raises DataError, with file and row or column, if the input is not as expected.
     """
     source = _resolve_spec(spec)
-    if not isinstance(source.where, str) and folders.is_dataset(source.where):
+    folder = _dataset_folder(source)
+    if folder is not None:
         if external is not None:
             raise DataError(
-                f"{spec} is a dataset of ours with rewards of its own; external scores come with chosen and rejected"
+                f"{spec} is a dataset folder of scir, which has rewards already; "
+                "external scores need a file with 'chosen' and 'rejected'"
             )
-        return dataset.open_dataset(source.where, "judged", "preferences").with_kind("judged").head(
-            limit
-        ), Counter()
+        pairs = dataset.open_dataset(folder, "judged", "preferences").with_kind("judged")
+        return pairs.head(limit), Counter()
+
     scores = _score_columns(external)
+    # A dict and not a set, to hold the order.
     present: dict[str, None] = {}
 
     def make(row: Row) -> Iterator[Row | str]:
         present.update(dict.fromkeys(row))
         return _pair_rows(row, scores)
 
-    pairs, drops = _collect(source, limit, make, "judged", "pair")
+    rows, drops = _collect(source, limit, make, "judged", "pair")
     for column in scores:
         if column not in present:
-            hint = suggest(column, present).partition(" Known:")[
-                0
-            ]  # the message lists the columns anyway
+            # The message lists the columns in any case.
+            hint, _, _ = suggest(column, present).partition(" Known:")
             raise DataError(
-                f"{source.where} has no column '{column}'; the columns are {', '.join(present)}.{hint}"
+                f"{source.location} has no column '{column}'; "
+                f"the columns are {', '.join(present)}.{hint}"
             )
-    return pairs, drops
+    return rows, drops
 
 
 def load_pairs(
     spec: str, limit: int | None = None, external: str | None = None
 ) -> tuple[pa.Table, Counter[str]]:
-    """As `open_pairs`, as one table."""
+    """The pairs of `spec` as one table, and the dropped rows, as `open_pairs` returns them."""
     rows, drops = open_pairs(spec, limit, external)
     return rows.slice(0, rows.num_rows), drops
 
 
 def digest(spec: str) -> str:
-    """A digest of the content of a local path; for the hub `hub:ID@REVISION`, or `hub:ID` where the revision cannot be known."""
-    where, config, split = _resolve_spec(spec)
+    """A digest of the content of an input.
+
+    For a local path 32 hex digits; for the hub `hub:ID@REVISION`, or `hub:ID` if the revision is
+    not available. A config and a split are appended.
+    """
+    location, config, split = _resolve_spec(spec)
     tail = "".join(f":{part}" for part in (config, split) if part)
-    if not isinstance(where, str):
-        return hashing.digest_path(where) + tail
+    if not isinstance(location, str):
+        return hashing.digest_path(location) + tail
+
     import datasets
 
     try:
-        revision = datasets.load_dataset_builder(
-            where, config
-        ).hash  # the commit, also when it comes from the cache
+        # The hash is that of the commit, also if the data set is in the cache.
+        revision = datasets.load_dataset_builder(location, config).hash
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError):
         revision = None
-    return f"hub:{where}" + (f"@{revision}" if revision else "") + tail
+    at_revision = f"@{revision}" if revision else ""
+    return f"hub:{location}{at_revision}{tail}"
 
 
-# -------------------------------------------------------------------------------------------------------- rows to prompts and pairs
+# --------------------------------------------------------------------- rows to prompts and pairs
 
 
 def _collect(
@@ -139,85 +163,109 @@ def _collect(
     kind: str,
     noun: str,
 ) -> tuple[spool.Spool, Counter[str]]:
-    """What `make` makes of each row, once per id; a word among it is the reason for a drop. Raises DataError where there is no row."""
+    """The rows that `make` returns for the rows of a source, and the dropped rows by reason.
+
+    Of rows with equal ids only the first is kept.
+    make: row of the input -> rows of `kind`, or a text for a drop: its reason.
+    noun: "prompt" or "pair", for the name of the id.
+    Raises DataError if the source has no rows.
+    """
     drops: Counter[str] = Counter()
     ids = array("Q")
 
     def tables() -> Iterator[pa.Table]:
         numbered = enumerate(itertools.islice(_read(source), limit), 1)
-        for some in iter(lambda: list(itertools.islice(numbered, ROWS_AT_A_TIME)), []):
-            made = [one for number, row in some for one in _convert_row(source, number, row, make)]
-            drops.update(one for one in made if isinstance(one, str))
-            rows = [one for one in made if not isinstance(one, str)]
+        while block := list(itertools.islice(numbered, ROWS_AT_A_TIME)):
+            rows = []
+            for number, row in block:
+                for result in _convert_row(source, number, row, make):
+                    if isinstance(result, str):
+                        drops[result] += 1
+                    else:
+                        rows.append(result)
             ids.extend(int(row[f"{noun}_id"], 16) for row in rows)
             yield schemas.to_table(kind, rows)
         if not (ids or drops):
-            raise DataError(f"{source.where} is empty; expected at least one row")
+            raise DataError(f"{source.location} is empty; expected at least one row")
 
-    found = spool.Spool(schemas.schema(kind), tables())
-    again = hashing.later_duplicates(np.asarray(ids)[None])
-    drops[f"duplicate_{noun}"] += len(again)
-    return found.drop_rows(again), +drops
+    collected = spool.Spool(schemas.schema(kind), tables())
+    duplicates = hashing.later_duplicates(np.asarray(ids)[None])
+    drops[f"duplicate_{noun}"] += len(duplicates)
+    # The plus removes reasons without drops.
+    return collected.drop_rows(duplicates), +drops
 
 
 def _convert_row(
     source: _Source, number: int, row: Row, make: Callable[[Row], Iterable[Row | str]]
 ) -> list[Row | str]:
+    """The results of `make` for one row; raises DataError with source and number of the row."""
     try:
         return list(make(row))
     except DataError as error:
-        raise DataError(f"{source.where}, row {number}: {error}") from error
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no hash, Arrow file or tokenizer can hold it
+        raise DataError(f"{source.location}, row {number}: {error}") from error
+    # JSON can spell half of a surrogate pair, which no hash, Arrow file or tokenizer accepts.
+    except UnicodeEncodeError as error:
         text = ascii(error.object[error.start])
         raise DataError(
-            f"{source.where}, row {number}: {text} is half a character; remove it"
+            f"{source.location}, row {number}: {text} is half of a surrogate pair; remove it"
         ) from error
 
 
 def _prompt_row(row: Row) -> Row | str:
+    """A row of kind "prompts", or the reason for a drop."""
     messages = _prompt(row)
-    return "empty_prompt" if _is_empty(messages) else _prompt_columns(row, messages)
+    if _is_empty(messages):
+        return "empty_prompt"
+    return _prompt_columns(row, messages)
 
 
 def _prompt_columns(row: Row, messages: list[Message], used: Collection[str] = ()) -> Row:
-    """The columns of a prompt.  used: columns of `row` that the caller has stored elsewhere"""
+    """The columns of a prompt.
+
+    used: columns of `row` that the caller has stored elsewhere.
+    """
     column = "subset" if "subset" in row else "dataset"
     subset = row.get(column)
-    subset = None if subset in (None, "") else str(subset)
-    extra = extra_of(row, {column, *used})
     return {
         "prompt_id": hashing.digest_json(messages)[:16],
         "messages": messages,
-        "subset": subset,
-        "extra": extra,
+        "subset": None if subset in (None, "") else str(subset),
+        "extra": extra_of(row, {column, *used}),
     }
 
 
 def extra_of(row: Row, used: Collection[str]) -> str | None:
-    """The columns of an input row that are stored nowhere else, as JSON; None if there are none.
+    """The columns of an input row that are stored nowhere else, as JSON; None if none.
 
     used: columns that are stored elsewhere. Texts of prompts and responses, and nulls, are left out
     in any case. Dates and times become ISO 8601 text, bytes base64, NaN and infinities null, and
     other values that JSON lacks their text.
-    A row of our own dataset that another tool has written keeps the `extra` it has.
+    A row of our dataset that another tool has written keeps its `extra`.
     """
     left_out = {*TEXT_COLUMNS, *used}
     if "instruction" in row:
         left_out.add("input")
+
     extra: Row = {}
-    if row.keys() >= OUR_PROMPTS and (before := _json_object(row["extra"])) is not None:
-        extra = before
-        left_out |= OUR_COLUMNS
-    extra |= {k: value for k, value in row.items() if k not in left_out and value is not None}
+    if row.keys() >= OUR_PROMPTS:
+        earlier = _json_object(row["extra"])
+        if earlier is not None:
+            extra = earlier
+            left_out |= OUR_COLUMNS
+    for name, value in row.items():
+        if name not in left_out and value is not None:
+            extra[name] = value
     if not extra:
         return None
+
     try:
         text = json.dumps(extra, ensure_ascii=False, allow_nan=False, default=_json_value)
     except ValueError:
         text = json.dumps(_finite(extra), ensure_ascii=False, default=_json_value)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character, which only JSON's escapes can hold
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, which only JSON's escapes can represent.
         text = json.dumps(json.loads(text))
     return text
 
@@ -229,10 +277,13 @@ def _json_object(value: Any) -> Row | None:
             value = json.loads(value)
         except ValueError:
             return None
-    return {} if value is None else dict(value) if isinstance(value, dict) else None
+    if value is None:
+        return {}
+    return dict(value) if isinstance(value, dict) else None
 
 
 def _json_value(value: Any) -> str:
+    """The text for a value that JSON lacks: base64 for bytes, ISO 8601 for dates and times."""
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     if isinstance(value, datetime.date | datetime.time):
@@ -241,92 +292,114 @@ def _json_value(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with None in place of NaN and infinities, however deep."""
+    """The value with None in place of NaN and infinities, at every depth."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _pair_rows(row: Row, scores: list[str]) -> Iterator[Row | str]:
-    """The pair of a row; where `chosen` and `rejected` are lists of texts, each of the one beside each of the other.
+    """The pair of a row, or every chosen text beside every rejected one if both are lists.
 
-    The candidate ids are then ID/chosen/0/1 (the first of one) and ID/rejected/2/3, from which an evaluation puts the row together again.
+    In the second case the candidate ids are ID/SIDE/INDEX/COUNT, for example ID/chosen/0/1 and
+    ID/rejected/2/3, so that an evaluation can reassemble the row.
+    scores: columns with external scores.
     """
     lists: list[Any] = [row.get(column) for column in ("chosen", "rejected")]
-    if not all(
-        isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-        for texts in lists
-    ):
+    if not all(_is_text_list(texts) for texts in lists):
         yield _pair_row(row, scores)
         return
-    known = row.get("id")
-    name = (
-        hashing.digest_json([row.get(column) for column in PROMPT_COLUMNS] + lists)[:16]
-        if known is None
-        else known
-    )
-    sides = [
-        [(text, f"{name}/{side}/{i}/{len(texts)}") for i, text in enumerate(texts)]
-        for side, texts in zip(("chosen", "rejected"), lists, strict=True)
-    ]
-    for (chosen, chosen_id), (rejected, rejected_id) in itertools.product(*sides):
-        yield _pair_row(
-            row | {"chosen": chosen, "rejected": rejected},
-            scores,
-            {chosen: chosen_id, rejected: rejected_id},
-        )
+
+    row_id = row.get("id")
+    if row_id is None:
+        prompt = [row.get(column) for column in PROMPT_COLUMNS]
+        row_id = hashing.digest_json(prompt + lists)[:16]
+
+    chosen_texts, rejected_texts = lists
+    for i, chosen in enumerate(chosen_texts):
+        for j, rejected in enumerate(rejected_texts):
+            candidate_ids = {
+                chosen: f"{row_id}/chosen/{i}/{len(chosen_texts)}",
+                rejected: f"{row_id}/rejected/{j}/{len(rejected_texts)}",
+            }
+            pair = row | {"chosen": chosen, "rejected": rejected}
+            yield _pair_row(pair, scores, candidate_ids)
+
+
+def _is_text_list(value: Any) -> bool:
+    """Whether a value is a list of texts that is not empty."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def _pair_row(
     row: Row, scores: list[str], candidate_ids: Mapping[str, str] = MappingProxyType({})
 ) -> Row | str:
-    (context, chosen), (other_context, rejected) = (
-        _prompt_and_response(row, "chosen"),
-        _prompt_and_response(row, "rejected"),
-    )
+    """A row of kind "judged", or the reason for a drop.
+
+    scores: columns with external scores.
+    candidate_ids: text of a response -> its id, if it has one.
+    Raises DataError if the two sides repeat different prompts as messages.
+    """
+    context, chosen = _prompt_and_response(row, "chosen")
+    other_context, rejected = _prompt_and_response(row, "rejected")
     if not (chosen.strip() and rejected.strip()):
         return "empty_response"
-    if context != other_context and isinstance(row["chosen"], str):
-        return "different_prompts"
     if context != other_context:
+        if isinstance(row["chosen"], str):
+            return "different_prompts"
         raise DataError(
-            "'chosen' and 'rejected' repeat different prompts; expected to share all but the last message"
+            "'chosen' and 'rejected' repeat different prompts; "
+            "expected to share all but the last message"
         )
     messages = context or _prompt(row)
     if _is_empty(messages):
         return "empty_prompt"
     if chosen == rejected:
         return "identical_responses"
+
     first, second = _shuffle_sides(messages, chosen, rejected)
     authors = {
-        text: _author(row.get(f"{side}_model"))
-        for text, side in ((chosen, "chosen"), (rejected, "rejected"))
+        chosen: _author(row.get("chosen_model")),
+        rejected: _author(row.get("rejected_model")),
     }
+    first_is_chosen = first == chosen
+    rewards = []
+    if scores:
+        rewards = [_external_reward(row, scores, 1 if first_is_chosen else -1)]
     return {
         "pair_id": hashing.digest_json([messages, first, second])[:16],
         **_prompt_columns(row, messages, (*AUTHOR_COLUMNS, *scores)),
         "first": _response(first, candidate_ids.get(first), authors.get(first)),
         "second": _response(second, candidate_ids.get(second), authors.get(second)),
-        "gold_label": "first" if first == chosen else "second",
-        "rewards": [_external_reward(row, scores, 1 if first == chosen else -1)] if scores else [],
+        "gold_label": "first" if first_is_chosen else "second",
+        "rewards": rewards,
         "reference_logps": [],
     }
 
 
-def _shuffle_sides(messages: list[Message], one: str, other: str) -> list[str]:
-    """The two texts in an order that depends on the pair's content alone: not on which was chosen, nor on which sorts lower."""
-    texts = sorted((one, other))
-    return texts[::-1] if int(hashing.digest_json([messages, texts]), 16) % 2 else texts
+def _shuffle_sides(messages: list[Message], chosen: str, rejected: str) -> list[str]:
+    """The two texts in an order that depends on the content of the pair alone.
+
+    It depends neither on which text was chosen nor on which sorts lower.
+    """
+    texts = sorted((chosen, rejected))
+    is_odd = int(hashing.digest_json([messages, texts]), 16) % 2
+    return texts[::-1] if is_odd else texts
 
 
 def _author(name: Any) -> str | None:
+    """The name of an author; None for a cell that is empty or no text."""
     return name if isinstance(name, str) and name else None
 
 
 def _response(text: str, candidate_id: str | None, author: str | None) -> Row:
-    """A response that is not encoded yet: it has no ids."""
+    """A response that is not tokenized yet: it has no token ids."""
     return {
         "candidate_id": candidate_id,
         "text": text,
@@ -337,16 +410,21 @@ def _response(text: str, candidate_id: str | None, author: str | None) -> Row:
 
 
 def _prompt(row: Row) -> list[Message]:
-    """The prompt of a row as messages, without the answer it may end with; [] where its columns are null."""
+    """The prompt of a row as messages, without an answer at their end; [] if it is null.
+
+    Raises DataError if the row has no column for a prompt, or one of the wrong type.
+    """
     present = [column for column in PROMPT_COLUMNS if column in row]
     if not present:
-        hint = "'messages', 'prompt' or 'instruction' (a pair may have it in the transcripts of 'chosen' and 'rejected' instead)"
         raise DataError(
-            f"no column holds the prompt: expected {hint}; the columns are {', '.join(row)}"
+            "no column holds the prompt: expected 'messages', 'prompt' or 'instruction' "
+            "(a pair may have it in the transcripts of 'chosen' and 'rejected' instead); "
+            f"the columns are {', '.join(row)}"
         )
-    column = next((column for column in present if row[column] is not None), "")
-    if not column:
+    column = next((column for column in present if row[column] is not None), None)
+    if column is None:
         return []
+
     value = row[column]
     if column == "instruction":
         parts = [value, row.get("input") or ""]
@@ -355,88 +433,121 @@ def _prompt(row: Row) -> list[Message]:
         value = "\n\n".join(part for part in parts if part.strip())
     if isinstance(value, str) and column != "messages":
         return [{"role": "user", "content": value}]
+
     messages = _messages(value, column)
-    return messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if messages and messages[-1]["role"] == "assistant":
+        return messages[:-1]
+    return messages
 
 
 def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], str]:
-    """The prompt that a response column repeats ([] if none) and the text of the response ("" for null)."""
+    """The prompt that a response column repeats, and the text of the response.
+
+    The prompt is [] if the column repeats none, the text "" if the cell is null.
+    Raises DataError if the column is missing or its messages do not end with the assistant's.
+    """
     if column not in row:
         raise DataError(
-            f"no column '{column}'; a pair needs 'chosen' and 'rejected', and the columns are {', '.join(row)}"
+            f"no column '{column}'; a pair needs 'chosen' and 'rejected', "
+            f"and the columns are {', '.join(row)}"
         )
     value = row[column] or ""
     if isinstance(value, str):
-        return (
-            _hh_transcript(value)
-            if HH_TURN.match(value) and not any(row.get(name) for name in PROMPT_COLUMNS)
-            else ([], value)
-        )
+        has_prompt = any(row.get(name) for name in PROMPT_COLUMNS)
+        if HH_TURN.match(value) and not has_prompt:
+            return _hh_transcript(value)
+        return [], value
+
     messages = _messages(value, column)
-    if messages[-1]["role"] != "assistant":
+    last = messages[-1]
+    if last["role"] != "assistant":
         raise DataError(
-            f"the last message of '{column}' should be the assistant's; its role is '{messages[-1]['role']}'"
+            f"the last message of '{column}' should be the assistant's; "
+            f"its role is '{last['role']}'"
         )
-    return messages[:-1], messages[-1]["content"]
+    return messages[:-1], last["content"]
 
 
 def _hh_transcript(text: str) -> tuple[list[Message], str]:
-    """The turns before the last of a transcript as hh-rlhf writes it, and the last ("" where it is not the assistant's)."""
+    """The turns before the last of a transcript of hh-rlhf, and the text of the last.
+
+    The text is "" if the last turn is not the assistant's.
+    """
+    # The text before the first marker is empty; then markers and contents alternate.
     _, *parts = HH_TURN.split(text)
-    roles = ["user" if name == "Human" else "assistant" for name in parts[::2]]
-    turns = [
-        {"role": role, "content": content} for role, content in zip(roles, parts[1::2], strict=True)
-    ]
-    return turns[:-1], turns[-1]["content"] if roles[-1] == "assistant" else ""
+    turns = []
+    for name, content in zip(parts[::2], parts[1::2], strict=True):
+        role = "user" if name == "Human" else "assistant"
+        turns.append({"role": role, "content": content})
+
+    last = turns[-1]
+    response = last["content"] if last["role"] == "assistant" else ""
+    return turns[:-1], response
 
 
 def _messages(value: Any, column: str) -> list[Message]:
-    """The messages of a cell with role and content only; raises DataError where it holds anything else."""
+    """The messages of a cell, with role and content only.
+
+    Raises DataError if the cell holds anything else.
+    """
     try:
         messages = [{"role": message["role"], "content": message["content"]} for message in value]
     except (TypeError, KeyError, IndexError):
+        # A message that fails the check below.
         messages = [{"role": None}]
+
     if not all(isinstance(text, str) for message in messages for text in message.values()):
-        text = "" if column == "messages" else "text or "
+        alternative = "" if column == "messages" else "text or "
         raise DataError(
-            f"'{column}' should be {text}a list of {{role, content}} messages, both text; it holds {value!r:.80}"
+            f"'{column}' should be {alternative}a list of {{role, content}} messages, both text; "
+            f"it holds {value!r:.80}"
         )
     return messages
 
 
 def _is_empty(messages: list[Message]) -> bool:
-    """Whether there is nothing to answer: only white space outside the system message."""
-    return not any(
-        message["content"].strip() for message in messages if message["role"] != "system"
-    )
+    """Whether the prompt is only white space outside the system message."""
+    for message in messages:
+        if message["role"] != "system" and message["content"].strip():
+            return False
+    return True
 
 
-# ------------------------------------------------------------------------------------------------------------------ external scores
+# ------------------------------------------------------------------------------ external scores
 
 
 def _score_columns(external: str | None) -> list[str]:
-    """The one or two columns that `external` names, [] for None."""
-    columns = [] if external is None else [column.strip() for column in external.split(",")]
+    """The one or two columns that `external` names, [] for None; raises DataError for more."""
+    if external is None:
+        return []
+    columns = [column.strip() for column in external.split(",")]
     if len(columns) > 2:
         raise DataError(
-            f"external scores are COLUMN or CHOSEN_COLUMN,REJECTED_COLUMN; '{external}' names {len(columns)} columns"
+            "external scores are COLUMN or CHOSEN_COLUMN,REJECTED_COLUMN; "
+            f"'{external}' names {len(columns)} columns"
         )
     return columns
 
 
 def _external_reward(row: Row, columns: list[str], sign: int) -> Row:
+    """The verdict of the reward model "external".
+
+    sign: 1 if `first` is the chosen response, else -1.
+    """
     values = [_number(row.get(column), column) for column in columns]
-    log_odds = sign * (values[0] - sum(values[1:]))  # for chosen; the sign turns it to `first`
-    nothing = {"forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None}
+    # In nats: for chosen in the parentheses, for first after the sign.
+    log_odds = sign * (values[0] - sum(values[1:]))
     return {
         "reward_model": "external",
         "log_odds": None if math.isnan(log_odds) else log_odds,
-        **nothing,
+        "forward_log_odds": None,
+        "swapped_log_odds": None,
+        "verdict_mass": None,
     }
 
 
 def _number(value: Any, column: str) -> float:
-    """A finite score, or NaN where there is none."""
+    """A finite score, or NaN for an empty cell; raises DataError for anything else."""
     try:
         number = math.nan if value in (None, "") else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -448,58 +559,78 @@ def _number(value: Any, column: str) -> float:
     return number
 
 
-# ------------------------------------------------------------------------------------------------------------- where rows come from
+# ------------------------------------------------------------------------------ sources of rows
 
 
 class _Source(NamedTuple):
-    where: Path | str  # a local path, or a hub id
+    """The place of an input: a local path, or a hub id with config and split."""
+
+    location: Path | str
     config: str | None = None
     split: str | None = None
 
 
 def _resolve_spec(spec: str) -> _Source:
-    """Where a spec points: a local path that exists, else a hub id; raises DataError when it can be neither."""
+    """The source that a spec names: a local path that exists, else a hub id.
+
+    Raises DataError if the spec is neither.
+    """
     folder, _, split = spec.rpartition(":")
     if spec and to_path(spec).exists():
         return _Source(to_path(spec))
     if folder and to_path(folder).is_dir():
         return _Source(to_path(folder), None, split)
+
     match = HUB_SPEC.fullmatch(spec)
-    if match is None or (Path(spec).suffix in READERS and not spec.startswith("hf://")):
-        expected = (
-            f"a file ({', '.join(READERS)}), a dataset folder, or a hub id such as ORG/NAME:SPLIT"
+    is_file_name = Path(spec).suffix in READERS and not spec.startswith("hf://")
+    if match is None or is_file_name:
+        raise DataError(
+            f"'{spec}' does not exist; expected a file ({', '.join(READERS)}), "
+            "a dataset folder, or a hub id such as ORG/NAME:SPLIT"
         )
-        raise DataError(f"'{spec}' does not exist; expected {expected}")
     return _Source(*match.groups())
 
 
+def _dataset_folder(source: _Source) -> Path | None:
+    """The folder of a source that is a dataset folder of ours; None for other sources."""
+    if isinstance(source.location, str) or not folders.is_dataset(source.location):
+        return None
+    return source.location
+
+
 def _read(source: _Source) -> Iterator[Row]:
-    """The rows of something that is not a dataset of ours."""
-    if isinstance(source.where, str):
+    """The rows of a source that is not a dataset folder of ours."""
+    if isinstance(source.location, str):
         return _read_hub(source)
-    if source.where.is_dir():
-        return _read_saved(source.where, source.split or DEFAULT_SPLIT)
-    return _read_file(source.where)
+    if source.location.is_dir():
+        return _read_saved(source.location, source.split or DEFAULT_SPLIT)
+    return _read_file(source.location)
 
 
 def _read_hub(source: _Source) -> Iterator[Row]:
+    """The rows of a split on the hub; raises DataError if it cannot be loaded."""
     import datasets
 
+    split = source.split or DEFAULT_SPLIT
     try:
-        data = datasets.load_dataset(
-            source.where, source.config, split=source.split or DEFAULT_SPLIT
-        )
+        data = datasets.load_dataset(source.location, source.config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"'{source.where}' is no local path, and the hub did not give it: {_one_line(error)}"
+            f"'{source.location}' is not a local path, and loading it from the hub failed: "
+            f"{_one_line(error)}"
         ) from error
     yield from _mapped_rows(data)
 
 
 def _read_saved(path: Path, split: str) -> Iterator[Row]:
+    """The rows of a split that `datasets.save_to_disk` wrote.
+
+    Raises DataError if the folder is no such folder, has no such split, or cannot be read.
+    """
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise DataError(
-            f"{path} is a dataset folder neither of ours nor of datasets.save_to_disk; name the data file inside it"
+            f"{path} is a folder that neither scir nor datasets.save_to_disk wrote; "
+            "name the data file inside it"
         )
     import datasets
 
@@ -507,22 +638,29 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
         data = datasets.load_from_disk(str(path))
         splits = data if isinstance(data, datasets.DatasetDict) else {DEFAULT_SPLIT: data}
         if split not in splits:
+            names = ", ".join(splits)
             raise DataError(
-                f"{path} has no split '{split}'; it has {', '.join(splits)}: name one as {path}:SPLIT"
+                f"{path} has no split '{split}'; it has {names}: name one as {path}:SPLIT"
             )
         yield from _mapped_rows(splits[split])
-    except (OSError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
+    # pa.ArrowInvalid is a ValueError.
+    except (OSError, ValueError) as error:
         raise DataError(
             f"{path} cannot be read ({_one_line(error)}); write it again with datasets.save_to_disk"
         ) from error
 
 
 def _mapped_rows(data: Any) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset`, of which ROWS_AT_A_TIME are in memory."""
     for table in data.with_format("arrow").iter(ROWS_AT_A_TIME):
         yield from table.to_pylist()
 
 
 def _read_file(path: Path) -> Iterator[Row]:
+    """The rows of a data file.
+
+    Raises DataError if its extension is unknown or it cannot be read.
+    """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -532,26 +670,34 @@ def _read_file(path: Path) -> Iterator[Row]:
         with path.open("rb") as file:
             yield from reader(path, file)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or _one_line(error)}") from error
+        reason = error.strerror or _one_line(error)
+        raise DataError(f"{path} cannot be read: {reason}") from error
 
 
 def _one_line(error: Exception) -> str:
+    """The message of an error on one line."""
     return " ".join(str(error).split())
 
 
 def _lines(path: Path, file: BinaryIO, newline: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, without a byte order mark.
+
+    newline: as of `open`.
+    Raises DataError, with the byte offset, if the file is not UTF-8.
+    """
     try:
         with io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
             yield from text
-    except UnicodeDecodeError as error:  # it knows the place in a buffer
-        at, byte = _not_utf8(path)
+    except UnicodeDecodeError as error:
+        # The error holds an offset in a buffer and not in the file.
+        offset, byte = _first_invalid_byte(path)
         raise DataError(
-            f"{path} is not UTF-8: byte offset {at} holds 0x{byte:02x}; convert it"
+            f"{path} is not UTF-8: byte offset {offset} holds 0x{byte:02x}; convert it"
         ) from error
 
 
-def _not_utf8(path: Path) -> tuple[int, int]:
-    """The first byte that cannot be there, and its offset."""
+def _first_invalid_byte(path: Path) -> tuple[int, int]:
+    """Offset and value of the first byte at which a file is not UTF-8."""
     offset = 0
     with path.open("rb") as file:
         for line in file:
@@ -564,42 +710,55 @@ def _not_utf8(path: Path) -> tuple[int, int]:
 
 
 def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """The objects of a JSON list, or of a file with one object a line. Lines end at \\n only: U+2028 may stand inside a string."""
-    expected = "expected a list of objects, or one object a line"
+    """The objects of a JSON list, or of a file with one object per line.
+
+    Only \\n ends a line, because U+2028 may occur inside a string.
+    Raises DataError, with the line, for malformed JSON and for values that are no objects.
+    """
+    expected = "expected a list of objects, or one object per line"
     lines = enumerate(_lines(path, file, "\n"), 1)
-    first = next((one for one in lines if one[1].strip()), (1, ""))
-    is_list = first[1].lstrip().startswith("[")
-    whole = (
-        [(first[0], "".join([first[1], *(text for _, text in lines)]))]
-        if is_list
-        else itertools.chain([first], lines)
-    )
-    for line, chunk in whole:
+    start = next((line for line in lines if line[1].strip()), (1, ""))
+    is_list = start[1].lstrip().startswith("[")
+
+    # (number of the first line, text) of what is parsed together
+    chunks: Iterable[tuple[int, str]]
+    if is_list:
+        text = "".join([start[1], *(line for _, line in lines)])
+        chunks = [(start[0], text)]
+    else:
+        chunks = itertools.chain([start], lines)
+
+    for number, chunk in chunks:
         if not chunk.strip():
             continue
         try:
             value = json.loads(chunk if is_list else chunk.removesuffix("\n"))
         except json.JSONDecodeError as error:
-            at = line + error.lineno - 1
+            at = number + error.lineno - 1
             raise DataError(
                 f"{path}:{at}: malformed JSON ({error.msg} at column {error.colno}); {expected}"
             ) from error
         for row in value if is_list else [value]:
             if not isinstance(row, dict):
-                raise DataError(f"{path}:{line}: found {row!r:.60}; {expected}")
+                raise DataError(f"{path}:{number}: found {row!r:.60}; {expected}")
             yield row
 
 
 def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses a response of over 128 KiB
+    """The rows of a CSV file with a header.
+
+    Raises DataError, with the line, for malformed CSV and for rows with another number of fields.
+    """
+    # The default refuses a response of over 128 KiB.
+    csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(_lines(path, file, ""), strict=True)
     try:
         for row in reader:
-            if (
-                None in row or None in row.values()
-            ):  # DictReader's marks for too many and too few fields
+            # DictReader adds None as a key for too many fields, as a value for too few.
+            if None in row or None in row.values():
                 raise DataError(
-                    f"{path}:{reader.reader.line_num}: not as many fields as the header; quote text with commas"
+                    f"{path}:{reader.reader.line_num}: not as many fields as the header; "
+                    "quote text with commas"
                 )
             yield row
     except csv.Error as error:
@@ -607,19 +766,21 @@ def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    """The rows of a Parquet file, none for an empty file; raises DataError if it is damaged."""
     if not file.seek(0, io.SEEK_END):
         return
     try:
-        for batch in pyarrow.parquet.ParquetFile(
-            file, buffer_size=BUFFER, pre_buffer=False
-        ).iter_batches(ROWS_AT_A_TIME):
+        parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
+        for batch in parquet.iter_batches(ROWS_AT_A_TIME):
             yield from batch.to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} is truncated or is not Parquet ({_one_line(error)}); write or download it again"
+            f"{path} is truncated or is not Parquet ({_one_line(error)}); "
+            "write or download it again"
         ) from error
 
 
+#: Extension of a file -> its reader.
 READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Row]]] = {
     **dict.fromkeys((".jsonl", ".json"), _json_rows),
     ".parquet": _parquet_rows,

@@ -1,11 +1,12 @@
 """The columns of every dataset kind, checked on write and on read.
 
-Each has its meaning, unit and sign beside it; dataset cards are made from them (cards.py).
-A pair is `first`/`second` until something labels it; `chosen`/`rejected` exist only after that.
+Each column states its meaning, unit and sign; dataset cards are built from them (dataset_card.py).
+The responses of a pair are `first` and `second`; only a pair with a label has `chosen` and
+`rejected`.
 A missing verdict is null, never a number. Every log-odds is log P(first better) - log P(second
-better) in nats, whichever order it was read in.
-pyarrow does not enforce `nullable=False`, and `Table.from_pylist` drops a misspelt key in silence,
-so both are checked here. `datasets` cannot read map columns: lists of structs are used instead.
+better) in nats, in whichever order the judge read the responses.
+pyarrow does not enforce `nullable=False`, and `Table.from_pylist` drops a misspelled key without an
+error, so both are checked here. `datasets` cannot read map columns: lists of structs replace them.
 """
 
 from __future__ import annotations
@@ -17,21 +18,26 @@ import pyarrow as pa
 
 from scir_cli.errors import DataError, suggest
 
-VERSION = "2"  # of the columns below: a dataset of another version is refused
-KIND_KEY, VERSION_KEY = b"scir.kind", b"scir.version"
+#: Version of the columns below: a dataset of another version is refused.
+VERSION = "2"
+#: Keys of a table's Arrow metadata.
+KIND_KEY = b"scir.kind"
+VERSION_KEY = b"scir.version"
 
 
 class Column(NamedTuple):
-    """A column, or a field of a struct: its type, whether it may be null, and what it holds."""
+    """A column, or a field of a struct: its type, whether it may be null, and its meaning."""
 
     name: str
     dtype: pa.DataType
     nullable: bool
     meaning: str
-    fields: tuple[Column, ...] = ()  # of its struct, or of the structs in its list
+    #: The fields of its struct, or of the structs in its list.
+    fields: tuple[Column, ...] = ()
 
 
 def _struct(fields: tuple[Column, ...]) -> pa.StructType:
+    """The Arrow type of a struct with these fields."""
     return pa.struct([(field.name, field.dtype) for field in fields])
 
 
@@ -44,7 +50,7 @@ _RESPONSE = (
         "candidate_id",
         pa.string(),
         True,
-        "id of the candidate; null: the response came with a file of pairs",
+        "id of the candidate; null: the response is from a file of pairs",
     ),
     Column("text", pa.string(), False, "the response, without its end token"),
     Column(
@@ -63,7 +69,7 @@ _RESPONSE = (
         "author",
         pa.string(),
         True,
-        "weights key of the model that wrote it, or a name that came with the data; null: unknown",
+        "weights key of the model that wrote it, or a name from the input data; null: unknown",
     ),
 )
 _REWARD = (
@@ -84,7 +90,8 @@ _REWARD = (
         "swapped_log_odds",
         pa.float64(),
         True,
-        "the same, also positive if first is better, read with second in seat A; null: the model has no seats",
+        "the same, also positive if first is better, read with second in seat A; "
+        "null: the model has no seats",
     ),
     Column(
         "verdict_mass",
@@ -147,7 +154,7 @@ _PAIR = (
         "first",
         RESPONSE,
         False,
-        "one response; its place tells nothing about its quality",
+        "one response; its position does not depend on its quality",
         _RESPONSE,
     ),
     Column("second", RESPONSE, False, "the other response; fields as in `first`"),
@@ -155,7 +162,7 @@ _PAIR = (
         "gold_label",
         pa.string(),
         True,
-        '"first" or "second": the label that came with the data, for evaluation only; null: none',
+        '"first" or "second": the label in the input data, for evaluation only; null: none',
     ),
     Column("rewards", REWARDS, False, "verdicts, at most one per reward model", _REWARD),
     Column(
@@ -171,7 +178,8 @@ _AGREEMENT = (
         "agree",
         pa.bool_(),
         True,
-        "whether all reward models prefer the same response, each confident enough; null: no verdict",
+        "whether all reward models prefer the same response, each confident enough; "
+        "null: no verdict",
     ),
     Column(
         "margin",
@@ -193,7 +201,7 @@ _AGREEMENT = (
     ),
 )
 
-#: kind -> its columns
+#: kind -> its columns.
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "prompts": _PROMPT,
     "candidates": (
@@ -291,7 +299,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
 }
 
-#: kind -> what one row is
+#: kind -> meaning of one row, as a sentence.
 ROWS = {
     "prompts": "One row per prompt.",
     "candidates": "One row per sampled response.",
@@ -309,37 +317,46 @@ def schema(kind: str) -> pa.Schema:
 
 
 def version_of(table: pa.Table) -> str:
-    """The schema version in a table's metadata; ours if it names none: its columns are checked anyway."""
-    return (table.schema.metadata or {}).get(VERSION_KEY, VERSION.encode()).decode()
+    """The schema version in a table's metadata; ours if there is none.
+
+    A table without a version is accepted because its columns are checked in any case.
+    """
+    version: bytes = (table.schema.metadata or {}).get(VERSION_KEY, VERSION.encode())
+    return version.decode()
 
 
 def to_table(kind: str, rows: Iterable[Mapping[str, Any]]) -> pa.Table:
-    """Rows as a table of `kind`; raises DataError for an unknown column, a missing one, or a null where none may be."""
+    """Rows as a table of `kind`.
+
+    Raises DataError for an unknown column, a missing one, or a null in a column without nulls.
+    """
     rows = list(rows)
     names = {column.name for column in COLUMNS[kind]}
     for row in rows:
         for key in row:
             if key not in names:
-                raise DataError(
-                    f"column '{key}' is not part of a {kind} dataset.{suggest(key, names)}"
-                )
-    columns = [
-        pa.array([row.get(column.name) for row in rows], column.dtype) for column in COLUMNS[kind]
-    ]
-    table = pa.Table.from_arrays(columns, schema=schema(kind))
+                hint = suggest(key, names)
+                raise DataError(f"column '{key}' is not part of a {kind} dataset.{hint}")
+
+    arrays = []
+    for column in COLUMNS[kind]:
+        values = [row.get(column.name) for row in rows]
+        arrays.append(pa.array(values, column.dtype))
+    table = pa.Table.from_arrays(arrays, schema=schema(kind))
     check_nulls(table, kind)
     return table
 
 
 def check_nulls(table: pa.Table, kind: str) -> None:
-    """Raises DataError naming the first column of `table` that is missing or holds a null it may not."""
+    """Raises DataError for the first column that is missing or holds nulls it may not hold."""
     for column in COLUMNS[kind]:
         name = column.name
         if name not in table.column_names:
+            present = ", ".join(table.column_names)
+            raise DataError(f"a {kind} dataset needs the column '{name}'; this one has {present}")
+
+        n_nulls = table.column(name).null_count
+        if n_nulls and not column.nullable:
             raise DataError(
-                f"a {kind} dataset needs the column '{name}'; this one has {', '.join(table.column_names)}"
-            )
-        if not column.nullable and table.column(name).null_count:
-            raise DataError(
-                f"column '{name}' of a {kind} dataset holds {table.column(name).null_count} nulls; it may hold none"
+                f"column '{name}' of a {kind} dataset holds {n_nulls} nulls; it may hold none"
             )

@@ -1,4 +1,7 @@
-"""Where datasets lie: a path of this machine, or a URL (s3://, gs://, hdfs:// …) of any file system that fsspec knows, with the same methods."""
+"""Where datasets are stored: a local path, or a URL (s3://, gs://, hdfs:// …).
+
+A URL may name any file system that fsspec supports, and has the same methods as a path.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 
 from scir_cli.errors import ConfigError, install_hint
 
+#: Object stores: an uploaded file appears as a whole or not at all.
 OBJECTS = (
     "s3",
     "s3a",
@@ -19,18 +23,25 @@ OBJECTS = (
     "abfs",
     "abfss",
     "memory",
-)  # where a file that is put is there as a whole or not at all
+)
 
 
 def to_path(spec: str | Path) -> Any:
-    """A Path, or for a URL a UPath; raises ConfigError where a package for it is missing. hf:// is the hub's and not ours."""
+    """A Path, or a UPath for a URL.
+
+    hf:// names a data set on the hub, not a file system of ours, and stays text in a Path.
+    Raises ConfigError if a package that the URL needs is missing, or no file system has its scheme.
+    """
     if isinstance(spec, Path) or "://" not in str(spec) or str(spec).startswith("hf://"):
         return Path(spec)
+
     try:
         from upath import UPath
 
-        path = UPath(spec, use_listings_cache=False)  # others write there too
-        path.fs  # noqa: B018  # whose package is imported here
+        # No cache of listings, because other processes write to the same folders.
+        path = UPath(spec, use_listings_cache=False)
+        # Reading the attribute imports the package of the file system.
+        path.fs  # noqa: B018
     except ImportError as error:
         why = install_hint("remote") if error.name == "upath" else str(error)
         raise ConfigError(f"{spec} needs a package that is missing: {why}") from error
@@ -40,22 +51,26 @@ def to_path(spec: str | Path) -> Any:
 
 
 def is_remote(path: Any) -> bool:
+    """Whether a path from `to_path` is on another file system."""
     return not isinstance(path, Path)
 
 
 def upload_atomically(file: Path, path: Any) -> None:
-    """A local file under a remote name: nobody sees a part of it."""
+    """Uploads a local file under a remote name; no reader sees a part of it."""
     if path.protocol in OBJECTS:
         path.fs.put_file(str(file), path.path)
         return
+
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     path.fs.makedirs(path.parent.path, exist_ok=True)
     path.fs.put_file(str(file), draft.path)
-    path.unlink(missing_ok=True)  # HDFS renames onto no file
+    # HDFS refuses to rename onto a file that exists.
+    path.unlink(missing_ok=True)
     path.fs.mv(draft.path, path.path)
 
 
 def remove(folder: Any) -> None:
+    """Deletes a folder and everything in it, here or on another file system."""
     if is_remote(folder):
         folder.fs.rm(folder.path, recursive=True)
     else:
@@ -63,5 +78,10 @@ def remove(folder: Any) -> None:
 
 
 def log_path(folder: Any, name: str) -> Path:
-    """Where a library that writes to a descriptor may write what belongs to `folder`."""
-    return Path(tempfile.mkdtemp(prefix="scir-")) / name if is_remote(folder) else folder / name
+    """A local path for a log of `folder`, for libraries that write to a file descriptor.
+
+    It is in a new temporary folder if `folder` is on another file system.
+    """
+    if is_remote(folder):
+        return Path(tempfile.mkdtemp(prefix="scir-")) / name
+    return folder / name

@@ -336,7 +336,18 @@ class External(RewardModel):
 BUILT_IN = (Judge, Implicit, Rubric, Rationale, Likelihood, Pmi, External)
 TABLE: dict[str, type[RewardModel]] = {model.name: model for model in BUILT_IN}
 #: Words that a rule of `filter` or a table uses besides the names of reward models
-RESERVED = {*TABLE, "agree", "agreed", "all", "average", "gold", "majority", "none", "random"}
+RESERVED = {
+    *TABLE,
+    "agree",
+    "agreed",
+    "all",
+    "average",
+    "consensus",
+    "gold",
+    "majority",
+    "none",
+    "random",
+}
 #: In the penalty a model with seats counts as two, with these suffixes
 ORDERS = ("_forward", "_swapped")
 

@@ -1,4 +1,7 @@
-"""filter: judged pairs -> labelled preference pairs. Every dropped row is counted under the first reason that applies to it."""
+"""filter: judged pairs -> labelled preference pairs.
+
+Every dropped row is counted under the first reason that applies to it.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,41 @@ from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.report.progress import progress
 from scir_cli.settings import FilterSettings
+from scir_cli.stages import soft_labels
 
-#: Why a pair is dropped, known by its place; "": it is not. For the first of them it has no label, and --keep-unlabelled keeps it without one.
-REASONS = ("", "no_verdict", "tie", "disagree", "below_confidence", "below_margin", "not_sampled", "too_short", "too_long",
-           "duplicate", "over_prompt_cap")  # fmt: skip
+#: Why a pair is dropped; "": it is not dropped. A pair's reason is stored as an index into this.
+REASONS = (
+    "",
+    "no_verdict",
+    "tie",
+    "disagree",
+    "below_confidence",
+    "below_margin",
+    "not_sampled",
+    "too_short",
+    "too_long",
+    "duplicate",
+    "over_prompt_cap",
+)
+
+#: Up to this reason a dropped pair has no label, and --keep-unlabelled keeps it without one.
 LAST_UNLABELLED = REASONS.index("not_sampled")
-TRL_ROWS = 10_000  # written at a time
-PREFIX_BYTES = 15  # bytes of a text by which most are told apart
+
+#: Number of rows written to trl.jsonl at a time.
+TRL_ROWS = 10_000
+
+#: Bytes at the start of a text; they differ between most texts.
+PREFIX_BYTES = 15
 
 
 @dataclass
 class Rule:
-    """Who labels, read from --rule: `models` vote, "agree" or "majority" decides, and a random share may be kept."""
+    """The parsed --rule.
+
+    models: names of the reward models that vote.
+    how: "agree" or "majority", which decides the label.
+    rate: share of the pairs that is kept, drawn at random.
+    """
 
     models: list[str]
     how: str
@@ -40,18 +66,26 @@ class Rule:
 
     @classmethod
     def of(cls, settings: FilterSettings, known: list[str]) -> Rule:
+        """Parses --rule.
+
+        known: names of the reward models with verdicts in the dataset.
+        Raises ConfigError if the dataset lacks a model's verdicts, or if the rate is invalid.
+        """
         name, _, number = settings.rule.partition(":")
         if name in ("agree", "majority") and not number:
             models = settings.agree_on or known
         elif name == "random":
             number, _, model = number.partition(":")
             models = [model or "judge"]
+        elif settings.rule == "consensus":
+            models = soft_labels.voters_of(settings, known)
         else:
             models = [settings.rule]
         for model in models:
             if model not in known:
                 raise ConfigError(
-                    f"--rule {settings.rule}: the dataset has no verdicts of '{model}'.{suggest(model, [*known, 'agree', 'majority'])}"
+                    f"--rule {settings.rule}: the dataset has no verdicts of '{model}'."
+                    f"{suggest(model, [*known, 'agree', 'majority', 'consensus'])}"
                 )
         return cls(
             models,
@@ -61,6 +95,7 @@ class Rule:
 
 
 def _rate(number: str) -> float:
+    """The rate of --rule random:RATE. Raises ConfigError if it is not in (0, 1]."""
     try:
         rate = float(number)
     except ValueError:
@@ -73,7 +108,10 @@ def _rate(number: str) -> float:
 
 
 def run(settings: FilterSettings) -> Json:
-    """Writes a preferences dataset and returns its manifest."""
+    """Writes a preferences dataset and returns its manifest.
+
+    Raises ConfigError if a setting does not fit the dataset, DataError if there is no pair.
+    """
     path = to_path(settings.input)
     pairs = (
         dataset.open_dataset(path, "judged")
@@ -87,22 +125,29 @@ def run(settings: FilterSettings) -> Json:
         "input": hashing.digest_path(path),
         "previous": settings.cream_previous
         and hashing.digest_path(to_path(settings.cream_previous)),
+        "calibration": settings.calibrate_on
+        and hashing.digest_path(to_path(settings.calibrate_on)),
     }
     plan = {"stage": "filter", "settings": settings.plan(), **digests}
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
     out = settings.output_dir
+    label = PairLabeller(settings, pairs, rule)
     with progress("filter", pairs.num_rows) as advance:
         manifest = dataset.write_dataset(
             out,
             "preferences",
             plan,
             dataset.part_bounds(pairs.num_rows, settings.rows_per_part),
-            PairLabeller(settings, pairs, rule),
+            label,
             overwrite=settings.overwrite,
             advance=advance,
-            summarise=_summary,
-            inputs={"input": settings.input, "previous": settings.cream_previous},
+            summarise=lambda made: _summary(made) | label.figures,
+            inputs={
+                "input": settings.input,
+                "previous": settings.cream_previous,
+                "calibration": settings.calibrate_on,
+            },
         )
     if settings.trl_jsonl and not (out / "trl.jsonl").exists():
         write_trl(dataset.open_dataset(out, "preferences"), out / "trl.jsonl")
@@ -110,11 +155,19 @@ def run(settings: FilterSettings) -> Json:
 
 
 class PairLabeller:
-    """Makes parts of preferences. What a rule has to see of all rows is read first, part by part, and kept as numbers: no texts."""
+    """Computes parts of preferences.
+
+    Some rules depend on all rows. The constructor reads them part by part and stores numbers only,
+    no texts.
+    """
 
     def __init__(self, settings: FilterSettings, pairs: Dataset, rule: Rule) -> None:
         self.settings, self.pairs, self.rule = settings, pairs, rule
-        self.per_token: np.ndarray | None = None  # (models that label, 1) nats
+        self.pool: soft_labels.Pool | None = None
+        if settings.is_soft:
+            self.pool = soft_labels.fit_pool(settings, pairs, rule.models)
+        # (models that label, 1) nats per token
+        self.per_token: np.ndarray | None = None
         if settings.length_neutral:
             *votes, lengths = self._of_all(
                 lambda table: np.vstack([self.votes(table), verdicts.length_difference(table)])
@@ -125,9 +178,8 @@ class PairLabeller:
             if settings.cream_previous
             else None
         )
-        self.dropped = np.zeros(
-            pairs.num_rows, np.int8
-        )  # for what other rows hold, by place in REASONS
+        # (pairs,) reasons that depend on other rows, as indices into REASONS
+        self.dropped = np.zeros(pairs.num_rows, np.int8)
         if settings.dedup:
             self.dropped[self._repeated()] = REASONS.index("duplicate")
         if settings.max_pairs_per_prompt is not None:
@@ -136,6 +188,7 @@ class PairLabeller:
             )
 
     def __call__(self, low: int, high: int) -> Part:
+        """The preferences of the rows [low, high), and the number of dropped rows by reason."""
         table = self.pairs.slice(low, high - low)
         reasons, sign, margin = self.decide(table, low)
         kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
@@ -143,29 +196,35 @@ class PairLabeller:
             REASONS[one["values"]]: one["counts"]
             for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()
         }
-        probability = (
-            np.full(len(kept), np.nan)
-            if self.label_probability is None
-            else self.label_probability[low:high]
-        )
+        if self.pool:
+            probability = statistics.confidence_of(margin)
+        elif self.label_probability is not None:
+            probability = self.label_probability[low:high]
+        else:
+            probability = np.full(len(kept), np.nan)
         return Part(
             _preferences(table, kept, np.where(reasons, 0.0, sign), margin, probability),
             high - low,
             Counter(drops),
         )
 
+    @property
+    def figures(self) -> Json:
+        """Entries of the manifest's summary beside the counts of labels."""
+        return {"soft_labels": self.pool.figures} if self.pool else {}
+
     def _of_all(self, numbers: Callable[[pa.Table], np.ndarray]) -> np.ndarray:
-        return np.concatenate(
-            [numbers(table) for table in self.pairs.tables()], axis=-1
-        )  # (…, pairs)
+        """The numbers of all parts, concatenated along the last axis.  -> (…, pairs)"""
+        return np.concatenate([numbers(table) for table in self.pairs.tables()], axis=-1)
 
     def _repeated(self) -> np.ndarray:
-        """The rows of which an earlier one has the same two texts, either way round, under the same prompt."""
+        """Rows whose two texts, in either order, an earlier row has under the same prompt."""
         glance = self._of_all(lambda table: _cheap_pair_hash(_texts(table)))
         order = np.argsort(glance)
         glance.sort()
         same = np.append(glance[1:] == glance[:-1], False)
-        alike = np.zeros(len(glance), bool)  # few: of these alone whole texts are hashed
+        # Whole texts are hashed only of these few rows.
+        alike = np.zeros(len(glance), bool)
         alike[order[same | np.roll(same, 1)]] = True
         of_part = iter(np.split(alike, self.pairs.ends))
         known_by = self._of_all(
@@ -174,7 +233,13 @@ class PairLabeller:
         return np.flatnonzero(alike)[hashing.later_duplicates(known_by)]
 
     def votes(self, table: pa.Table) -> np.ndarray:
-        votes = verdicts.log_odds(table, self.rule.models)  # (models that label, pairs)
+        """The log-odds by which each model votes, nats.  -> (models that label, pairs)
+
+        A pool of them votes as one model.
+        """
+        votes = verdicts.log_odds(table, self.rule.models)
+        if self.pool:
+            votes = self.pool(votes)
         return (
             votes
             if self.per_token is None
@@ -182,7 +247,11 @@ class PairLabeller:
         )
 
     def decide(self, table: pa.Table, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Why each of the rows from `low` is dropped, by place in REASONS, the sign of its label, and its margin in nats, (pairs,) each."""
+        """Why each row is dropped, the sign of its label, and its margin.
+
+        low: index of the table's first row in the dataset.
+        -> (pairs,) each: indices into REASONS, signs, and margins in nats
+        """
         settings, votes = self.settings, self.votes(table)
         sign = np.sign(np.sign(votes).sum(0)) if self.rule.how == "majority" else np.sign(votes[0])
         margin = np.abs(votes).min(0)
@@ -191,7 +260,8 @@ class PairLabeller:
             for side in ("first", "second")
         ]
         dropped = self.dropped[low : low + len(margin)]
-        tests = [  # the first that is true wins
+        # The first test that is true gives the reason.
+        tests = [
             (dropped > 0, dropped),
             (np.isnan(votes).any(0), "no_verdict"),
             (sign == 0, "tie"),
@@ -212,6 +282,7 @@ class PairLabeller:
         )
 
     def _drawn(self, table: pa.Table) -> np.ndarray:
+        """Whether each pair is in the random share of the rule.  -> (pairs,) bool"""
         if self.rule.rate == 1:
             return np.ones(table.num_rows, bool)
         drawn = hashing.digest_lists(
@@ -221,7 +292,13 @@ class PairLabeller:
         return np.array([int(digest[:15], 16) for digest in drawn]) / 16**15 < self.rule.rate
 
     def _label_probability(self, previous: Path) -> np.ndarray:
-        """How probably each label is correct, (pairs,): from how alike --cream-previous ranks the same answers (CREAM); of an id that it holds twice, the last counts."""
+        """The probability that each label is correct.  -> (pairs,)
+
+        It is the consistency of the ranking with that of --cream-previous for the same answers
+        (CREAM). If --cream-previous holds a pair id twice, the last row counts.
+        Raises ConfigError if --cream-previous lacks the reward model's verdicts, DataError if it
+        holds none of the pairs.
+        """
         before, settings = dataset.open_dataset(previous, "judged"), self.settings
         names, name = (
             verdicts.model_names(before.tables()),
@@ -244,7 +321,8 @@ class PairLabeller:
         past = np.append(there[::-1], np.nan)[place]
         if np.isnan(past).all():
             raise DataError(
-                f"--cream-previous {previous} judged none of these pairs; judge the same candidates with the previous model"
+                f"--cream-previous {previous} holds verdicts of none of these pairs; "
+                "judge the same candidates with the previous model"
             )
         now = self._of_all(lambda table: self.votes(table)[0])
         return label_rules.rank_consistency(
@@ -252,7 +330,10 @@ class PairLabeller:
         )
 
     def _beyond(self, most: int) -> np.ndarray:
-        """The rows of each prompt beyond the `most` with the largest margins, of those that nothing else drops."""
+        """Rows of each prompt beyond the `most` rows with the largest margins.
+
+        Rows that are dropped for another reason do not count.  -> (rows,) indices
+        """
         margins: list[np.ndarray] = []
         for table in self.pairs.tables():
             reasons, _, margin = self.decide(table, sum(map(len, margins)))
@@ -265,10 +346,12 @@ class PairLabeller:
 
 
 def _prompts(table: pa.Table) -> np.ndarray:
+    """Hashes of the prompt ids.  -> (pairs,)"""
     return hashing.hash_texts(table["prompt_id"])
 
 
 def _texts(table: pa.Table) -> pa.Table:
+    """The prompt ids and the texts of both responses."""
     return pa.table(
         {"prompt_id": table["prompt_id"]}
         | {side: pc.struct_field(table[side], "text") for side in ("first", "second")}
@@ -276,7 +359,10 @@ def _texts(table: pa.Table) -> pa.Table:
 
 
 def _cheap_pair_hash(texts: pa.Table) -> np.ndarray:
-    """As `_known_by`, of the beginnings and lengths of the texts, in one number.  -> (pairs,)"""
+    """One number per pair, from the beginnings and lengths of its texts.  -> (pairs,)
+
+    Equal for pairs for which `_pair_hash` is equal.
+    """
     whole = [texts[side].cast(pa.binary()) for side in ("first", "second")]
     begins = [hashing.hash_texts(pc.binary_slice(side, 0, PREFIX_BYTES)) for side in whole]
     lengths = [pc.binary_length(side).to_numpy().astype(np.uint64) for side in whole]
@@ -288,7 +374,7 @@ def _cheap_pair_hash(texts: pa.Table) -> np.ndarray:
 
 
 def _pair_hash(texts: pa.Table) -> np.ndarray:
-    """Two numbers that are the same for pairs of the same two texts, either way round, under the same prompt.  -> (2, pairs)"""
+    """Two numbers per pair, equal for the same prompt and texts in either order.  -> (2, pairs)"""
     first, second = (
         hashing.splitmix64(hashing.hash_texts(texts[side])) for side in ("first", "second")
     )
@@ -298,7 +384,12 @@ def _pair_hash(texts: pa.Table) -> np.ndarray:
 def _preferences(
     part: pa.Table, kept: np.ndarray, sign: np.ndarray, margin: np.ndarray, probability: np.ndarray
 ) -> pa.Table:
-    """The kept rows with label, margin, label_probability, prompt, chosen and rejected columns."""
+    """The kept rows as preferences.
+
+    Adds the columns label, margin (nats), label_probability, prompt, chosen and rejected; without a
+    label, all but prompt are null.
+    kept, sign, margin, probability: (pairs,).
+    """
     part, sign, margin, probability = (
         part.filter(pa.array(kept)),
         sign[kept],
@@ -322,7 +413,10 @@ def _preferences(
 
 
 def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
-    """One assistant message a row, null where the pair has no label."""
+    """One assistant message per row, null if the pair has no label.
+
+    texts, known: (pairs,); known: whether the pair has a label.
+    """
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     turns = pa.StructArray.from_arrays(
@@ -337,6 +431,7 @@ def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
 
 
 def _summary(made: Dataset) -> Json:
+    """Number of pairs with and without label, and the labels' accuracy on pairs with gold label."""
     counts = np.zeros(4, int)
     for table in made.tables():
         label, gold = (verdicts.gold_signs(table[name]) for name in ("label", "gold_label"))
@@ -358,7 +453,10 @@ def _summary(made: Dataset) -> Json:
 
 
 def write_trl(pairs: Dataset, path: Path) -> None:
-    """A JSON-lines file of the labelled pairs with prompt, chosen and rejected as messages, as TRL's DPOTrainer takes them."""
+    """Writes the labelled pairs as JSON lines, in the format of TRL's DPOTrainer.
+
+    Each line holds prompt, chosen and rejected as lists of messages.
+    """
     with files.atomic_write(path) as temporary, temporary.open("wb") as file:
         for table in pairs.tables():
             known = table.select(["prompt", "chosen", "rejected"]).filter(
@@ -380,7 +478,7 @@ def write_trl(pairs: Dataset, path: Path) -> None:
 
 
 def _json(messages: pa.ListArray) -> pa.StringArray:
-    """What stands between the brackets of each list, as `json.dumps` writes it."""
+    """The messages of each list as JSON, without the brackets, as `json.dumps` writes them."""
     turns = messages.flatten()
     role, content = (_escaped(turns.field(name)) for name in ("role", "content"))
     objects = pc.binary_join_element_wise('{"role": "', role, '", "content": "', content, '"}', "")
@@ -389,12 +487,12 @@ def _json(messages: pa.ListArray) -> pa.StringArray:
 
 
 def _escaped(texts: pa.StringArray) -> pa.StringArray:
+    """The texts as `json.dumps` writes them between quotation marks (ensure_ascii=False)."""
     _, offsets, data = texts.buffers()
     ends = np.frombuffer(offsets, np.int32)[texts.offset :]
     letters = np.frombuffer(data or b"", np.uint8)[ends[0] : ends[len(texts)]]
-    special = [
-        code for code in (ord("\\"), ord('"')) if (letters == code).any()
-    ]  # the backslash before those that come with others
+    # The backslash is replaced first: the other replacements insert backslashes.
+    special = [code for code in (ord("\\"), ord('"')) if (letters == code).any()]
     for letter in map(chr, [*special, *np.unique(letters[letters < 32])]):
         texts = pc.replace_substring(texts, letter, json.dumps(letter)[1:-1])
     return texts

@@ -1,8 +1,10 @@
-"""Pairs -> judged pairs: the log-odds of every internal reward model. The one place where pairs are scored and written.
+"""Pairs -> judged pairs: the log-odds of every internal reward model.
 
+The only module that scores pairs and writes judged datasets.
 Used by `judge`, `eval rewards`, `eval winrate` and `train`.
-Reference log-probabilities are stored beside the verdicts under the key of their weights: the policy's own scores of
-this iteration are the reference of the next, and training needs no second model.
+Reference log-probabilities are stored beside the verdicts under the key of their weights: the
+policy's own scores of this iteration are the reference of the next, and training needs no second
+model.
 """
 
 from __future__ import annotations
@@ -20,8 +22,7 @@ import pyarrow.compute as pc
 import torch
 
 from scir_cli import backends
-from scir_cli.analysis import consistency
-from scir_cli.analysis import verdicts as verdicts_
+from scir_cli.analysis import consistency, verdicts
 from scir_cli.backends import Request, Sampling
 from scir_cli.data import dataset, hashing, schemas
 from scir_cli.data.dataset import Part
@@ -33,7 +34,14 @@ from scir_cli.errors import DataError
 from scir_cli.report.progress import progress
 from scir_cli.rewards import reward_models
 from scir_cli.rewards.columns import filter_rows, rewards_column, with_column
-from scir_cli.rewards.pairs import SIDES, Context, Pair, make_pairs, tokenize_pairs
+from scir_cli.rewards.pairs import (
+    SIDES,
+    Context,
+    Pair,
+    PromptIds,
+    make_pairs,
+    tokenize_pairs,
+)
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import (
     BackendSettings,
@@ -48,46 +56,70 @@ ScoringSettings = JudgeSettings | EvalRewardsSettings | EvalWinrateSettings
 
 @dataclass
 class JudgePart:
-    """Makes parts of judged pairs."""
+    """Computes parts of judged pairs."""
 
     scorer: Scorer
     pair_input: PairInput
 
     @property
     def meter(self) -> Meter:
+        """Throughput of the scorer."""
         return self.scorer.meter
 
     def __call__(self, low: int, high: int) -> Part:
-        made, not_made = self.pair_input.make_pairs(self.pair_input.table.slice(low, high - low))
-        chosen, not_chosen = self.pair_input.before_scoring(made)
-        scored, not_scored = self.scorer.score(chosen)
-        kept, not_kept = self.pair_input.after_scoring(scored)
-        return Part(
-            kept, len(made) + not_made.total(), not_made + not_chosen + not_scored + not_kept
-        )
+        """The judged pairs of the input rows [low, high), and the drops of every step."""
+        rows = self.pair_input.table.slice(low, high - low)
+        pairs, not_paired = self.pair_input.make_pairs(rows)
+        n_pairs = len(pairs) + not_paired.total()
+
+        pairs, not_selected = self.pair_input.before_scoring(pairs)
+        pairs, not_scored = self.scorer.score(pairs)
+        pairs, not_kept = self.pair_input.after_scoring(pairs)
+        drops = not_paired + not_selected + not_scored + not_kept
+        return Part(pairs, n_pairs, drops)
 
     def close(self) -> None:
+        """Closes the scorer."""
         self.scorer.close()
 
 
 def write_judged_dataset(
-    stage: str, settings: ScoringSettings, scorer: Scorer, pair_input: PairInput, share: Any = None
+    stage: str,
+    settings: ScoringSettings,
+    scorer: Scorer,
+    pair_input: PairInput,
+    share: Any = None,
 ) -> Json:
     """Writes the judged dataset of the pairs and returns its manifest.
 
-    share: has the parts made by workers (workers.py), in place of this process. Raises DataError if there is no pair.
+    stage: name of the command, for the plan and the progress bar.
+    share: distributes the parts to worker processes (scir_cli/workers); None: this process computes
+        them.
+    Raises DataError if there is no pair.
     """
-    table, dropped = pair_input.table, pair_input.dropped
+    table = pair_input.table
+    dropped = pair_input.dropped
     if not table.num_rows:
-        raise DataError(f"the input holds no usable row ({dict(dropped) or 'it is empty'})")
-    plan = {"stage": stage, "settings": settings.plan(), "input": pair_input.digest, **scorer.keys}
-    if settings.dry_run:
-        return {"dry_run": True, "plan": plan, "rows_in": table.num_rows + dropped.total()}
+        reason = f"dropped rows by reason: {dict(dropped)}" if dropped else "it is empty"
+        raise DataError(f"the input holds no usable row ({reason})")
 
-    def summarise(made: dataset.Dataset) -> Json:
-        return consistency.summary_of(made.tables()) | count_verdicts_beyond_top_logprobs(
-            made, scorer
-        )
+    plan = {
+        "stage": stage,
+        "settings": settings.plan(),
+        "input": pair_input.digest,
+        **scorer.keys,
+    }
+    if settings.dry_run:
+        rows_in = table.num_rows + dropped.total()
+        return {"dry_run": True, "plan": plan, "rows_in": rows_in}
+
+    inputs = {}
+    for name in ("input", "model", "reward_reference"):
+        inputs[name] = getattr(settings, name, None)
+
+    def summarize(judged: dataset.Dataset) -> Json:
+        figures = consistency.summary_of(judged.tables())
+        return figures | count_verdicts_beyond_top_logprobs(judged, scorer)
 
     with (
         progress(stage, table.num_rows, scorer.meter) as advance,
@@ -104,44 +136,40 @@ def write_judged_dataset(
             advance=advance,
             share=share,
             work=scorer.meter.figures,
-            inputs={
-                name: getattr(settings, name, None)
-                for name in ("input", "model", "reward_reference")
-            },
-            summarise=summarise,
+            inputs=inputs,
+            summarise=summarize,
         )
 
 
-def count_verdicts_beyond_top_logprobs(made: dataset.Dataset, scorer: Scorer) -> Json:
-    """Verdicts that are missing because an endpoint did not return both of their tokens, by reward model.
+def count_verdicts_beyond_top_logprobs(judged: dataset.Dataset, scorer: Scorer) -> Json:
+    """Counts the verdicts whose two tokens an endpoint did not both return, by reward model.
 
-    Empty if the endpoint returned all, or if no endpoint was used.
+    Empty if the endpoint returned all of them, or if no endpoint was used.
     """
-    if (
-        scorer.backend_settings is None
-        or not backends.load(scorer.backend_settings.backend).truncates_logprobs
-    ):
+    settings = scorer.backend_settings
+    if settings is None or not backends.load(settings.backend).truncates_logprobs:
         return {}
-    reading = [name for name, model in scorer.models.items() if model.reads_verdicts]
+
+    verdict_readers = [name for name, model in scorer.models.items() if model.reads_verdicts]
     counts: Counter[str] = Counter()
-    for table in made.tables():
+    for table in judged.tables():
         rewards = table["rewards"].combine_chunks().flatten()
-        columns = (
-            rewards.field(name).to_pylist() for name in ("reward_model", "log_odds", "verdict_mass")
-        )
-        verdicts = zip(*columns, strict=True)
-        counts.update(
-            name
-            for name, log_odds, mass in verdicts
-            if name in reading and log_odds is None and mass is None
-        )
+        names = rewards.field("reward_model").to_pylist()
+        log_odds = rewards.field("log_odds").to_pylist()
+        masses = rewards.field("verdict_mass").to_pylist()
+
+        for name, value, mass in zip(names, log_odds, masses, strict=True):
+            is_missing = value is None and mass is None
+            if is_missing and name in verdict_readers:
+                counts[name] += 1
     return {"beyond_top_logprobs": dict(counts)} if counts else {}
 
 
 class Scorer:
     """A policy, its reward reference, and the reward models that read them.
 
-    backend: the settings of who writes rationales and reads verdicts; without them the engine does both.
+    backend: settings of the backend that writes rationales and reads verdicts; None: the engine
+        does both.
     Raises as LazyPolicy and open_reward_reference.
     """
 
@@ -151,171 +179,229 @@ class Scorer:
         self.meter = Meter()
         self.model = LazyPolicy(settings, settings.model, meter=self.meter)
         self.models = reward_models.make(settings.reward_models, self.model.chat, settings)
+
+        self.reference: LazyPolicy | None = None
+        self.reference_key: str | None = None
         needing = [name for name, model in self.models.items() if model.needs_reference]
-        self.reference = open_reward_reference(settings, self.model, needing) if needing else None
-        self.reference_key = self.reference.weights_key if self.reference else None
+        if needing:
+            self.reference = open_reward_reference(settings, self.model, needing)
+            self.reference_key = self.reference.weights_key
         self.keys = {"model": self.model.weights_key, "reward_reference": self.reference_key}
         self.opened = ExitStack()
 
     @cached_property
     def backend(self) -> Any:
         """Writes rationales and, if it is not transformers, reads the verdicts."""
+        settings = self.settings
         name = self.backend_settings.backend if self.backend_settings else "transformers"
         sampling = Sampling(
-            0.0, 1.0, self.settings.rationale_max_tokens, self.settings.rationale_batch_size
+            temperature=0.0,
+            top_p=1.0,
+            max_new_tokens=settings.rationale_max_tokens,
+            batch_size=settings.rationale_batch_size,
         )
         backend = backends.make(name, self.model, sampling, self.backend_settings)
         self.opened.callback(backend.close)
         return backend
 
     def close(self) -> None:
+        """Closes the backend, if it was opened."""
         self.opened.close()
 
     @cached_property
     def max_total_tokens(self) -> int:
-        """Positions that a prompt and its response may take together."""
+        """Maximum length of a prompt and its response together, in tokens."""
         context = self.model.context_length
-        return min(
-            context, (self.backend_settings and self.backend_settings.max_model_len) or context
-        )
+        if self.backend_settings is None:
+            return context
+        return min(context, self.backend_settings.max_model_len or context)
 
     def score(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
-        """The pairs with `rewards` and `reference_logps` filled in, and those that could not be scored by reason.
+        """The pairs with `rewards` and `reference_logps` filled in, and the drops by reason.
 
         Drops: prompt_boundary, too_long.
         """
         table, prompt_ids, drops = tokenize_pairs(table, self.model.chat)
-        lengths = [
-            pc.list_value_length(pc.struct_field(table[side], "token_ids")).to_numpy()
-            for side in SIDES
-        ]
-        total = np.array([len(ids) for ids in prompt_ids], int) + np.maximum(*lengths)
-        fits = total <= self.max_total_tokens
+        fits = _total_tokens(table, prompt_ids) <= self.max_total_tokens
         table, too_long = filter_rows(table, fits, "too_long")
         drops += too_long
-        if not self.reference and not any(model.n_branches for model in self.models.values()):
-            return self._with_verdicts(table, [], torch.zeros(len(table), 0)), drops
-        encoded = make_pairs(table, list(itertools.compress(prompt_ids, fits)))
-        self._generate_rationales(encoded)
-        branches = [reward_models.all_branches(self.models, pair) for pair in encoded]
-        longest = [max((len(b.ids) for b in group), default=0) for group in branches]
-        fits = np.array([n < self.max_total_tokens for n in longest], bool)
+
+        has_branches = any(model.n_branches for model in self.models.values())
+        if not self.reference and not has_branches:
+            no_logps = torch.zeros(len(table), 0)
+            return self._with_verdicts(table, [], no_logps), drops
+
+        prompt_ids = list(itertools.compress(prompt_ids, fits))
+        pairs = make_pairs(table, prompt_ids)
+        self._generate_rationales(pairs)
+
+        # The judge's prompts, with the rationales, can be too long although the pair itself fits.
+        branches = [reward_models.all_branches(self.models, pair) for pair in pairs]
+        lengths = [_longest(group) for group in branches]
+        fits = np.array([length < self.max_total_tokens for length in lengths], bool)
         table, too_long = filter_rows(table, fits, "too_long")
         drops += too_long
         if not len(table):
             return table, drops
-        encoded = self._with_reference(list(itertools.compress(encoded, fits)))
+
+        pairs = self._with_reference(list(itertools.compress(pairs, fits)))
         logps = self._logps(list(itertools.compress(branches, fits)))
-        return self._with_verdicts(table, encoded, logps), drops
+        return self._with_verdicts(table, pairs, logps), drops
 
     def _generate_rationales(self, pairs: list[Pair]) -> None:
-        """Fills in `rationale_token_ids` of each pair for each model that writes before its verdict is read."""
+        """Fills in `rationale_token_ids` of each pair, for each model that writes rationales.
+
+        A rationale is the answer to one of the model's `requests`.
+        """
         for name, model in self.models.items():
-            requests = [
-                (i, tuple(prompt))
-                for i, pair in enumerate(pairs)
-                for prompt in model.requests(pair)
-            ]
+            requests: list[Request] = []
+            # for each request, its pair
+            requesting: list[Pair] = []
+            for pair in pairs:
+                for prompt in model.requests(pair):
+                    seed = hashing.sample_seed(self.settings.seed, pair.pair_id, 0)
+                    requests.append(Request(tuple(prompt), seed))
+                    requesting.append(pair)
             if not requests:
                 continue
+
             for pair in pairs:
                 pair.rationale_token_ids[name] = []
-            seeds = [
-                hashing.sample_seed(self.settings.seed, pairs[i].pair_id, 0) for i, _ in requests
-            ]
             backend = self.backend
             with self.meter.timed():
-                prompts = [
-                    Request(prompt, seed) for (_, prompt), seed in zip(requests, seeds, strict=True)
-                ]
-                completions = backend.generate(prompts)
-            for (i, _), completion in zip(requests, completions, strict=True):
-                pairs[i].rationale_token_ids[name] = [
-                    *pairs[i].rationale_token_ids[name],
-                    completion.token_ids,
-                ]
+                completions = backend.generate(requests)
+            for pair, completion in zip(requesting, completions, strict=True):
+                previous = pair.rationale_token_ids[name]
+                pair.rationale_token_ids[name] = [*previous, completion.token_ids]
 
-    def _with_verdicts(self, table: pa.Table, pairs: list[Pair], logps: torch.Tensor) -> pa.Table:
+    def _with_verdicts(
+        self,
+        table: pa.Table,
+        pairs: list[Pair],
+        logps: torch.Tensor,
+    ) -> pa.Table:
         """The table with the reward models' verdicts and the reference log-probabilities.
 
-        pairs: of each row, or empty if no model has branches. logps: (pairs, branches), nats.
+        pairs: of each row, or empty if no model has branches.
+        logps: (pairs, branches), nats.
         """
-        external = torch.from_numpy(verdicts_.log_odds(table, ["external"])[0])
-        if pairs:
-            context = Context.of(pairs, self.reference_key, external=external)
-        else:
-            sides = [pc.struct_field(table[side], "token_ids") for side in SIDES]
-            n_tokens = np.stack([pc.list_value_length(ids).to_numpy() for ids in sides])
-            unknown = torch.full(n_tokens.shape, torch.nan)
-            context = Context(torch.from_numpy(n_tokens.astype(np.float32)), unknown, external)
-        answers = reward_models.all_outputs(self.models, logps, context)
+        context = self._context(table, pairs)
+        outputs = reward_models.all_outputs(self.models, logps, context)
+
         policy_logps = reward_models.answer_logps(self.models, logps)
         if policy_logps is not None:
+            key = self.model.weights_key
             for pair, (first, second) in zip(pairs, policy_logps.tolist(), strict=True):
-                pair.reference_logps[self.model.weights_key] = (first, second)
-        rationales = [pair.rationale_token_ids.get(name) for pair in pairs for name in answers]
-        table = with_column(
-            table, "rewards", rewards_column(answers, rationales, self.settings.min_verdict_mass)
-        )
+                pair.reference_logps[key] = (first, second)
+
+        rationales = []
+        for pair in pairs:
+            for name in outputs:
+                rationales.append(pair.rationale_token_ids.get(name))
+        rewards = rewards_column(outputs, rationales, self.settings.min_verdict_mass)
+        table = with_column(table, "rewards", rewards)
         if not pairs:
             return table
-        stored = [
-            [
-                {"weights_key": key, "first": a, "second": b}
-                for key, (a, b) in sorted(pair.reference_logps.items())
-            ]
-            for pair in pairs
-        ]
-        return with_column(table, "reference_logps", pa.array(stored, schemas.REFERENCE_LOGPS))
+        return with_column(table, "reference_logps", _reference_logps_column(pairs))
+
+    def _context(self, table: pa.Table, pairs: list[Pair]) -> Context:
+        """The inputs of `odds` besides the policy's log-probabilities.
+
+        pairs: of each row, or empty if no model has branches; the reference log-probabilities are
+            then unknown.
+        """
+        log_odds = verdicts.log_odds(table, ["external"])[0]
+        external = torch.from_numpy(log_odds)
+        if pairs:
+            return Context.of(pairs, self.reference_key, external=external)
+
+        # (2, pairs) each
+        n_tokens = np.stack(_response_lengths(table))
+        unknown = torch.full(n_tokens.shape, torch.nan)
+        return Context(
+            n_tokens=torch.from_numpy(n_tokens.astype(np.float32)),
+            reference_logps=unknown,
+            external=external,
+        )
 
     def _logps(self, groups: list[list[Branch]]) -> torch.Tensor:
-        """Summed log-probabilities of all branches, nats: of responses by the engine, of verdicts by the backend, if there is another.
+        """Summed log-probabilities of all branches, nats.
 
+        The engine scores responses. It scores verdicts too, unless the backend reads them.
         groups: the branches of each pair.  -> (pairs, branches)
         """
-        flags = [
-            model.reads_verdicts for model in self.models.values() for _ in range(model.n_branches)
-        ]
-        by_backend = (
-            self.backend_settings is not None
-            and backends.load(self.backend_settings.backend).reads_verdicts
-        )
-        verdicts = torch.tensor(flags, dtype=torch.bool) & by_backend
-        logps = torch.zeros(len(groups), len(flags))
-        for chosen, score in ((verdicts, self._by_backend), (~verdicts, self._by_engine)):
-            if chosen.any():
-                logps[:, chosen] = score(
-                    [list(itertools.compress(group, chosen.tolist())) for group in groups]
-                )
+        reads_verdicts: list[bool] = []
+        for model in self.models.values():
+            reads_verdicts += [model.reads_verdicts] * model.n_branches
+
+        settings = self.backend_settings
+        use_backend = settings is not None and backends.load(settings.backend).reads_verdicts
+
+        # (branches,)
+        by_backend = torch.tensor(reads_verdicts, dtype=torch.bool) & use_backend
+        logps = torch.zeros(len(groups), len(reads_verdicts))
+        for columns, score in (
+            (by_backend, self._score_by_backend),
+            (~by_backend, self._score_by_engine),
+        ):
+            if columns.any():
+                selection = columns.tolist()
+                selected = [list(itertools.compress(group, selection)) for group in groups]
+                logps[:, columns] = score(selected)
         return logps
 
-    def _by_engine(self, groups: list[list[Branch]]) -> torch.Tensor:
+    def _score_by_engine(self, groups: list[list[Branch]]) -> torch.Tensor:
+        """Summed log-probabilities under the policy, nats.  -> (pairs, branches)"""
         policy = self.model.load()
         with self.meter.timed():
-            return torch.stack(list(policy.score(groups, self.settings.max_tokens_per_pack)))
+            logps = policy.score(groups, self.settings.max_tokens_per_pack)
+            return torch.stack(list(logps))
 
-    def _by_backend(self, groups: list[list[Branch]]) -> torch.Tensor:
+    def _score_by_backend(self, groups: list[list[Branch]]) -> torch.Tensor:
+        """Log-probabilities of verdict tokens from the backend, nats.  -> (pairs, branches)"""
         backend = self.backend
+        branches = list(itertools.chain.from_iterable(groups))
         with self.meter.timed():
-            return backend.score([branch for group in groups for branch in group]).reshape(
-                len(groups), -1
-            )
+            logps = backend.score(branches)
+            return logps.reshape(len(groups), -1)
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
-        """The pairs with log-probabilities under reward_reference; those that the dataset holds are not computed again."""
+        """The pairs with log-probabilities under reward_reference.
+
+        Those that the dataset holds are not computed again.
+        """
         if self.reference is None:
             return pairs
         return add_missing_logps(pairs, self.reference, self.settings.max_tokens_per_pack)
 
 
-def _policy_logps(models: dict[str, Any], logps: torch.Tensor) -> torch.Tensor | None:
-    """The policy's own log-probabilities of both responses, if some reward model scores responses.  -> (pairs, 2) nats"""
-    parts = reward_models.branch_slices(models)
-    return next(
-        (
-            logps[:, parts[name]][:, :2]
-            for name in ("implicit", "likelihood", "pmi")
-            if name in parts
-        ),
-        None,
-    )
+def _response_lengths(table: pa.Table) -> list[np.ndarray]:
+    """Lengths of the first and of the second responses, in tokens.  -> (pairs,) each"""
+    lengths = []
+    for side in SIDES:
+        token_ids = pc.struct_field(table[side], "token_ids")
+        lengths.append(pc.list_value_length(token_ids).to_numpy())
+    return lengths
+
+
+def _total_tokens(table: pa.Table, prompt_ids: PromptIds) -> np.ndarray:
+    """Length of each pair's prompt and its longer response together, in tokens.  -> (pairs,)"""
+    prompt_lengths = np.array([len(ids) for ids in prompt_ids], int)
+    first, second = _response_lengths(table)
+    return prompt_lengths + np.maximum(first, second)
+
+
+def _longest(branches: list[Branch]) -> int:
+    """Length of the longest branch, in tokens; 0 if there is none."""
+    return max((len(branch.ids) for branch in branches), default=0)
+
+
+def _reference_logps_column(pairs: list[Pair]) -> pa.Array:
+    """The `reference_logps` column: each pair's log-probabilities (nats), sorted by weights key."""
+    rows = []
+    for pair in pairs:
+        row = []
+        for key, (first, second) in sorted(pair.reference_logps.items()):
+            row.append({"weights_key": key, "first": first, "second": second})
+        rows.append(row)
+    return pa.array(rows, schemas.REFERENCE_LOGPS)

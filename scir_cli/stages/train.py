@@ -1,8 +1,9 @@
-"""train: pairs -> a model folder, with the dataset's reference log-probabilities and no second model in the loop.
+"""train: pairs -> a model folder.
 
+The dataset holds the reference log-probabilities, so the training loop needs no second model.
 The steps, in order:
 
-- open: rows, models, objective and plan; refuses what cannot work
+- open: rows, models, objective and plan; refuses settings that cannot work
 - estimate (--dry-run): tokens, memory and time, and nothing else
 - claim: the output folder
 - encode: rows -> examples with token ids
@@ -40,21 +41,25 @@ from scir_cli.rewards.pairs import Pair
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, dry_run, fitting, objectives, trackers
+from scir_cli.training.consensus import Consensus, warn_of_hard_labels
 from scir_cli.training.examples import encode_examples, load_labelled_rows, load_training_rows
 from scir_cli.training.model_folder import write_model_folder
 from scir_cli.training.objectives import Example, Metrics, Objective
 from scir_cli.training.trainer import Trainer
 from scir_cli.training.validation import ValidationMetrics
 
-#: From here on, the entropy term is warned about.
+#: A larger entropy weight gets a warning.
 LARGE_ENTROPY_WEIGHT = 0.5
 
-#: Pairs that are scored between two moves of the progress bar.
+#: Number of pairs scored between two updates of the progress bar.
 REFERENCE_ROWS = 256
 
 
 def run(settings: TrainSettings) -> Json:
-    """Trains and writes a model folder, and returns its manifest; counts are in pairs."""
+    """Trains, writes a model folder and returns its manifest; counts are in pairs.
+
+    Raises ConfigError, DataError or ModelError if the settings, rows or models cannot be used.
+    """
     if settings.num_processes > 1 and "WORLD_SIZE" not in os.environ and not settings.dry_run:
         return _launch(settings)
     ranks = DistributedContext(loading.resolve_device(settings.device).startswith("cuda"))
@@ -68,16 +73,16 @@ def run(settings: TrainSettings) -> Json:
 
 
 def _launch(settings: TrainSettings) -> Json:
-    """Runs the same command in settings.num_processes processes and returns the manifest they wrote."""
-    given = settings.model_dump(exclude_unset=True)
-    given.pop("num_processes")
-    step = Step("train", config.flatten(given, config.fields(TrainSettings)))
+    """Runs the same command in settings.num_processes processes; returns their manifest."""
+    values = settings.model_dump(exclude_unset=True)
+    values.pop("num_processes")
+    step = Step("train", config.flatten(values, config.fields(TrainSettings)))
     distributed.launch(step.arguments, settings.num_processes)
     return files.read_json(settings.output_dir / "manifest.json")
 
 
 def run_rank(settings: TrainSettings, ranks: DistributedContext) -> Json:
-    """The whole stage in one of its processes; returns the manifest."""
+    """Runs the whole stage in one of its processes and returns the manifest."""
     job = TrainJob.open(settings, ranks)
     if settings.dry_run:
         return job.estimate()
@@ -93,7 +98,12 @@ def run_rank(settings: TrainSettings, ranks: DistributedContext) -> Json:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Pairs to train on (anchors among them), pairs to measure on, and the pairs of neither by reason."""
+    """The encoded pairs of a training run.
+
+    examples: pairs to train on, including the anchors.
+    validation: pairs to measure on.
+    drops: number of pairs that are in neither, by reason.
+    """
 
     examples: list[Example]
     validation: list[Example]
@@ -102,10 +112,10 @@ class TrainData:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A training run: what it reads, the models it needs, and its plan.
+    """A training run: its rows, its models and its plan.
 
     reference: the reward reference, if the objective reads the implicit reward.
-    objective: counts branches and fits the scale; training has one of its own, with fitted settings.
+    objective: counts branches and fits the scale; training uses another one, with fitted settings.
     fitted: the scale and lambda that an earlier iteration fitted and this one keeps.
     """
 
@@ -121,7 +131,10 @@ class TrainJob:
 
     @classmethod
     def open(cls, settings: TrainSettings, ranks: DistributedContext) -> TrainJob:
-        """Reads the rows, opens the models without their weights, and makes the plan. Raises ConfigError, DataError, ModelError."""
+        """Reads the rows, opens the models without their weights, and makes the plan.
+
+        Raises ConfigError, DataError or ModelError if settings, rows or models cannot be used.
+        """
         trackers.check(settings.report_to)
         check_deepspeed(settings, ranks)
         rows, dropped = load_training_rows(settings.input, settings.limit)
@@ -129,9 +142,11 @@ class TrainJob:
         for name, spec in (("validation", settings.validation), ("anchors", settings.anchors)):
             digests[name] = spec and readers.digest(spec)
         is_scir = settings.objective == "scir"
+        reads_implicit = is_scir and not settings.learns_consensus
         if is_scir and settings.entropy_weight > LARGE_ENTROPY_WEIGHT:
             warn(
-                f"--entropy-weight {settings.entropy_weight:g} is large: pairs grow sure of what they happen to say. 0.1 is the default"
+                f"--entropy-weight {settings.entropy_weight:g} is large: "
+                "it makes arbitrary verdicts confident. The default is 0.1"
             )
         sharding: Json = {}
         if ranks.shards_weights or (ranks.size > 1 and settings.sharding == "fsdp"):
@@ -139,7 +154,9 @@ class TrainJob:
         adapt = partial(adapters.add_adapters, settings=settings) if settings.lora.rank else None
         policy = LazyPolicy(settings, settings.model, adapt=adapt, **sharding)
         reference = (
-            open_reward_reference(settings, policy, ["implicit"], **sharding) if is_scir else None
+            open_reward_reference(settings, policy, ["implicit"], **sharding)
+            if reads_implicit
+            else None
         )
         reward_key = reference.weights_key if reference else None
         fitted = fitting.load_fitted_values(policy.path, settings, reward_key) if is_scir else {}
@@ -159,10 +176,11 @@ class TrainJob:
 
     @property
     def reward_key(self) -> str | None:
+        """Weights key of the reward reference, if there is one."""
         return self.reference.weights_key if self.reference else None
 
     def estimate(self) -> Json:
-        """--dry-run: what the run will take, without writing anything."""
+        """Returns the plan and an estimate of tokens, memory and time; writes nothing."""
         examples, drops = self._encode_input()
         return {
             "dry_run": True,
@@ -176,7 +194,10 @@ class TrainJob:
 
     @contextmanager
     def claim(self) -> Iterator[Json | None]:
-        """Takes the output folder for this plan; the manifest if the plan is finished already, else None."""
+        """Claims the output folder for this plan.
+
+        Yields the manifest if the plan is already finished, else None.
+        """
         out = Path(self.settings.output_dir)
         with (
             folders.claim_folder(out, self.plan, self.settings.overwrite)
@@ -186,18 +207,21 @@ class TrainJob:
             yield self.ranks.broadcast_from_main(finished)
 
     def encode(self) -> TrainData:
-        """The rows with token ids. Raises DataError if none can be trained on."""
+        """The rows with token ids. Raises DataError if none of them can be trained on."""
         examples, drops = self._encode_input()
-        anchors, lost = self._encode_labelled(self.settings.anchors)
+        anchors, anchor_drops = self._encode_labelled(self.settings.anchors)
         validation, _ = self._encode_labelled(self.settings.validation)
-        return TrainData([*examples, *anchors], validation, self.dropped + drops + lost)
+        return TrainData([*examples, *anchors], validation, self.dropped + drops + anchor_drops)
 
     def _encode_input(self) -> tuple[list[Example], Counter[str]]:
-        # SCIR takes its own pairs without their labels: it makes its own.
-        labelled = self.settings.objective != "scir"
-        return encode_examples(
+        # SCIR makes labels of its own, unless its target is the consensus that the data hold.
+        labelled = self.settings.objective != "scir" or self.settings.learns_consensus
+        examples, drops = encode_examples(
             self.rows, self.objective, self.policy, self.settings.input, labelled=labelled
         )
+        if self.settings.learns_consensus and self.ranks.is_main:
+            warn_of_hard_labels(examples)
+        return examples, drops
 
     def _encode_labelled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
         if spec is None:
@@ -207,7 +231,10 @@ class TrainJob:
         )
 
     def add_reference_logps(self, data: TrainData) -> None:
-        """Log-probabilities under the frozen models, on every pair; the reward reference then leaves the memory."""
+        """Adds log-probabilities under the frozen models to every pair.
+
+        The reward reference is then unloaded from memory.
+        """
         pairs = [example.pair for example in [*data.examples, *data.validation]]
         if self.reference:
             add_reference_logps(pairs, self.reference, self.settings, self.ranks)
@@ -218,7 +245,10 @@ class TrainJob:
             self.reference.unload()
 
     def fit(self, data: TrainData) -> Trainer:
-        """The trainer, with the scale and lambda that an earlier iteration fitted or these pairs give."""
+        """The trainer, with scale and lambda of an earlier iteration or fitted here.
+
+        Raises ConfigError if the weights are to be sharded and the model takes no token trees.
+        """
         settings = self.settings.model_copy(update=self.fitted)
         if isinstance(self.objective, objectives.Scir) and settings.implicit_scale == "fitted":
             pairs = [example.pair for example in data.examples]
@@ -229,7 +259,8 @@ class TrainJob:
         policy = self.policy.load()
         if self.policy.sharded and not policy.takes_trees:
             raise ConfigError(
-                f"--sharding fsdp needs a model that takes token trees; {settings.model} does not: use ddp"
+                "--sharding fsdp needs a model that takes token trees; "
+                f"{settings.model} does not: use ddp"
             )
         validate = (
             ValidationMetrics(settings, policy, data.validation, self.reward_key)
@@ -246,20 +277,23 @@ class TrainJob:
             validate,
             self.ranks,
         )
-        if isinstance(objective, objectives.Scir) and settings.penalty_weight is None:
+        if isinstance(objective, objectives.Scir | Consensus) and settings.penalty_weight is None:
             objective.penalty_weight = self.ranks.broadcast_from_main(
                 fitting.fit_penalty_weight(trainer, settings.penalty_ratio)
             )
         return trainer
 
     def train(self, trainer: Trainer) -> Metrics:
-        """Trains to the end, from the newest checkpoint if there is one, and returns the last figures."""
+        """Trains to the end, from the newest checkpoint if there is one.
+
+        Returns the last metrics.
+        """
         view = View(f"train {self.settings.objective}", trainer.n_steps)
-        with watching(view) if self.ranks.is_main else nullcontext(lambda *_: None) as see:
-            return trainer.train(see)
+        with watching(view) if self.ranks.is_main else nullcontext(lambda *_: None) as show:
+            return trainer.train(show)
 
     def write(self, trainer: Trainer, drops: Counter[str], metrics: Metrics) -> Json:
-        """Writes the model folder, on the main rank, and returns its manifest on every rank."""
+        """Writes the model folder on the main rank and returns its manifest on every rank."""
         policy = self._unsharded(trainer.policy) if self.policy.sharded else trainer.policy
         manifest = None
         if policy:
@@ -275,7 +309,10 @@ class TrainJob:
         return self.ranks.broadcast_from_main(manifest)
 
     def _unsharded(self, policy: Policy) -> Policy | None:
-        """The trained weights in one process, on the main rank. Collective: every rank has to call it."""
+        """The trained policy with whole weights on the main rank, None on the others.
+
+        Collective: every rank has to call it.
+        """
         weights = policy.model.state_dict(keep_vars=True)
         state = {
             name: distributed.full_tensor(value, self.ranks.is_main)
@@ -289,36 +326,43 @@ class TrainJob:
 
 
 def check_deepspeed(settings: TrainSettings, ranks: DistributedContext) -> None:
-    """Raises ConfigError for settings that DeepSpeed does not support, if accelerate's plugin asks for it."""
+    """Raises ConfigError if accelerate's plugin enables DeepSpeed and a setting excludes it."""
     if ranks.zero and (settings.sharding == "fsdp" or settings.compile):
         raise ConfigError(
-            "accelerate's DeepSpeed plugin shards by itself and does not compile: leave --sharding and --compile out"
+            "accelerate's DeepSpeed plugin shards by itself and does not compile: "
+            "leave --sharding and --compile out"
         )
     if ranks.shards_weights and (settings.quantization != "none" or settings.dry_run):
         raise ConfigError(
-            "--quantization and --dry-run need the whole model in each process: no ZeRO stage above 2"
+            "--quantization and --dry-run need the whole model in each process: "
+            "use ZeRO stage 1 or 2, or leave them out"
         )
     if ranks.zero and settings.objective == "scir" and settings.penalty_weight is None:
         raise ConfigError(
-            "--penalty-ratio is not available under DeepSpeed, which does not expose gradients: give --penalty-weight"
+            "--penalty-ratio is not available under DeepSpeed, which does not expose gradients: "
+            "pass --penalty-weight"
         )
 
 
 def build_objective(
     settings: TrainSettings, policy: LazyPolicy, reward_key: str | None
 ) -> Objective:
-    """The objective of the settings.  reward_key: weights key of the reward reference, if there is one"""
-    return objectives.TABLE[settings.objective](
-        settings, policy.chat, policy.weights_key, reward_key
-    )
+    """The objective of the settings.
+
+    reward_key: weights key of the reward reference, if there is one.
+    """
+    objective = Consensus if settings.learns_consensus else objectives.TABLE[settings.objective]
+    return objective(settings, policy.chat, policy.weights_key, reward_key)
 
 
 def add_reference_logps(
     pairs: list[Pair], model: LazyPolicy, settings: TrainSettings, ranks: DistributedContext
 ) -> None:
-    """Adds the log-probabilities under `model` to the pairs that lack them, each rank its share of the work.
+    """Adds the log-probabilities (nats) under `model` to the pairs that lack them.
 
-    They are kept in a file beside the data (or in the output folder) for the next run, under the model's weights key.
+    The ranks share the work. A file beside the data, or in the output folder, stores the
+    log-probabilities for the next run under the model's weights key.
+    Collective: every rank has to call it.
     """
     source = to_path(settings.input)
     folder = (
@@ -335,7 +379,7 @@ def add_reference_logps(
         return
     local = missing[ranks.rank :: ranks.size]
     with progress("reference log-probabilities", len(local)) as advance:
-        # Every rank makes as many calls: with sharded weights each call needs all of them.
+        # Every rank makes the same number of calls: with sharded weights each call is collective.
         for low in range(0, max(ranks.all_gather(len(local))), REFERENCE_ROWS):
             add_missing_logps(
                 local[low : low + REFERENCE_ROWS], model, settings.max_tokens_per_pack
@@ -354,6 +398,10 @@ def add_reference_logps(
 def _fill_from_cache(
     pairs: Sequence[Pair], key: str, cached: dict[str, tuple[float, float]]
 ) -> None:
+    """Sets the log-probabilities under the weights `key` of the pairs that the cache holds.
+
+    cached: pair id -> log-probabilities of first and second, nats.
+    """
     for pair in pairs:
         if pair.pair_id in cached:
             pair.reference_logps[key] = cached[pair.pair_id]

@@ -253,3 +253,15 @@ def scir(
         mask=mask,
         label=label,
     )
+
+
+def one_sided(orders: Tensor, probability: Tensor) -> Tensor:
+    """Cross entropy of a judge's verdicts against soft labels, mean of its orders, nats.
+
+    H(t, p) = -t log p - (1 - t) log(1 - p) = softplus(a) - t a,  p = sigmoid(a),  dH/da = p - t
+
+    The label has no gradient: the judge moves towards the consensus, and the consensus towards nobody.
+
+    orders: (orders, pairs) log-odds;  probability: (pairs,) t, that first is better -> (pairs,)
+    """
+    return (F.softplus(orders) - probability.detach() * orders).mean(0)

@@ -13,6 +13,7 @@ from scir_cli.engine import model_files
 from scir_cli.engine.policy import Policy
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, objectives
+from scir_cli.training.consensus import Consensus
 from scir_cli.training.objectives import Metrics
 from scir_cli.training.trainer import Trainer
 
@@ -45,6 +46,8 @@ def write_model_folder(
             "implicit_scale": settings.implicit_scale,
             "penalty_weight": trainer.objective.penalty_weight,
         }
+    elif isinstance(trainer.objective, Consensus):
+        manifest["fitted"] = {"penalty_weight": trainer.objective.penalty_weight}
     files.write_json(out / "manifest.json", manifest)
     trainer.finish()
     return manifest

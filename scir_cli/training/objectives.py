@@ -399,7 +399,7 @@ class Scir(_Base):
         mass = torch.stack(masses).detach()
         no_verdict = (mass < self.settings.min_verdict_mass).any(0)
         voters = averaged
-        if self.settings.mask != "all":
+        if self.settings.target != "agreed":
             voters = outputs["judge"].log_odds[None]
         return voters.detach().masked_fill(no_verdict, float("nan"))
 
