@@ -373,14 +373,6 @@ class RewardSettings(ModelSettings):
         gt=0,
         le=LARGEST_FACTOR,
     )
-    rubric_scale: float = config.setting(
-        1.0,
-        "Log-odds (nats) per rubric point.",
-        group=RARE,
-        affects_fit=True,
-        gt=0,
-        le=LARGEST_FACTOR,
-    )
     likelihood_scale: float = config.setting(
         1.0,
         "Factor on the mean log-probabilities (nats per token) of the likelihood and pmi "
@@ -413,9 +405,9 @@ class RewardSettings(ModelSettings):
         path=True,
         affects_fit=True,
     )
-    judge_reads_system: bool = config.setting(
-        True,
-        "Show system turns to the judge, the rubric and the rationale.",
+    hide_system: bool = config.setting(
+        False,
+        "Leave system turns out of what the judge, the rubric and the rationale read.",
         group=RARE,
         affects_fit=True,
     )
@@ -912,12 +904,6 @@ class TrainSettings(RewardSettings, ReportSettings):
         "Pairs per optimizer step, computed in packs of at most --max-tokens-per-pack.",
         group=OPTIMIZER,
         le=1_000_000,
-    )
-    max_tokens_per_step: Positive | None = config.setting(
-        None,
-        "Tokens per optimizer step, instead of --batch-size: as many pairs as fit.",
-        group=RARE,
-        le=MOST_COUNT,
     )
     max_tokens_per_pack: Positive = config.setting(
         8192,

@@ -18,7 +18,7 @@ from scir_cli import config, registry
 from scir_cli.cli import app
 
 FROZEN = Path(__file__).parent / "flags.txt"
-MOST_SETTINGS_OF_TRAIN = 62
+MOST_SETTINGS_OF_TRAIN = 60
 MOST_IN_FIRST_GROUPS_OF_TRAIN = 20
 FIRST_GROUPS_OF_TRAIN = (config.INPUT_OUTPUT, config.OPTIMIZER, config.PREFERENCE_LOSS)
 

@@ -415,21 +415,21 @@ def test_a_reasoning_block_that_answers_lack_is_a_counted_drop(
 
 
 @pytest.mark.parametrize("name", ["judge", "rationale", "rubric"])
-@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("hidden", [False, True])
 def test_the_judge_reads_the_system_turn_unless_a_setting_leaves_it_out(
-    name: str, reads: bool, chats: dict[str, Chat]
+    name: str, hidden: bool, chats: dict[str, Chat]
 ):
     chat = chats["trims"]
     settings = config.build(
         RewardSettings,
-        {"model": "unused", "output_dir": "unused", "judge_reads_system": reads},
+        {"model": "unused", "output_dir": "unused", "hide_system": hidden},
         where="test",
     )
     model = reward_models.make([name], chat, settings)[name]
     written = {"rationale": [[5], [6]]}
     pair = Pair("0", SYSTEM, (), ((), ()), ("A.", "B."), rationale_token_ids=written)
-    shown = "System: Be brief.\nUser: Is it A or B?" if reads else "Question: Is it A or B?"
+    shown = "System: Be brief.\nUser: Is it A or B?" if not hidden else "Question: Is it A or B?"
     for branch in model.branches(pair):
         text = chat.tokenizer.decode(list(branch.ids))
         assert shown in text
-        assert ("Be brief." in text) == reads
+        assert ("Be brief." in text) != hidden

@@ -319,9 +319,6 @@ class Chat:
         for ending in options.endings:
             end = len(ending) - n_after
             bodies.append(tuple(t for t in ending[:end] if t not in self.end_ids))
-        if len(set(words)) == 1:
-            # The same word twice: the caller's check reports it.
-            return options
         for word, body in zip(words, bodies, strict=True):
             if len(body) != 1:
                 pieces = [self.tokenizer.decode([token]) for token in body]

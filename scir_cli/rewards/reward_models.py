@@ -106,10 +106,6 @@ def _verdict_branches(prompts: Sequence[list[int]], tokens: Sequence[int]) -> li
     return [verdict(prompt, token) for prompt in prompts for token in tokens]
 
 
-def _same_verdicts(words: Sequence[str]) -> ConfigError:
-    return ConfigError(f"the verdicts {words} are the same token; choose two with --verdict-tokens")
-
-
 class Judge(RewardModel):
     """Pairwise verdict A or B, in both orders.
 
@@ -132,7 +128,7 @@ class Judge(RewardModel):
     def _prompts(self, pair: Pair) -> list[list[int]]:
         """Token ids of the judge's prompt in both orders."""
         first, second = pair.texts
-        question = question_text(pair.messages, system=self.settings.judge_reads_system)
+        question = question_text(pair.messages, system=not self.settings.hide_system)
         prompts = []
         for a, b in ((first, second), (second, first)):
             messages = fill(self.template, question=question, a=a, b=b)
@@ -141,12 +137,8 @@ class Judge(RewardModel):
 
     @cached_property
     def _answers(self) -> AnswerOptions:
-        """The two verdicts; raises ConfigError if they are the same token."""
-        words = self.settings.verdict_tokens
-        answers = self.chat.verdicts(words)
-        if answers.endings[0] == answers.endings[1]:
-            raise _same_verdicts(words)
-        return answers
+        """The two verdicts; raises ModelError if they do not differ in one token."""
+        return self.chat.verdicts(self.settings.verdict_tokens)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
@@ -192,12 +184,10 @@ class Rationale(Judge):
     def _verdicts(self) -> tuple[list[int], tuple[int, ...]]:
         """Token ids of the text between a rationale and its verdict, and of each verdict.
 
-        Raises ConfigError if the verdicts are the same token, ModelError if they are not one each.
+        Raises ModelError if the verdicts do not differ in one token.
         """
         words = self.settings.verdict_tokens
         endings = [self._encode(f"\n\nVerdict: {word}") for word in words]
-        if endings[0] == endings[1]:
-            raise _same_verdicts(words)
         length = n_shared(endings)
         if any(len(ending) != length + 1 for ending in endings):
             quoted = " and ".join(map(repr, words))
@@ -243,7 +233,7 @@ class Rubric(RewardModel):
         return self.chat.verdicts([str(score) for score in range(6)])
 
     def branches(self, pair: Pair) -> list[Branch]:
-        question = question_text(pair.messages, system=self.settings.judge_reads_system)
+        question = question_text(pair.messages, system=not self.settings.hide_system)
         prompts = []
         for text in pair.texts:
             request = fill(self.template, question=question, response=text)
@@ -256,7 +246,7 @@ class Rubric(RewardModel):
         score_logps = logps.unflatten(0, (2, 6)).transpose(0, 1)
         # (2, pairs) each
         scores, mass = log_odds.expected_score(score_logps)
-        output = log_odds.difference(scores, self.settings.rubric_scale)
+        output = log_odds.difference(scores)
         return RewardOutput(output.log_odds, verdict_mass=mass.mean(0))
 
 
