@@ -63,8 +63,7 @@ def load(
     """
     path = model_files.resolve(spec or settings.model)
     if chat is None:
-        tokenizer = load_tokenizer(path, settings)
-        chat = Chat(tokenizer, end_ids(path, tokenizer))
+        chat = load_chat(path, settings)
     if key is None:
         key = weights_key(model_files.digest(path), settings, chat)
 
@@ -235,6 +234,17 @@ def _is_tree_compatible(config: Any, layout: TreeLayout) -> bool:
         return False
     window = getattr(config, "sliding_window", None)
     return not window or window in layout.windows
+
+
+def load_chat(path: Path, settings: ModelSettings) -> Chat:
+    """The tokenizer in a model folder, with its chat template and end tokens.
+
+    Raises ModelError as `load_tokenizer` does, and if the template renders no conversation.
+    """
+    tokenizer = load_tokenizer(path, settings)
+    chat = Chat(tokenizer, end_ids(path, tokenizer), settings.chat_template_kwargs or {})
+    chat.check()
+    return chat
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
