@@ -232,7 +232,7 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     return records
 
 
-def summarise(records: list[Json]) -> list[Json]:
+def summarize(records: list[Json]) -> list[Json]:
     plain, script = records[:2]
     rows = []
     for record in records:
@@ -274,7 +274,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = measure(shape, dtype, a, Path(folder))
             records += found
-            rows += summarise(found)
+            rows += summarize(found)
     print(table(rows))
     write({"table": rows, "runs": records}, a.json)
     if any(

@@ -112,7 +112,7 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     return records
 
 
-def summarise(records: list[Json], a: argparse.Namespace) -> list[Json]:
+def summarize(records: list[Json], a: argparse.Namespace) -> list[Json]:
     """A line for each implementation.
 
     Medians over the counted steps, then over runs; ratios are of runs that took turns.
@@ -194,7 +194,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = measure(shape, dtype, a, Path(folder))
             records += found
-            rows += summarise(found, a)
+            rows += summarize(found, a)
     print(table(rows))
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()

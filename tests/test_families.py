@@ -175,7 +175,7 @@ def test_a_conversation_that_the_template_refuses_has_a_reason(
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a template that refuses rows, and five rows of which it refuses two."""
+    """A folder with a model and a template that refuses two of five rows."""
     root = tmp_path_factory.mktemp("refusing")
     make_model(root / "model", seed=3)
     make_model(root / "base", seed=4)

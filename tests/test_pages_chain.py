@@ -22,8 +22,9 @@ steps:
   - eval rewards: {model: "{policy}", reward_reference: "{base}", input: "{here}/gold.jsonl",
                   output_dir: "{out}/m1-heldout"}
   - train: {objective: scir, model: "{policy}", reward_reference: "{base}",
-            input: "{out}/m1-heldout/judged", batch_size: 2, learning_rate: 1.0e-3, validation: "{here}/gold.jsonl",
-            validation_every: 1, output_dir: "{out}/m2", report: "{out}/m2.html"}
+            input: "{out}/m1-heldout/judged", batch_size: 2, learning_rate: 1.0e-3,
+            validation: "{here}/gold.jsonl", validation_every: 1,
+            output_dir: "{out}/m2", report: "{out}/m2.html"}
   - eval rewards: {model: "{out}/m2", reward_reference: "{base}", input: "{here}/gold.jsonl",
                   output_dir: "{out}/m2-heldout"}
 """

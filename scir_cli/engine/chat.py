@@ -188,6 +188,10 @@ class Chat:
         return self._reads_parts[template]
 
     def _find_content_form(self) -> bool:
+        """Whether the template needs content as a list of parts: the first form that it renders.
+
+        Raises ModelError if it renders neither.
+        """
         messages = [*PROBES[0], PROBE_ANSWER]
         refusal = None
         for parts in (False, True):

@@ -433,6 +433,7 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     height = reach_b * 1.16
 
     def paint(ax: Any) -> None:
+        """One dot per pair, or a density of many pairs."""
         _zero_line(ax.axhline)
         _zero_line(ax.axvline)
         if few:
@@ -671,6 +672,7 @@ def reliability(curves: Mapping[str, Points]) -> Picture:
     """
 
     def paint(ax: Any) -> None:
+        """One calibration curve per reward model, beside the diagonal."""
         ax.plot(
             [0.5, 1],
             [0.5, 1],
@@ -724,6 +726,7 @@ def risk_coverage(curves: Mapping[str, Points]) -> Picture:
     """
 
     def paint(ax: Any) -> None:
+        """One risk-coverage curve per reward model."""
         for index, (name, points) in enumerate(curves.items()):
             x = _values(points, "coverage")
             low = _values(points, "accuracy_low")
@@ -774,6 +777,7 @@ def length_bias(odds: Mapping[str, Array], difference: Array) -> Picture:
     rows = _wins_by_length(odds, difference)
 
     def paint(ax: Any) -> None:
+        """One curve of preference by length difference per reward model."""
         _zero_line(ax.axhline, 0.5, linestyle="--")
         for index, name in enumerate(odds):
             points = [row for row in rows if row[0] == name]
@@ -851,6 +855,7 @@ def iterations(
     labels = [_short(name) for name in names]
 
     def paint(ax: Any) -> None:
+        """One line of rates with intervals per series."""
         for index, (name, values) in enumerate(series.items()):
             # Neighboring series are moved aside so that their intervals do not overlap.
             middle = (len(series) - 1) / 2
@@ -930,6 +935,7 @@ def steps(
     title_names_all = all(name.replace("_", " ") in title.lower() for name in curves)
 
     def paint(ax: Any) -> None:
+        """One line per curve over optimizer steps."""
         from matplotlib.ticker import MaxNLocator
 
         for index, (name, (x, y)) in enumerate(curves.items()):

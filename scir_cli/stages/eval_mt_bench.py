@@ -115,7 +115,7 @@ def run(settings: EvalMtBenchSettings) -> Json:
         make,
         overwrite=settings.overwrite,
         dropped_before=dropped,
-        summarise=summarize,
+        summarize=summarize,
         inputs={
             "input": settings.input,
             "model": settings.model or None,

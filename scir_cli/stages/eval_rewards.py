@@ -77,7 +77,7 @@ def run(settings: EvalRewardsSettings) -> Json:
         [(0, 1)],
         make,
         overwrite=settings.overwrite,
-        summarise=lambda written: _summary(judged),
+        summarize=lambda written: _summary(judged),
         inputs={
             "input": settings.input,
             "model": settings.model,

@@ -122,7 +122,7 @@ def run(settings: EvalWinrateSettings) -> Json:
         make,
         overwrite=settings.overwrite,
         dropped_before=dropped,
-        summarise=summarize,
+        summarize=summarize,
         inputs={
             "inputs": ", ".join(inputs),
             "model": settings.model,

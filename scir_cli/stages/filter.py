@@ -142,7 +142,7 @@ def run(settings: FilterSettings) -> Json:
             label,
             overwrite=settings.overwrite,
             advance=advance,
-            summarise=lambda made: _summary(made) | label.figures,
+            summarize=lambda made: _summary(made) | label.figures,
             inputs={
                 "input": settings.input,
                 "previous": settings.cream_previous,
@@ -162,6 +162,10 @@ class PairLabeller:
     """
 
     def __init__(self, settings: FilterSettings, pairs: Dataset, rule: Rule) -> None:
+        """Computes what depends on all pairs: fitted values, label probabilities, repetitions.
+
+        Raises ConfigError or DataError if the settings do not fit the pairs.
+        """
         self.settings, self.pairs, self.rule = settings, pairs, rule
         self.pool: soft_labels.Pool | None = None
         if settings.is_soft:

@@ -137,7 +137,7 @@ def write_judged_dataset(
             share=share,
             work=scorer.meter.figures,
             inputs=inputs,
-            summarise=summarize,
+            summarize=summarize,
         )
 
 
@@ -174,6 +174,10 @@ class Scorer:
     """
 
     def __init__(self, settings: ScoringSettings, backend: BackendSettings | None = None) -> None:
+        """Prepares the reward models; weights are loaded on first use.
+
+        Raises ConfigError or ModelError if the models cannot be used with these settings.
+        """
         self.settings = settings
         self.backend_settings = backend
         self.meter = Meter()
