@@ -4,7 +4,7 @@ tables.
 Imports nothing of scir_cli: the other trainer's environment reads this file too. Every measurement
 runs in a child process of its own, so that neither memory nor a warm cache of one run reaches the
 next. On a CPU the time is CPU time of one thread, which other work on the machine changes least; on
-a GPU it is wall time between synchronisations.
+a GPU it is wall time between synchronizations.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def measure(name: str, template: str, kwargs: dict[str, Any], vocabulary: str) -
     except ScirError as error:
         refusal = str(error)
     try:
-        chat.labelled_ids(QUESTION, [ANSWER])
+        chat.labeled_ids(QUESTION, [ANSWER])
         boundary = "sound"
     except Unrenderable as error:
         boundary = error.reason
@@ -163,7 +163,7 @@ def table(results: list[Result]) -> list[str]:
     for result in results:
         by_name.setdefault(result.template, []).append(result)
     lines = [
-        "| template | verdict after | labelled answers | with `enable_thinking=false` | content |",
+        "| template | verdict after | labeled answers | with `enable_thinking=false` | content |",
         "|---|---|---|---|---|",
     ]
     for name, (plain, quiet) in by_name.items():
@@ -206,14 +206,14 @@ def document(source: str, results: list[Result]) -> str:
         f"{len(plain)} templates, with a stand-in tokenizer.",
         "",
         f"- Verdicts (A/B and 0 to 5) at one token: {found} of {len(plain)}.",
-        f"- Labelled answers separate from their prompts: {sound} of {len(plain)}; "
+        f"- Labeled answers separate from their prompts: {sound} of {len(plain)}; "
         f"{sound_quiet} with `--chat-template-kwargs enable_thinking=false`, "
         f"{either} with one of the two.",
         f"- Special tokens inside text are encoded as text: {planted} of {found}.",
         "",
         "*Verdict after* is the text between the generation prompt and the verdict. It becomes "
-        "part of the judge's prompt, and of the prompt of labelled answers.",
-        "*Labelled answers* without token ids are dropped and counted under the name in that "
+        "part of the judge's prompt, and of the prompt of labeled answers.",
+        "*Labeled answers* without token ids are dropped and counted under the name in that "
         "column unless it is `sound`.",
         "*Content* is how the template reads a message: as text, or as a list of parts.",
         "",

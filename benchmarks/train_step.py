@@ -1,5 +1,5 @@
 """A training step of this package beside a step of TRL's DPOTrainer: same model, pairs, order,
-optimiser, machine.
+optimizer, machine.
 
     python benchmarks/train_step.py --shape S M --dtype fp32 bf16 \\
         --trl-python .venv-trl/bin/python --json train_step.json
@@ -14,7 +14,7 @@ trl-out-of-the-box  TRL with its defaults: bf16 autocast, gradient checkpointing
 
 Each run is a process of its own and the implementations take turns. tokens/s counts every sequence
 in full, tokens needed what is left when shared prefixes count once. TRL's bf16 is autocast over
-fp32 weights; ours is bf16 weights with fp32 copies in the optimiser.
+fp32 weights; ours is bf16 weights with fp32 copies in the optimizer.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def summarize(records: list[Json], a: argparse.Namespace) -> list[Json]:
                 "pairs/s": a.batch_size / seconds,
                 "tokens/s": per_step["sequence_tokens"] / seconds if counts else None,
                 "tokens needed": per_step.get("tokens"),
-                "MFU": utilisation(runs[0], needs, seconds, a),
+                "MFU": utilization(runs[0], needs, seconds, a),
                 "largest loss difference": difference(runs, ours) if name != "scir-scir" else None,
             }
         )
@@ -156,8 +156,8 @@ def step_seconds(run: Json, a: argparse.Namespace) -> float:
     return statistics.median(run["seconds"][a.warmup :])
 
 
-def utilisation(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -> float | None:
-    """Model FLOP utilisation in bf16.
+def utilization(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -> float | None:
+    """Model FLOP utilization in bf16.
 
     Operations that the step cannot do without (engine.train_flops) / (seconds * peak of the chip).
     """

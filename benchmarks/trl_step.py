@@ -1,4 +1,4 @@
-"""The other side of train_step.py: TRL's DPOTrainer on the same model, pairs, order and optimiser.
+"""The other side of train_step.py: TRL's DPOTrainer on the same model, pairs, order and optimizer.
 
 Runs in an environment of its own, made by `make bench-env`; imports nothing of scir_cli.
 """

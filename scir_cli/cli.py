@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 #: Help of the groups of commands: the first word of a stage's name, if it has two
-GROUPS = {"eval": "Measure reward models on labelled pairs, and responses against responses."}
+GROUPS = {"eval": "Measure reward models on labeled pairs, and responses against responses."}
 
 TRACEBACK_HELP = "If the command fails, print the Python traceback."
 
@@ -89,7 +89,7 @@ def root(
 ) -> None:
     """Self-Consistent Internal Rewards (arXiv 2502.08922).
 
-    Align a language model with its own judgement. The stages:
+    Align a language model with its own judgment. The stages:
     generate → judge → check-consistency → filter → train → eval.
     Each reads a dataset and writes one. `run` runs all stages of a recipe.
 

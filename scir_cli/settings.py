@@ -692,7 +692,7 @@ class CheckConsistencySettings(ReportSettings):
     )
     compare_to: list[str] = config.setting(
         [],
-        "Other judgements of the same pairs (judged datasets of another model, prompt or "
+        "Other judgments of the same pairs (judged datasets of another model, prompt or "
         "seed): report how verdicts and ranks change.",
         group=INPUT_OUTPUT,
         path=True,
@@ -758,20 +758,20 @@ class FilterSettings(StageSettings):
     )
     length_neutral: bool = config.setting(
         False,
-        "Subtract a per-token penalty from the labelling log-odds, so that chosen and "
+        "Subtract a per-token penalty from the labeling log-odds, so that chosen and "
         "rejected have the same mean length (DICE).",
         group=LABELS,
     )
     min_margin: float = config.setting(
         0.0,
-        "Smallest |log-odds| (nats) of the labelling models for a label.",
+        "Smallest |log-odds| (nats) of the labeling models for a label.",
         group=LABELS,
         ge=0,
         le=LARGEST_FACTOR,
     )
     min_confidence: float = config.setting(
         0.5,
-        "Smallest confidence max(p, 1-p) of the labelling models for a label; 0.5 excludes none.",
+        "Smallest confidence max(p, 1-p) of the labeling models for a label; 0.5 excludes none.",
         group=LABELS,
         ge=0.5,
         lt=1,
@@ -797,7 +797,7 @@ class FilterSettings(StageSettings):
         "Drop pairs whose two responses occurred in an earlier pair of the same prompt.",
         group=SELECTION,
     )
-    keep_unlabelled: bool = config.setting(
+    keep_unlabeled: bool = config.setting(
         False, "Keep pairs without a label, for SCIR's inconsistency penalty.", group=SELECTION
     )
     trl_jsonl: bool = config.setting(
@@ -875,15 +875,15 @@ class TrainSettings(RewardSettings, ReportSettings):
 
     objective: Literal["sft", "dpo", "scir"] = config.setting(
         "scir",
-        "sft: learn responses and verdicts from labelled pairs. dpo: preference loss on "
-        "labelled pairs. scir: inconsistency penalty on all pairs, preference loss on agreed "
+        "sft: learn responses and verdicts from labeled pairs. dpo: preference loss on "
+        "labeled pairs. scir: inconsistency penalty on all pairs, preference loss on agreed "
         "pairs.",
         group=INPUT_OUTPUT,
         affects_fit=True,
     )
     input: str = config.setting(
         ...,
-        "Training pairs (file or dataset): preferences or judged pairs (scir), labelled pairs "
+        "Training pairs (file or dataset): preferences or judged pairs (scir), labeled pairs "
         "(sft, dpo).",
         group=INPUT_OUTPUT,
         path=True,
@@ -891,7 +891,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     validation: str | None = config.setting(
         None,
-        "Labelled pairs (file or dataset) for evaluation during training.",
+        "Labeled pairs (file or dataset) for evaluation during training.",
         group=INPUT_OUTPUT,
         path=True,
         affects_output=False,
@@ -1033,7 +1033,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     anchors: str | None = config.setting(
         None,
-        "Labelled pairs (file or dataset) added to the steps; a supervised verdict loss on "
+        "Labeled pairs (file or dataset) added to the steps; a supervised verdict loss on "
         "them keeps the judge from drifting.",
         group=CONSISTENCY,
         path=True,
@@ -1172,7 +1172,7 @@ class EvalRewardsSettings(JudgingSettings, ReportSettings):
 
     input: str = config.setting(
         ...,
-        "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are "
+        "Labeled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are "
         "used unchanged.",
         group=INPUT_OUTPUT,
         path=True,

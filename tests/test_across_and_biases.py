@@ -173,7 +173,7 @@ def test_leaning_to_length_is_counted_where_lengths_differ_and_set_against_the_l
     assert (found["rate_low"], found["rate_high"]) == pytest.approx(
         statistics.wilson(2.5, 4), abs=1e-6
     )
-    # labelled three: verdicts to the longer 1, 0, 1; labels 0, 0, 1: excess 1, 0, 0
+    # labeled three: verdicts to the longer 1, 0, 1; labels 0, 0, 1: excess 1, 0, 0
     assert found["excess"] == pytest.approx(1 / 3, abs=1e-6)
     gold = biases(v, table_of(*[("a", "b")] * 5))["gold"]["longer"]
     assert (gold["pairs"], gold["rate"]) == (3, pytest.approx(1 / 3, abs=1e-6))

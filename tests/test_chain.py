@@ -307,14 +307,14 @@ def test_qlora_trains_adapters_on_four_bits_and_merges_them_into_the_weights_it_
         train(world, tmp_path / "x", **common)
 
 
-def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(
+def test_eval_rewards_scores_labeled_pairs_and_winrate_matches_instructions(
     world: Path, tmp_path: Path
 ):
     common = {"model": str(world / "policy"), "reward_reference": str(world / "base")}
     summary = run(
         "eval rewards", **common, input=str(world / "gold.jsonl"), output_dir=tmp_path / "rewards"
     )["summary"]
-    assert summary["models"]["judge"]["labelled"] == 6
+    assert summary["models"]["judge"]["labeled"] == 6
     for name, answers in (
         ("a", {"x": "yes", "y": "no", "z": "same"}),
         ("b", {"x": "no", "y": "yes", "z": "same", "w": "?"}),
@@ -333,7 +333,7 @@ def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(
     assert manifest["summary"]["matches"][0]["verdicts"] == 2
 
 
-def test_trl_rows_are_the_labelled_ones_as_messages(world: Path):
+def test_trl_rows_are_the_labeled_ones_as_messages(world: Path):
     rows = [
         json.loads(line) for line in (world / "preferences" / "trl.jsonl").read_text().splitlines()
     ]
@@ -516,10 +516,10 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
         encoding="utf-8",
     )
     gold = tmp_path / "gold.jsonl"
-    labelled = [
+    labeled = [
         {"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(40)
     ]
-    gold.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
+    gold.write_text("".join(json.dumps(row) + "\n" for row in labeled), encoding="utf-8")
     scored = ["-m", str(world / "policy"), "--reward-reference", str(world / "base")]
     options = {
         "generate": [

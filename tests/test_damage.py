@@ -114,4 +114,4 @@ def test_damaged_candidates_are_judged_with_labels_and_the_figures_of_each_kind(
         output_dir=tmp_path / "consistency",
     )
     repeats = checked["by_subset"]["repeated"]["models"]["likelihood"]
-    assert repeats["labelled"] == sum(row["subset"] == "repeated" for row in rows)
+    assert repeats["labeled"] == sum(row["subset"] == "repeated" for row in rows)

@@ -162,10 +162,10 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
 
 
 PARTS: dict[str, Any] = {"rows_per_part": 300}
-ALL = PARTS | {"keep_unlabelled": True}
+ALL = PARTS | {"keep_unlabeled": True}
 FILTERS: dict[str, tuple[dict[str, Any], str]] = {
     "agree": (PARTS, "de24e6babd24d3fb1c80d79b61ca697c"),
-    "unlabelled": (ALL, "a2a776398f47ccd484c344bdeea49264"),
+    "unlabeled": (ALL, "a2a776398f47ccd484c344bdeea49264"),
     "two": (PARTS | {"agree_on": ["judge", "implicit"]}, "60c3c0b26010d0a6b85d4d2abec72537"),
     "majority": (ALL | {"rule": "majority", "min_margin": 0.1}, "64ae5dc538019ef050283a079ed5f920"),
     "one": (
@@ -512,7 +512,7 @@ def test_memory_does_not_grow_with_the_texts(
             "length_neutral": True,
             "max_pairs_per_prompt": 3,
             "cream_previous": str(few),
-            "keep_unlabelled": True,
+            "keep_unlabeled": True,
         }
     run(name, input=str(few), output_dir=tmp_path / "warm", **settings)
     small, _ = peak(monkeypatch, name, input=str(few), output_dir=tmp_path / "out4", **settings)

@@ -328,7 +328,7 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
 def test_a_log_probability_is_never_above_zero(dtype: torch.dtype):
     """Also where one token has nearly all the mass, in bf16 as well.
 
-    Its exact logit stands in its own normaliser.
+    Its exact logit stands in its own normalizer.
     """
     lm_head = a_head(50, 16, dtype)
     lm_head.weight.data[3] *= 400

@@ -458,7 +458,7 @@ def test_without_penalty_and_with_all_agreeing_scir_is_the_mean_of_dpo():
     assert close(said.loss, expected)
 
 
-def test_the_dpo_term_is_normalised_by_the_pairs_kept_not_by_the_batch():
+def test_the_dpo_term_is_normalized_by_the_pairs_kept_not_by_the_batch():
     voters = f64([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, -1.0])  # one of four is kept
     log_ratios = f64([3.0, 50.0, 50.0, 50.0], [1.0, 0.0, 0.0, 0.0])
     said = scir_dpo(voters, voters, log_ratios, beta=0.1, penalty_weight=0.0, entropy_weight=0.1)

@@ -158,7 +158,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "filter",
         input=str(root / "judged"),
         output_dir=root / "preferences",
-        keep_unlabelled=True,
+        keep_unlabeled=True,
         agree_on=["judge", "implicit"],
     )
     return {"root": root, "base": base, "policy": policy}

@@ -131,7 +131,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two models, labelled pairs and the example of the documentation."""
+    """A folder with two models, labeled pairs and the example of the documentation."""
     root = tmp_path_factory.mktemp("own")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)
@@ -255,7 +255,7 @@ def test_it_is_in_the_tables_and_on_every_page(finished: tuple[Path, str]):
         assert "brevity" in (world / page).read_text(encoding="utf-8"), page
     summary = files.read_json(world / "out" / "scores" / "manifest.json")["summary"]
     assert list(summary["models"]) == ["judge", "implicit", "brevity"]
-    assert summary["models"]["brevity"]["labelled"] == len(PAIRS)
+    assert summary["models"]["brevity"]["labeled"] == len(PAIRS)
 
 
 def test_a_model_that_asks_nothing_of_the_policy_reads_the_lengths(world: Path, here: Path):

@@ -120,7 +120,7 @@ def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path):
         {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."}
         for w in ("cat", "dog", "sun")
     ]
-    (tmp_path / "labelled.jsonl").write_text(
+    (tmp_path / "labeled.jsonl").write_text(
         "".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8"
     )
     models = {"M0": "m0", "M1": "m1"}

@@ -38,7 +38,7 @@ NASTY = {
 
 
 def rows(
-    n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labelled: bool = True
+    n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labeled: bool = True
 ) -> list[dict[str, Any]]:
     """Judged pairs.
 
@@ -67,7 +67,7 @@ def rows(
                 "subset": f"s{i % 3}",
                 "first": sides[0],
                 "second": sides[1],
-                "gold_label": {1: "first", -1: "second"}[gold] if labelled else None,
+                "gold_label": {1: "first", -1: "second"}[gold] if labeled else None,
                 "reference_logps": [],
                 "rewards": [
                     {
@@ -357,7 +357,7 @@ def test_labels_that_look_like_mathematics_or_markup_are_drawn_as_they_are():
 # Curves and rates
 
 
-def test_long_curves_are_means_of_neighbours_and_their_tables_begin_and_end_where_they_do():
+def test_long_curves_are_means_of_neighbors_and_their_tables_begin_and_end_where_they_do():
     steps = list(range(1, 10_001))
     picture = plots.steps("loss", {"loss": (steps, [float(s) for s in steps])})
     assert "mean over about 34 steps" in picture.caption
@@ -398,7 +398,7 @@ def test_win_rates_take_the_interval_they_have_or_make_it_from_their_standard_er
 def test_hardly_any_data_still_gives_a_page(tmp_path: Path):
     for name, made in (
         ("one", rows(1)),
-        ("unlabelled", rows(9, labelled=False)),
+        ("unlabeled", rows(9, labeled=False)),
         ("judge alone", [{**r, "rewards": r["rewards"][:1]} for r in rows(9)]),
         (
             "no verdict",
@@ -467,8 +467,8 @@ def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture
         assert (brightness(drawn) > 128) == dark, "text in a picture follows the page"
 
 
-def brightness(colour: str) -> float:
-    return sum(int(n) for n in re.findall(r"\d+", colour)[:3]) / 3
+def brightness(color: str) -> float:
+    return sum(int(n) for n in re.findall(r"\d+", color)[:3]) / 3
 
 
 @pytest.mark.chromium

@@ -266,7 +266,7 @@ def trainer(root: Path, out: Path, **values: Any) -> Trainer:
     objective = train.build_objective(settings, start, "M_0")
     rows, _ = load_training_rows(settings.input, settings.limit)
     examples, _ = encode_examples(
-        rows, objective, start, settings.input, labelled=settings.objective != "scir"
+        rows, objective, start, settings.input, labeled=settings.objective != "scir"
     )
     for example in examples:
         example.pair.reference_logps.update(

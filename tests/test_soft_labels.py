@@ -164,7 +164,7 @@ def test_the_temperature_is_fitted_on_labeled_pairs_and_stands_in_the_manifest(t
             ConfigError,
             "'implicit': the implicit reward is the policy in training",
         ),
-        (THREE, {"voters": ["judge", "judge"]}, ConfigError, "each once"),
+        (THREE, {"voters": ["judge", "judge"]}, ConfigError, "it names 'judge' twice"),
         (THREE, {"rule": "agree", "soft_labels": True}, ConfigError, "one log-odds"),
         (THREE, {"rule": "judge", "label_temperature": 2.0}, ConfigError, "need --soft-labels"),
     ],

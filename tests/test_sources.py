@@ -192,7 +192,7 @@ def test_each_unusable_pair_is_dropped_for_its_reason(tmp_path: Path) -> None:
             "prompt": "p",
             "chosen": "b",
             "rejected": "a",
-        },  # the first pair again, labelled the other way round
+        },  # the first pair again, labeled the other way round
     ]
     table, drops = readers.load_pairs(jsonl(tmp_path / "p.jsonl", rows))
     assert pair(table)[1:] == ("a", "b")

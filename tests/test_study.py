@@ -78,7 +78,7 @@ def test_quality_is_hardly_a_function_of_length_and_a_bias_towards_length_can_be
         pairs = [
             pair
             for p in prompts
-            if (pair := world.labelled_pair(draw, p, size.slips, length_bias=bias))
+            if (pair := world.labeled_pair(draw, p, size.slips, length_bias=bias))
         ]
         differ = [
             len(p["chosen"]) > len(p["rejected"])

@@ -187,9 +187,9 @@ def test_every_held_out_prompt_has_every_kind_and_the_world_is_the_same_for_a_se
     assert rows == real.rows(size, seed=1) != real.rows(size, seed=2)
 
 
-def test_the_order_of_an_unlabelled_pair_says_nothing():
+def test_the_order_of_an_unlabeled_pair_says_nothing():
     pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-    first = [real.unlabelled(random.Random(seed), pair)["answers"][0] for seed in range(200)]
+    first = [real.unlabeled(random.Random(seed), pair)["answers"][0] for seed in range(200)]
     assert 70 < first.count("good") < 130
 
 

@@ -1,5 +1,5 @@
 """Win rates against numbers worked by hand and against a second implementation, made of scipy's
-optimisers and not of scikit-learn.
+optimizers and not of scikit-learn.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The pictures of docs/study.md as SVG files: numbers that report.py computed in, a document out;
 pure, and the same bytes every time.
 
-scir_cli.report.plots draws, with its fonts and colours. A file has no page around it, so it brings
-the light paper of the reports and fixed colours: readable on a dark page too. Left out on purpose:
+scir_cli.report.plots draws, with its fonts and colors. A file has no page around it, so it brings
+the light paper of the reports and fixed colors: readable on a dark page too. Left out on purpose:
 tables of the numbers, which the page has.
 """
 
@@ -69,7 +69,7 @@ LOOK = {
     "worse": ("s4", True),
     "open": ("muted", False),
     "unknown": ("muted", False),
-}  # colour, filled
+}  # color, filled
 SAID = {
     "better": "better, 95 % interval without 0",
     "worse": "worse, 95 % interval without 0",
@@ -362,7 +362,7 @@ def courses(
                 ax.plot(
                     range(len(values)),
                     values,
-                    color=plots.colour("", place),
+                    color=plots.color("", place),
                     label=name,
                     linewidth=1.4 if place else 2.4,
                     marker=MARKERS[place % 4],
@@ -383,7 +383,7 @@ def courses(
 def document(svg: str, size: tuple[float, float]) -> str:
     """An element of a page as a file of its own.
 
-    Sizes, paper, and the colours and font that the page's light style sheet gives.
+    Sizes, paper, and the colors and font that the page's light style sheet gives.
     """
     css = (
         (files("scir_cli.report") / "template" / "page.css")

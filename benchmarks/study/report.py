@@ -683,15 +683,15 @@ is computed from those records. What was tried and failed on the way is in [log.
 program computes, from 0 to 1: sort digits, drop a letter from a word, spell syllables by a small
 grammar. An answer may begin with a phrase that means nothing, so that length says little about
 quality. M_0 is trained on answers with slips of the pen and on which of two answers is better; M_1
-is M_0 after a few steps of DPO on 600 labelled pairs. From there on no method sees a label but the
+is M_0 after a few steps of DPO on 600 labeled pairs. From there on no method sees a label but the
 oracles (DPO on gold labels; the verdict's loss on them) and `external` (gold and noise). All
 methods start from the same M_1 of their seed, sample the same number of answers to the same prompts
 in each of two iterations, and take the same number of steps of the same number of pairs. That
-equalises data and steps; SCIR's steps also read the judge's branches, so the tokens they compute
+equalizes data and steps; SCIR's steps also read the judge's branches, so the tokens they compute
 are more (last table of each section).
 
 **How to read it.** "gold" is the mean quality of answers to prompts that nobody trains on, sampled
-at temperature 1 or greedy. "right", "agreement" and "flips" are on 600 held-out labelled pairs.
+at temperature 1 or greedy. "right", "agreement" and "flips" are on 600 held-out labeled pairs.
 Tables give mean ± standard deviation over seeds. Differences are paired by seed, with a 95 %
 interval (Student's t); bold means that the interval does not hold 0; fewer than three seeds have
 none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
@@ -742,15 +742,15 @@ penalty holds the policy.""",
     ),
     "seed-labels-150": (
         "A quarter of the labels",
-        "150 labelled pairs in place of 600 for M_1. M_0 is main's.",
+        "150 labeled pairs in place of 600 for M_1. M_0 is main's.",
     ),
     "label-noise": ("Wrong labels", "A fifth of the labels are wrong. M_0 is main's."),
     "length-bias": (
-        "Labels that favour length",
+        "Labels that favor length",
         "Half of the labels go to the longer answer, whatever its quality. M_0 is main's.",
     ),
     "position-bias": (
-        "A judge with a favourite seat",
+        "A judge with a favorite seat",
         """\
 M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state
 at the verdict. Otherwise main's world.""",
@@ -769,11 +769,11 @@ is SRLM's judge and SCIR's third reward model, or both are with four.""",
         """\
 SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that
 came with them, cut to a few sentences, each beside the same answer damaged. Three kinds of damage
-are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of
+are in the pairs that the judge is taught on and in the unlabeled ones: another prompt's answer of
 like length (foreign), the sentences in another order (shuffled), an answer that stops in the middle
 (truncated). Two are only measured (unseen): a sentence denied, or said twice, in place of another
 one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's
-loss and {tune[max_steps]} of {tune[batch_size]} of DPO, on {size[n_seed_pairs]} labelled pairs;
+loss and {tune[max_steps]} of {tune[batch_size]} of DPO, on {size[n_seed_pairs]} labeled pairs;
 then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
 {size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a
 sampled answer of this model is. So no quality of the policy is measured; of its sampled answers the

@@ -107,7 +107,7 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
 
 
 def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup) -> Json:
-    """How right, how sure and how much of one mind a model's reward models are on the labelled
+    """How right, how sure and how much of one mind a model's reward models are on the labeled
     pairs of NAME.jsonl.
     """
     asked = {
@@ -364,7 +364,7 @@ def run_cell(
         if place.name.endswith("-judged"):
             figures |= measure_pairs(place, gold)
         if step.stage == "filter":
-            figures["kept"] = manifest["summary"]["labelled"] / manifest["rows_in"]
+            figures["kept"] = manifest["summary"]["labeled"] / manifest["rows_in"]
             figures |= measure_labels(place, gold)
             if soft := manifest["summary"].get("soft_labels"):
                 figures["label_temperature"] = soft["temperature"]

@@ -3,7 +3,7 @@ and a random Llama for them, and data sets.
 
 Four families. A response may begin with a phrase that means nothing, so its length says little
 about its quality; how good a response is, is a number from 0 to 1. What a method trains on comes
-from `seed_pairs` (labelled, few) and from its own answers to `prompts` (no label). `Gold` is the
+from `seed_pairs` (labeled, few) and from its own answers to `prompts` (no label). `Gold` is the
 only way to a label: it answers where somebody has said what for, and a test hands the study one
 that raises outside evaluation.
 """
@@ -33,7 +33,7 @@ PROMPTS = {"rubric": "{question}\n{response}\n0-5?", "rationale": "{question}\nA
 #: Names of the models in a world's folder: the first, the same taught to answer and to judge, and
 #: the file that teaches it.
 CHAIN = ("random", "m0", "base")
-#: Who answers the unlabelled prompts.
+#: Who answers the unlabeled prompts.
 BACKEND = "transformers"
 #: How answers are sampled where a policy is measured.
 ANSWERS = {
@@ -246,7 +246,7 @@ def draw_prompts(draw: Draw, n: int, taken: set[str], families: Sequence[str]) -
     return found
 
 
-def labelled_pair(
+def labeled_pair(
     draw: Draw, prompt: str, slips: Sequence[float], noise: float = 0.0, length_bias: float = 0.0
 ) -> Json | None:
     """Two noisy answers of different quality, the better one chosen; None where none was found.
@@ -304,10 +304,10 @@ class Size:
     hidden: int = 96
     layers: int = 3
     n_base: int = 16000  # pairs that M_0 is made from: noisy answers, and which is better
-    n_seed: int = 600  # labelled pairs that are drawn
+    n_seed: int = 600  # labeled pairs that are drawn
     n_labels: int = 600  # of them, those that anybody sees
-    n_prompts: int = 256  # unlabelled prompts
-    n_heldout: int = 600  # labelled pairs for measuring
+    n_prompts: int = 256  # unlabeled prompts
+    n_heldout: int = 600  # labeled pairs for measuring
     n_test: int = 200  # prompts for measuring the policy
     slips: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
     label_noise: float = 0.0
@@ -326,13 +326,13 @@ def write(folder: Path, size: Size, seed: int) -> None:
     draw, taken = Draw(seed), set[str]()
     heldout = draw_prompts(draw, size.n_heldout, taken, size.families)
     test = draw_prompts(draw, size.n_test, taken, size.families)
-    pairs = [labelled_pair(draw, p, size.slips) for p in heldout]
+    pairs = [labeled_pair(draw, p, size.slips) for p in heldout]
     seeds = [
-        labelled_pair(draw, p, size.slips, size.label_noise, size.length_bias)
+        labeled_pair(draw, p, size.slips, size.label_noise, size.length_bias)
         for p in draw_prompts(draw, size.n_seed, set(taken), size.families)
     ]
     answers = draw_prompts(draw, size.n_base, set(taken), size.families)
-    base = [pair for p in answers if (pair := labelled_pair(draw, p, size.slips))]
+    base = [pair for p in answers if (pair := labeled_pair(draw, p, size.slips))]
     kinds = [*["answer"] * len(size.families), *size.judges]
     taught = [(kinds[i % len(kinds)], pair) for i, pair in enumerate(base)]
     rows = {
@@ -388,7 +388,7 @@ def make_model(folder: Path, size: Size, seed: int) -> Path:
 
 
 def plant_position_bias(folder: Path, prompts: Sequence[str], nats: float) -> None:
-    """Has the model in `folder` favour seat A at the verdict.
+    """Has the model in `folder` favor seat A at the verdict.
 
     The row of A in its head moves along the mean hidden state there, h, by nats h / (h h).
     """

@@ -219,7 +219,7 @@ def _model(v: Verdicts, k: int) -> dict[str, Any]:
         **statistics.rate_with_interval("accuracy", correct),
         "calibration_error": statistics.calibration_error(log_odds, correct),
         # Pairs with both a gold label and a verdict.
-        "labelled": n_labeled,
+        "labeled": n_labeled,
     }
 
 
@@ -281,7 +281,7 @@ def _agreed(v: Verdicts, agreement: Agreement) -> dict[str, Any]:
         "pairs": int(agree.sum()),
         **statistics.rate_with_interval("rate", agreement.agree),
         **statistics.rate_with_interval("accuracy", correct),
-        "labelled": len(statistics.without_nan(correct)),
+        "labeled": len(statistics.without_nan(correct)),
         "mean_margin": statistics.mean_of_known(agreement.margin[agree]),
     }
 

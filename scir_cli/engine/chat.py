@@ -240,7 +240,7 @@ class Chat:
             )
         return self._finished(full[len(prompt) :])
 
-    def labelled_ids(
+    def labeled_ids(
         self, messages: Sequence[Message], responses: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt, and of finished answers to it that no model sampled.

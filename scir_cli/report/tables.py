@@ -131,16 +131,16 @@ def consistency_tables(summary: Figures) -> list[Table]:
     return tables
 
 
-def _is_labelled(summary: Figures) -> bool:
+def _is_labeled(summary: Figures) -> bool:
     """Whether any pair with a verdict has a gold label."""
-    return any(m["labelled"] for m in summary["models"].values())
+    return any(m["labeled"] for m in summary["models"].values())
 
 
 def _models_table(summary: Figures) -> Table:
     """Verdicts, confidence, order flips and accuracy, one row per reward model."""
-    labelled = _is_labelled(summary)
+    labeled = _is_labeled(summary)
     headings = ["reward model", "verdicts", "median\n|a|", "order\nflips", "mass", "length\nr"]
-    if labelled:
+    if labeled:
         headings.append("accuracy (95 %)")
     table = table_of(*headings, title=f"{summary['pairs']} pairs")
 
@@ -153,7 +153,7 @@ def _models_table(summary: Figures) -> Table:
             number(m["verdict_mass"]),
             number(m["length_correlation"]),
         ]
-        if labelled:
+        if labeled:
             cells.append(_rate(m, "accuracy"))
         table.add_row(*cells)
     table.caption = "\n".join(_models_remarks(summary)) or None
@@ -197,10 +197,10 @@ def _between_table(summary: Figures) -> Table:
             number(b["spearman"]),
         )
     agreed = summary["agreed"]
-    if _is_labelled(summary):
+    if _is_labeled(summary):
         accuracy = _rate(agreed, "accuracy")
-        labelled = agreed["labelled"]
-        table.caption = f"accuracy on agreed pairs: {accuracy} of {labelled} labelled pairs"
+        labeled = agreed["labeled"]
+        table.caption = f"accuracy on agreed pairs: {accuracy} of {labeled} labeled pairs"
     table.add_row(
         "all",
         str(agreed["pairs"]),

@@ -153,7 +153,7 @@ def _encoded(
 def _opened(
     chat: Chat, messages: Sequence[Message], sides: Sequence[Mapping[str, pa.Array]], row: int
 ) -> tuple[tuple[int, ...], list[list[int]]] | None:
-    """A labelled row's prompt with the start of an answer without reasoning, and both responses.
+    """A labeled row's prompt with the start of an answer without reasoning, and both responses.
 
     None for a row with a candidate, whose ids follow the prompt that it was sampled after, and for
     responses that do not start in this way.
@@ -164,7 +164,7 @@ def _opened(
         if side["candidate_id"][row].is_valid:
             return None
         responses.append(side["text"][row].as_py())
-    prompt, answers = chat.labelled_ids(messages, responses)
+    prompt, answers = chat.labeled_ids(messages, responses)
     for side, answer in zip(sides, answers, strict=True):
         stored = side["token_ids"][row].as_py()
         if stored and stored != answer:

@@ -1,4 +1,4 @@
-"""filter: judged pairs -> labelled preference pairs.
+"""filter: judged pairs -> labeled preference pairs.
 
 Every dropped row is counted under the first reason that applies to it.
 """
@@ -41,8 +41,8 @@ REASONS = (
     "over_prompt_cap",
 )
 
-#: Up to this reason a dropped pair has no label, and --keep-unlabelled keeps it without one.
-LAST_UNLABELLED = REASONS.index("not_sampled")
+#: Up to this reason a dropped pair has no label, and --keep-unlabeled keeps it without one.
+LAST_UNLABELED = REASONS.index("not_sampled")
 
 #: Number of rows written to trl.jsonl at a time.
 TRL_ROWS = 10_000
@@ -132,7 +132,7 @@ def run(settings: FilterSettings) -> Json:
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
     out = settings.output_dir
-    label = PairLabeller(settings, pairs, rule)
+    label = PairLabeler(settings, pairs, rule)
     with progress("filter", pairs.num_rows) as advance:
         manifest = dataset.write_dataset(
             out,
@@ -154,7 +154,7 @@ def run(settings: FilterSettings) -> Json:
     return manifest
 
 
-class PairLabeller:
+class PairLabeler:
     """Computes parts of preferences.
 
     Some rules depend on all rows. The constructor reads them part by part and stores numbers only,
@@ -195,7 +195,7 @@ class PairLabeller:
         """The preferences of the rows [low, high), and the number of dropped rows by reason."""
         table = self.pairs.slice(low, high - low)
         reasons, sign, margin = self.decide(table, low)
-        kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
+        kept = (reasons == 0) | (self.settings.keep_unlabeled & (reasons <= LAST_UNLABELED))
         drops = {
             REASONS[one["values"]]: one["counts"]
             for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()
@@ -446,18 +446,18 @@ def _summary(made: Dataset) -> Json:
             (~np.isnan(both)).sum(),
             (both > 0).sum(),
         ]
-    labelled, unlabelled, with_gold, right = counts.tolist()
+    labeled, unlabeled, with_gold, right = counts.tolist()
     accuracy = right / with_gold if with_gold else None
     return {
-        "labelled": labelled,
-        "unlabelled": unlabelled,
+        "labeled": labeled,
+        "unlabeled": unlabeled,
         "label_accuracy": accuracy,
         "with_gold": with_gold,
     }
 
 
 def write_trl(pairs: Dataset, path: Path) -> None:
-    """Writes the labelled pairs as JSON lines, in the format of TRL's DPOTrainer.
+    """Writes the labeled pairs as JSON lines, in the format of TRL's DPOTrainer.
 
     Each line holds prompt, chosen and rejected as lists of messages.
     """

@@ -42,7 +42,7 @@ from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, dry_run, fitting, objectives, trackers
 from scir_cli.training.consensus import Consensus, warn_of_hard_labels
-from scir_cli.training.examples import encode_examples, load_labelled_rows, load_training_rows
+from scir_cli.training.examples import encode_examples, load_labeled_rows, load_training_rows
 from scir_cli.training.model_folder import write_model_folder
 from scir_cli.training.objectives import Example, Metrics, Objective
 from scir_cli.training.trainer import Trainer
@@ -209,25 +209,25 @@ class TrainJob:
     def encode(self) -> TrainData:
         """The rows with token ids. Raises DataError if none of them can be trained on."""
         examples, drops = self._encode_input()
-        anchors, anchor_drops = self._encode_labelled(self.settings.anchors)
-        validation, _ = self._encode_labelled(self.settings.validation)
+        anchors, anchor_drops = self._encode_labeled(self.settings.anchors)
+        validation, _ = self._encode_labeled(self.settings.validation)
         return TrainData([*examples, *anchors], validation, self.dropped + drops + anchor_drops)
 
     def _encode_input(self) -> tuple[list[Example], Counter[str]]:
         # SCIR makes labels of its own, unless its target is the consensus that the data hold.
-        labelled = self.settings.objective != "scir" or self.settings.learns_consensus
+        labeled = self.settings.objective != "scir" or self.settings.learns_consensus
         examples, drops = encode_examples(
-            self.rows, self.objective, self.policy, self.settings.input, labelled=labelled
+            self.rows, self.objective, self.policy, self.settings.input, labeled=labeled
         )
         if self.settings.learns_consensus and self.ranks.is_main:
             warn_of_hard_labels(examples)
         return examples, drops
 
-    def _encode_labelled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
+    def _encode_labeled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
         if spec is None:
             return [], Counter()
         return encode_examples(
-            load_labelled_rows(spec), self.objective, self.policy, spec, labelled=True
+            load_labeled_rows(spec), self.objective, self.policy, spec, labeled=True
         )
 
     def add_reference_logps(self, data: TrainData) -> None:

@@ -33,29 +33,29 @@ def load_training_rows(spec: str, limit: int | None) -> tuple[pa.Table, Counter[
     return table, dropped
 
 
-def load_labelled_rows(spec: str) -> pa.Table:
+def load_labeled_rows(spec: str) -> pa.Table:
     """The pairs with a gold label, for validation and anchors."""
     table, _ = readers.load_pairs(spec)
     return table.filter(pc.is_valid(table["gold_label"]))
 
 
 def encode_examples(
-    table: pa.Table, objective: Objective, policy: LazyPolicy, spec: str, *, labelled: bool
+    table: pa.Table, objective: Objective, policy: LazyPolicy, spec: str, *, labeled: bool
 ) -> tuple[list[Example], Counter[str]]:
     """The rows as examples, and the number of dropped rows by reason.
 
-    labelled: use the column `label`, or the gold labels without it; else all are unlabelled.
+    labeled: use the column `label`, or the gold labels without it; else all are unlabeled.
     spec: the source of the rows, for the error message.
-    Drops: prompt_boundary, unlabelled, too_long.
+    Drops: prompt_boundary, unlabeled, too_long.
     Raises DataError if all rows are dropped.
     """
     encoded, pairs, drops = encode_pairs(table, policy.chat)
-    labels = _labels(encoded) if labelled else [0] * len(pairs)
+    labels = _labels(encoded) if labeled else [0] * len(pairs)
     probabilities = _label_probabilities(encoded)
     examples = []
     for pair, label, probability in zip(pairs, labels, probabilities, strict=True):
-        if labelled and label == 0:
-            drops["unlabelled"] += 1
+        if labeled and label == 0:
+            drops["unlabeled"] += 1
             continue
         branches = objective.branches(Example(pair, label))
         longest = max(len(branch.ids) for branch in branches)
