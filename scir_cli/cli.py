@@ -257,7 +257,7 @@ def _reporting(traceback: bool) -> Iterator[None]:
             # rich exits in this way if nobody reads its output.
             raise
         print(
-            "scir: interrupted; finished parts are kept, the same command resumes the run",
+            "scir: interrupted; finished parts are kept, run the same command again to continue",
             file=sys.stderr,
         )
         raise typer.Exit(status) from None  # type: ignore[arg-type]
@@ -333,7 +333,7 @@ def run_recipe(
 ) -> None:
     """Run a recipe: each stage of each iteration in its own process.
 
-    The same command resumes an interrupted run.
+    Run the same command again to continue an interrupted run.
     """
     with _reporting(traceback):
         steps = recipe.load(recipe_file, output_dir, _overrides(overrides))

@@ -121,7 +121,7 @@ class StageSettings(Settings):
     output_dir: Annotated[Path, PlainValidator(_folder)] = config.setting(
         ...,
         "Output folder; for a dataset also a URL (s3://…). "
-        "The same command resumes an interrupted run.",
+        "Run the same command again to continue an interrupted run.",
         group=INPUT_OUTPUT,
         affects_output=False,
     )

@@ -473,12 +473,12 @@ def all_outputs(
     for name, output in outputs.items():
         if not isinstance(output, RewardOutput) or output.log_odds.shape != shape:
             raise ConfigError(
-                f"reward model '{name}' has to return RewardOutput with one log-odds per pair, "
+                f"reward model '{name}' must return a RewardOutput with one log-odds per pair, "
                 f"a tensor of {len(context.external)}"
             )
         if models[name].has_seats != (output.orders is not None):
             raise ConfigError(
-                f"reward model '{name}': its RewardOutput have `orders` if, and only if, "
+                f"reward model '{name}': its RewardOutput must have `orders` if, and only if, "
                 "its attribute has_seats is True"
             )
     return outputs

@@ -259,7 +259,7 @@ class TrainJob:
         policy = self.policy.load()
         if self.policy.sharded and not policy.takes_trees:
             raise ConfigError(
-                "--sharding fsdp needs a model that takes token trees; "
+                "--sharding fsdp needs a model that supports token trees; "
                 f"{settings.model} does not: use ddp"
             )
         validate = (
