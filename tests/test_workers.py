@@ -101,7 +101,7 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
         devices(workers="auto", tensor_parallel_size=5)
 
 
-def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(
+def test_workers_is_a_number_or_auto_and_no_row_depends_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ):
     def settings(value: Any) -> BackendSettings:
@@ -113,7 +113,7 @@ def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(
     assert settings("auto").plan() == settings(1).plan()
     for wrong in ("0", "-1", "all", 1.5, True):
         with pytest.raises(
-            ConfigError, match="^test: 'workers' is .*: expected a number of at least 1, or auto$"
+            ConfigError, match="^test: 'workers' is .*: expected a number from 1 to 1024, or auto$"
         ):
             settings(wrong)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
