@@ -40,7 +40,7 @@ def test_kappa_has_the_interval_of_its_observed_agreement():
     assert perfect[0] == perfect[2] == 1 and perfect[1] < 0.2  # three pairs prove little
 
 
-def test_a_rank_correlations_interval_covers_as_often_as_it_says():
+def test_a_rank_correlations_interval_has_its_nominal_coverage():
     rng, inside = np.random.default_rng(0), 0
     true = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's rho of a bivariate normal with r = 0.6
     for _ in range(400):
@@ -302,7 +302,7 @@ def test_other_pairs_cannot_be_compared_and_nothing_is_written(tmp_path: Path):
     assert not (tmp_path / "o").exists()
 
 
-def test_an_author_that_nobody_is_gets_said(tmp_path: Path):
+def test_an_unknown_author_is_a_note(tmp_path: Path):
     summary = run(
         input=dataset(tmp_path / "now", [1.0, 1, 1]),
         judge_author="somebody",

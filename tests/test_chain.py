@@ -222,7 +222,7 @@ def test_lora_trains_adapters_and_leaves_an_ordinary_folder(world: Path, tmp_pat
         torch.testing.assert_close(trained[name], given[name], rtol=0, atol=1e-6)
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(
+def test_too_little_memory_is_one_line_with_what_to_lower(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*_: Any, **__: Any) -> Any:

@@ -150,7 +150,7 @@ def test_agreement_needs_equal_signs_that_are_not_ties_and_every_verdict():
     np.testing.assert_array_equal(a.spread, [1, 3, 0, 3, NAN, 3])
 
 
-def test_agreement_asks_the_least_sure_model_for_its_confidence():
+def test_the_confidence_of_agreement_is_that_of_the_least_confident_model():
     log_odds = np.array([[LN3, LN3, -LN3], [2 * LN3, 2 * LN3, -2 * LN3]]) * [
         1.01,
         0.99,
@@ -301,7 +301,7 @@ def test_the_curves_do_not_depend_on_the_order_of_the_rows():
     assert consistency.curves(v.take(rng.permutation(300))) == consistency.curves(v)
 
 
-def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
+def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_notes():
     assert (
         consistency.data_notes(verdicts([[1.0, 1.0]], gold=[1, -1]), 0)
         == consistency.data_notes(verdicts([[1.0, 1.0]]), 0)

@@ -129,6 +129,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BEFORE = {"gold_label": "gold", "label_probability": "certainty"}
 
 
+def with_british_spelling(value: Any) -> Any:
+    """Figures under the keys that they had when the digests were made."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key.replace("labeled", "labelled"): with_british_spelling(entry)
+        for key, entry in value.items()
+    }
+
+
 def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> str:
     """A digest of rows and manifest that no version of a library is part of, with names and signs
     of the first schema version.
@@ -155,6 +165,8 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
             {"weights": r.pop("weights_key"), **r} for r in row["reference_logps"]
         ]
     counts = {name: manifest[name] for name in ("rows_in", "rows_out", "drops", "summary")}
+    counts["summary"] = with_british_spelling(counts["summary"])
+    counts["drops"] = with_british_spelling(counts["drops"])
     counts["nulls"] = {
         BEFORE.get(name, name): count for name, count in nulls.items() if name != "extra"
     }
@@ -258,7 +270,7 @@ def test_the_repeats_are_those_that_a_set_of_whole_texts_finds(tmp_path: Path, b
     assert manifest["drops"]["duplicate"] == seen.total() - len(seen) > 20
 
 
-def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_path: Path):
+def test_check_consistency_in_parts_equals_that_of_a_whole_table(world: Path, tmp_path: Path):
     more = {"by_subset": True, "compare_to": [str(world / "before")]}
     manifest = run(
         "check-consistency",
@@ -275,7 +287,9 @@ def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_p
         for name, figures in manifest["across"]["against"][0].items()
         if name != "dataset"
     }
-    assert hashing.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
+    figures = with_british_spelling({"by_subset": manifest["by_subset"]})
+    digest = hashing.digest_json([figures["by_subset"], stays])
+    assert digest == "e517fb78b48ef511d8edbbefdb23f149"
 
 
 def odd_candidates(folder: Path) -> Path:

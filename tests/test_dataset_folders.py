@@ -45,7 +45,7 @@ def prompts(folder: Path, drops: int = 1, **options: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- cards
 
 
-def test_a_card_tells_what_the_rows_are_and_where_they_came_from(tmp_path: Path):
+def test_a_card_describes_the_rows_and_their_origin(tmp_path: Path):
     manifest = prompts(tmp_path / "p", inputs={"input": "mine.jsonl", "previous": None})
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
     lines = card.splitlines()

@@ -104,7 +104,7 @@ def generate(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
     )
 
 
-def test_token_ids_go_in_and_come_out_with_a_seed_a_row(
+def test_an_endpoint_receives_and_returns_token_ids_with_one_seed_per_row(
     endpoint: Any, generate: Any, tmp_path: Path
 ):
     manifest = generate()
@@ -122,7 +122,7 @@ def test_token_ids_go_in_and_come_out_with_a_seed_a_row(
     )
 
 
-def test_what_an_endpoint_found_in_its_prefix_cache_is_counted_where_it_says_so(
+def test_cached_tokens_are_counted_if_the_endpoint_reports_them(
     endpoint: Any, generate: Any, tmp_path: Path
 ):
     for n, (usage, rate) in enumerate(
@@ -253,7 +253,7 @@ def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both
         judge(endpoint_arg=["retries=0"])
 
 
-def test_a_verdict_of_several_tokens_is_found_before_anything_is_asked(endpoint: Any, judge: Any):
+def test_a_verdict_of_several_tokens_is_an_error_before_any_request(endpoint: Any, judge: Any):
     with pytest.raises(ModelError, match="'Zq' is 2 tokens .* must be one"):
         judge(verdict_tokens=["Zq", "B"])
     assert endpoint.seen == []
@@ -287,7 +287,7 @@ def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_a
     assert (len(rows), manifest["drops"]) == (1, {"empty_response": 1, "too_long": 2})
 
 
-def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
+def test_the_url_and_the_model_are_required(endpoint: Any, generate: Any):
     for url, said in ((None, "not given"), ("localhost:8000", "localhost:8000")):
         with pytest.raises(
             ConfigError, match=f"--base-url, as http://localhost:8000/v1; it is {said}$"

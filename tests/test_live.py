@@ -141,7 +141,7 @@ def test_training_on_a_terminal_draws_and_leaves_one_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("step", [0, 7])
-def test_before_the_first_step_nothing_is_said_of_the_time_left(step: int):
+def test_before_the_first_step_no_time_left_is_shown(step: int):
     view = View("train scir", 10, Clock())
     view.see(step, {})
     assert "left" not in view.machine()

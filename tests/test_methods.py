@@ -202,7 +202,7 @@ def test_a_judge_that_only_grows_unsure_or_only_flips_is_not_collapsing(
     assert capsys.readouterr().err == ""
 
 
-def test_scir_itself_says_that_its_judge_collapses_without_any_validation_pairs(
+def test_scir_warns_that_its_judge_collapses_without_any_validation_pairs(
     tiny_policy: Policy, capsys: pytest.CaptureFixture[str]
 ):
     scir = objective(tiny_policy.chat)
@@ -358,7 +358,8 @@ def test_a_scale_that_is_given_is_used_as_it_is(chain: Path, tmp_path: Path):
         == 2.5
     )
     with pytest.raises(
-        ConfigError, match="'implicit_scale' is '-1': expected a number above 0, or fitted$"
+        ConfigError,
+        match="'implicit_scale' is '-1': expected a number above 0, at most 1e[+]06, or fitted$",
     ):
         config.build(TrainSettings, given, {"implicit_scale": "-1"}, where="test")
 

@@ -258,7 +258,7 @@ def test_it_is_in_the_tables_and_on_every_page(finished: tuple[Path, str]):
     assert summary["models"]["brevity"]["labeled"] == len(PAIRS)
 
 
-def test_a_model_that_asks_nothing_of_the_policy_reads_the_lengths(world: Path, here: Path):
+def test_a_model_without_branches_reads_the_lengths(world: Path, here: Path):
     text = (
         "from scir_cli.rewards.reward_models import RewardModel, RewardOutput\n\nclass "
         "ShortAnswer(RewardModel):\n"

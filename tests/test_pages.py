@@ -395,7 +395,7 @@ def test_win_rates_take_the_interval_they_have_or_make_it_from_their_standard_er
     }
 
 
-def test_hardly_any_data_still_gives_a_page(tmp_path: Path):
+def test_very_little_data_still_makes_a_page(tmp_path: Path):
     for name, made in (
         ("one", rows(1)),
         ("unlabeled", rows(9, labeled=False)),
@@ -439,7 +439,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 )
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture(
+def test_a_browser_loads_nothing_else_reports_no_error_and_shows_every_picture(
     world: Path, chromium: Chromium, width: int, dark: bool
 ):
     for name in NAMES:

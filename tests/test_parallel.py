@@ -219,7 +219,7 @@ def test_compiled_layers_train_what_plain_ones_do(root: Path, alone: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once_by_all_ranks_together(root: Path, tmp_path: Path):
+def test_all_ranks_together_print_an_error_once(root: Path, tmp_path: Path):
     wrong = command(root, tmp_path / "x", "--num-processes", "2", "--max-tokens-per-pack", "300")
     wrong[wrong.index("--reward-reference") + 1] = str(root / "policy")
     done = subprocess.run(wrong, capture_output=True, text=True)
@@ -457,7 +457,7 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
         ({"optimizer": {"type": "Lamb"}}, "sets the optimizer"),
     ],
 )
-def test_what_a_deepspeed_config_says_is_done_or_refused(given: dict[str, Any], said: str):
+def test_each_entry_of_a_deepspeed_config_is_applied_or_refused(given: dict[str, Any], said: str):
     fine = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
         "optimizer": "auto",
@@ -468,7 +468,7 @@ def test_what_a_deepspeed_config_says_is_done_or_refused(given: dict[str, Any], 
         deepspeed_zero.validate_config(fine | given)
 
 
-def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_an_install_hint_is_printed_if_deepspeed_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "deepspeed", None)

@@ -85,7 +85,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(url: str):
     assert [p.name for p in path.parent.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_url_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_url_that_is_not_available_is_one_line(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"^nosuch://x: .*nosuch"):
         storage.to_path("nosuch://x")
     with pytest.raises(ConfigError, match="datasets may be URLs"):

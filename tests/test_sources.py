@@ -554,7 +554,9 @@ def test_our_own_prompts_folder_comes_back_as_it_was_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["judged", "preferences"])
-def test_our_own_pairs_come_back_as_judged_whatever_their_kind(tmp_path: Path, kind: str) -> None:
+def test_pairs_that_scir_wrote_are_read_as_judged_whatever_their_kind(
+    tmp_path: Path, kind: str
+) -> None:
     pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "odds": 1} for i in range(3)]
     table, _ = readers.load_pairs(jsonl(tmp_path / "p.jsonl", pairs), external="odds")
     more = {"judged": {}, "preferences": {"prompt": [USER], "margin": 0.5}}[kind]
@@ -729,7 +731,7 @@ def test_a_path_that_does_not_exist_and_cannot_be_on_the_hub_is_refused(spec: st
         ("hf://datasets/org/name:main:test", ("org/name", "main", "test")),
     ],
 )
-def test_a_hub_spec_asks_for_its_config_and_split(
+def test_a_hub_spec_loads_its_config_and_split(
     monkeypatch: pytest.MonkeyPatch, spec: str, asked: tuple[str, ...]
 ) -> None:
     def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:

@@ -56,7 +56,7 @@ TINY = Setup(
         ("spell kmp", "kumo", 4 / 6),
     ],
 )
-def test_quality_by_hand(prompt: str, response: str, expected: float):
+def test_quality_equals_the_numbers_worked_by_hand(prompt: str, response: str, expected: float):
     assert world.quality(prompt, response) == pytest.approx(expected)
 
 
@@ -69,7 +69,7 @@ def test_a_right_answer_has_quality_one_and_slips_cost(name: str):
     assert 0.2 < sum(slipped) / len(slipped) < 0.8
 
 
-def test_quality_is_hardly_a_function_of_length_and_a_bias_towards_length_can_be_planted():
+def test_quality_is_almost_independent_of_length_and_a_length_bias_can_be_planted():
     size = world.Size()
 
     def longer_is_chosen(bias: float) -> float:
@@ -188,7 +188,7 @@ def test_rubric_and_rationale_are_measured_and_trained_where_a_world_teaches_the
 
 
 @pytest.mark.slow
-def test_no_method_but_the_oracle_and_the_external_scores_asks_for_gold_outside_evaluation(
+def test_no_method_but_the_oracle_and_the_external_scores_reads_gold_outside_evaluation(
     tmp_path: Path,
 ):
     blind = [m for m in MAIN if not m.scores]
@@ -204,7 +204,7 @@ def test_no_method_but_the_oracle_and_the_external_scores_asks_for_gold_outside_
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_method_of_every_experiment_is_a_recipe_with_settings_it_knows(name: str):
+def test_every_method_of_every_experiment_is_a_recipe_whose_settings_exist(name: str):
     setup, methods = EXPERIMENTS[name]
     assert len({m.name for m in methods}) == len(methods)
     for method in methods:
@@ -245,7 +245,7 @@ def test_differences_are_paired_by_seed_and_a_seed_that_one_lacks_is_left_out():
     assert report.paired(rows, "a", "nobody", 1, "agreement") == []
 
 
-def test_the_page_says_what_the_intervals_allow_and_knows_that_flips_are_bad():
+def test_the_page_states_what_the_intervals_allow_and_counts_fewer_flips_as_better():
     rows = records(a=[0.61, 0.62, 0.63], b=[0.5, 0.5, 0.5], c=[0.4, 0.5, 0.6])
     better = ", ".join(report.FIGURES[f][0] for f in report.CLAIMED if f != "flip_rate")
     assert report.said(rows, ["a", "c"], "b", 1) == [
@@ -393,7 +393,7 @@ def test_the_pictures_that_are_committed_are_those_the_page_names_and_the_result
     assert all(len(svg) < 80_000 for svg in committed.values())
 
 
-def test_without_matplotlib_the_page_is_written_and_one_line_says_what_the_pictures_need(
+def test_without_matplotlib_the_page_is_written_and_one_line_names_the_missing_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(report, "PAGE", tmp_path / "study.md")
