@@ -236,5 +236,5 @@ def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path:
         page.startswith("## A real model")
         and "after 2 steps of 4 pairs" in page.replace("\n", " ")
         and "flips, unseen" in page
-        and "sampled gold" not in page
+        and "sampled quality" not in page
     )

@@ -1,5 +1,5 @@
 """docs/study.md from the raw results: tables of means and spreads, paired differences with
-intervals, pictures, and what they allow to be said.
+intervals, pictures, and the differences that they establish.
 
     python benchmarks/study/report.py
         reads benchmarks/study/results/*.json,
@@ -59,22 +59,22 @@ T = (
 
 #: Figure -> (heading, does a rise help: +1, -1, or 0 for neither)
 FIGURES = {
-    "sampled_quality": ("sampled gold", 1),
-    "greedy_quality": ("greedy gold", 1),
-    "judge_accuracy": ("judge right", 1),
-    "implicit_accuracy": ("implicit right", 1),
-    "rubric_accuracy": ("rubric right", 1),
-    "rationale_accuracy": ("rationale right", 1),
-    "agreed_accuracy": ("right where agreed", 1),
+    "sampled_quality": ("sampled quality", 1),
+    "greedy_quality": ("greedy quality", 1),
+    "judge_accuracy": ("judge accuracy", 1),
+    "implicit_accuracy": ("implicit accuracy", 1),
+    "rubric_accuracy": ("rubric accuracy", 1),
+    "rationale_accuracy": ("rationale accuracy", 1),
+    "agreed_accuracy": ("accuracy where agreed", 1),
     "agreement": ("agreement", 1),
     "flip_rate": ("flips", -1),
     "judge_calibration_error": ("judge's calibration error", -1),
     "sampled_tokens": ("tokens", 0),
     "sampled_cut": ("cut off", 0),
-    "sampled_repetition": ("said twice", 0),
-    "unseen_judge_accuracy": ("judge right, unseen", 1),
-    "unseen_implicit_accuracy": ("implicit right, unseen", 1),
-    "unseen_agreed_accuracy": ("right where agreed, unseen", 1),
+    "sampled_repetition": ("repetition", 0),
+    "unseen_judge_accuracy": ("judge accuracy, unseen", 1),
+    "unseen_implicit_accuracy": ("implicit accuracy, unseen", 1),
+    "unseen_agreed_accuracy": ("accuracy where agreed, unseen", 1),
     "unseen_agreement": ("agreement, unseen", 1),
     "unseen_flip_rate": ("flips, unseen", -1),
 }
@@ -92,10 +92,10 @@ CLAIMED = (
     "unseen_agreement",
 )
 WHY = {
-    "own_judge_accuracy": "judge right on own pairs",
-    "own_implicit_accuracy": "implicit right on own pairs",
-    "own_agreed_accuracy": "right where agreed on own pairs",
-    "mask_rate": "mask keeps",
+    "own_judge_accuracy": "judge accuracy on own pairs",
+    "own_implicit_accuracy": "implicit accuracy on own pairs",
+    "own_agreed_accuracy": "accuracy where agreed on own pairs",
+    "mask_rate": "mask rate",
     "judge_abs": "judge mean abs. a",
     "implicit_abs": "implicit mean abs. a (s = 1)",
     "scale": "s",
@@ -209,7 +209,7 @@ def differences(records: Sequence[Json], methods: Sequence[str], other: str, ite
 
 
 def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> list[str]:
-    """One sentence a method: what the intervals allow to be said against `other`, and no more."""
+    """One sentence per method: the differences from `other` that the intervals establish."""
     sentences, claimed = [], present(records, CLAIMED)
     for method in methods:
         if (
@@ -264,7 +264,7 @@ def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figur
             [f"s = {scale:g}", *(spread(row[w]) for w in weights)] for scale, row in scales.items()
         ]
         parts.append(
-            f"orders {orders}:\n\n"
+            f"judge orders {orders}:\n\n"
             + table([FIGURES[figure][0], *(f"lambda {w:g}" for w in weights)], rows)
         )
     return "\n\n".join(parts)
@@ -306,7 +306,7 @@ def gaps(results: dict[str, Json]) -> str:
                 mark = "**" if low > 0 or high < 0 else ""
                 cells.append("–" if math.isnan(mean) else f"{mark}{mean:+.3f}{mark}")
             rows.append([ABOUT.get(name, (name, ""))[0], str(iteration), str(n), *cells])
-    start = ["judge right", "implicit right", "agreement", "flips"]
+    start = ["judge accuracy", "implicit accuracy", "agreement", "flips"]
     return table(
         [
             "experiment",
@@ -400,29 +400,30 @@ def why(results: dict[str, Json], iteration: int) -> str:
             f"from {min(changes):+.3f} to {max(changes):+.3f} after iteration {iteration}."
         )
         + (
-            " Nor does it for labels: the verdict's loss on gold labels of the same pairs "
-            "for as many steps (`verdict oracle`) leaves it at "
-            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say "
-            "whether SCIR makes a better judge."
+            " Gold labels do not change it either: after the verdict's loss on gold labels of "
+            "the same pairs for as many steps (`verdict oracle`) it is "
+            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot "
+            "show whether SCIR improves the judge."
             if by_seed(records, "verdict oracle", iteration, "judge_accuracy")
             else ""
         ),
-        f"**Sampled gold is level.** Of its own pairs in iteration {iteration} SCIR's mask "
-        f"keeps {mean(OURS, 'mask_rate'):.0%}, and what is agreed on is right on "
+        f"**Sampled quality is equal.** Of its own pairs in iteration {iteration} SCIR's mask "
+        f"keeps {mean(OURS, 'mask_rate'):.0%}, and the agreed labels are correct on "
         f"{mean(OURS, 'own_agreed_accuracy'):.1%} (the judge, who labels all pairs for "
-        f"`{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also holds "
-        "the policy: "
+        f"`{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also "
+        "limits how far the policy moves: "
         "mean |log-odds| of the implicit reward (s = 1) end at "
         f"{mean(OURS, 'implicit_abs'):.3f}, under `{RIVAL}` at "
-        f"{mean(RIVAL, 'implicit_abs'):.3f}. What better labels give, a smaller "
-        "move takes; greedy answers, which a large move spoils, keep the gain. Half of the "
+        f"{mean(RIVAL, 'implicit_abs'):.3f}. The smaller move "
+        "cancels the gain of better labels in sampled answers; greedy answers, which a large "
+        "move makes worse, keep it. Half of the "
         f"penalty (`scir-r1`) has {mean('scir-r1', 'sampled_quality'):.3f} sampled and "
-        f"{mean('scir-r1', 'greedy_quality'):.3f} greedy, the whole "
+        f"{mean('scir-r1', 'greedy_quality'):.3f} greedy, the full penalty "
         f"{mean(OURS, 'sampled_quality'):.3f} and {mean(OURS, 'greedy_quality'):.3f}.",
         "**The first defaults lose** (`scir-s5-l1`): with s lambda = 5 the penalty is too "
-        "weak to hold the implicit reward, which falls to "
+        "weak to keep the implicit reward accurate: its accuracy falls to "
         f"{mean('scir-s5-l1', 'own_implicit_accuracy'):.1%} "
-        "on own pairs, and the mask follows it: what is agreed on is right on "
+        "on own pairs, and so do the agreed labels, which are correct on "
         f"{mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty "
         f"(`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
     ]
@@ -432,7 +433,7 @@ def why(results: dict[str, Json], iteration: int) -> str:
             for figure in CLAIMED[:4]
         ]
         points.append(
-            "**Selecting by agreement adds little.** `{}` less the same without the mask "
+            "**Selecting by agreement adds little.** `{}` minus the same without the mask "
             "(`penalty-only`: every pair, the judge's label): sampled {:+.3f} [{:+.3f}, "
             "{:+.3f}], greedy {:+.3f} [{:+.3f}, {:+.3f}], "
             "judge {:+.3f} [{:+.3f}, {:+.3f}], implicit {:+.3f} [{:+.3f}, {:+.3f}].".format(
@@ -446,11 +447,11 @@ def why(results: dict[str, Json], iteration: int) -> str:
         ]
         held = [mean(m, "implicit_abs", of, 1) for m in (RIVAL, "scir-l0.1", OURS, "scir-l3")]
         points.append(
-            "**On a real model it loses in the implicit reward, the more of the penalty the "
-            "more.** Means on unseen kinds of damage, less `srlm`: {:+.3f} with lambda 0.1, "
+            "**On a real model the implicit reward is less accurate, and more so with a larger "
+            "penalty.** Means on unseen kinds of damage, minus `srlm`: {:+.3f} with lambda 0.1, "
             "{:+.3f} by default, {:+.3f} with lambda 3. There "
-            "DPO still improves the implicit reward, and what the penalty does is to shorten "
-            "its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under "
+            "DPO still improves the implicit reward, and the penalty shortens "
+            "its move: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under "
             "`srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
         )
     return "\n\n".join(
@@ -475,19 +476,19 @@ def in_short(results: dict[str, Json]) -> str:
             "## In short",
             (
                 f"All methods less `{RIVAL}` in the main world, after iteration {last}; an arrow "
-                "goes on beyond its panel, the numbers are in the section [main](#main):"
+                "marks a value outside of its panel, and section [main](#main) has the numbers:"
             ),
             image("methods"),
-            "All that 95 % intervals allow to be said there of SCIR's settings:",
+            "Differences that 95 % intervals establish there, for SCIR's settings:",
             "\n".join(lines),
             *filter(None, [again(main["records"], [m["name"] for m in main["methods"]], last)]),
             f"`{OURS}` less `{RIVAL}` in every world:",
             image("worlds"),
-            "The same as numbers (bold: the interval does not hold 0), and where M_1 stood:",
+            "The same as numbers (bold: the interval excludes 0), beside M_1:",
             gaps(results),
             "## Where it does not win, and why",
             why(results, last),
-            "What was tried next is in the ablation, in the sweep, and in [log.md](log.md).",
+            "Later experiments are in the ablation, in the sweep, and in [log.md](log.md).",
         ]
     )
 
@@ -499,14 +500,14 @@ def in_short(results: dict[str, Json]) -> str:
 ALT = {
     "methods": (
         "Every method less {rival} in the main world after its last iteration: paired means "
-        "with 95 % intervals, a panel a figure"
+        "with 95 % intervals, one panel per figure"
     ),
     "worlds": (
         "{ours} less {rival} in every world, after each iteration: paired means with 95 % "
-        "intervals, a panel a figure"
+        "intervals, one panel per figure"
     ),
     "courses": (
-        "The main world's figures from M_1 to the last model, a line a method: means over the "
+        "The main world's figures from M_1 to the last model, one line per method: means over the "
         "seeds that all have"
     ),
     "sweep": (
@@ -676,25 +677,31 @@ def page(results: dict[str, Json]) -> str:
 
 INTRODUCTION = """# Does it help? A study with gold labels
 
-Written by `python benchmarks/study/report.py` from `benchmarks/study/results/`; every figure here
-is computed from those records. What was tried and failed on the way is in [log.md](log.md).
+`python benchmarks/study/report.py` writes this page from `benchmarks/study/results/`.
+It computes every figure from those records; failed attempts are in [log.md](log.md).
 
-**The world** (`benchmarks/study/world.py`). Small Llamas answer three kinds of task whose quality a
-program computes, from 0 to 1: sort digits, drop a letter from a word, spell syllables by a small
-grammar. An answer may begin with a phrase that means nothing, so that length says little about
-quality. M_0 is trained on answers with slips of the pen and on which of two answers is better; M_1
-is M_0 after a few steps of DPO on 600 labeled pairs. From there on no method sees a label but the
-oracles (DPO on gold labels; the verdict's loss on them) and `external` (gold and noise). All
-methods start from the same M_1 of their seed, sample the same number of answers to the same prompts
-in each of two iterations, and take the same number of steps of the same number of pairs. That
-equalizes data and steps; SCIR's steps also read the judge's branches, so the tokens they compute
-are more (last table of each section).
+**The world** (`benchmarks/study/world.py`).
+Small Llamas answer three kinds of task whose quality, from 0 to 1, a program computes:
+sort digits, drop a letter from a word, spell syllables by a small grammar.
+An answer may begin with a phrase without meaning, so length is almost independent of quality.
+M_0 is trained on answers with errors, and on which of two answers is better.
+M_1 is M_0 after a few steps of DPO on 600 labeled pairs.
+After that no method uses a label, except the oracles (DPO on gold labels; the verdict's loss on
+gold labels) and `external` (gold labels and noise).
+All methods start from the same M_1 of their seed, sample the same number of answers to the same
+prompts in each of two iterations, and take the same number of steps of the same number of pairs.
+So data and steps are equal.
+SCIR's steps also compute the judge's branches, so they process more tokens (last table of each
+section).
 
-**How to read it.** "gold" is the mean quality of answers to prompts that nobody trains on, sampled
-at temperature 1 or greedy. "right", "agreement" and "flips" are on 600 held-out labeled pairs.
-Tables give mean ± standard deviation over seeds. Differences are paired by seed, with a 95 %
-interval (Student's t); bold means that the interval does not hold 0; fewer than three seeds have
-none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
+**How to read it.**
+"Quality" is the mean quality of answers to prompts that no training uses, sampled at temperature 1
+or greedy.
+Accuracy, agreement and flips are measured on 600 held-out labeled pairs.
+Tables give mean ± standard deviation over seeds.
+Differences are paired by seed, with a 95 % interval (Student's t).
+Bold means that the interval excludes 0; with fewer than three seeds there is no interval.
+With this many intervals, one in twenty would exclude 0 by chance."""
 
 
 #: The last commit that has the settings of all committed arms.
@@ -723,7 +730,7 @@ ABOUT = {
         "main",
         """\
 `scir` is SCIR at its defaults: the implicit reward's scale s fitted to the judge's sizes at M_1,
-lambda such that the penalty's gradient begins at twice the preference loss's. `-r1` has the ratio
+lambda such that the penalty's gradient starts at twice the preference loss's. `-r1` has the ratio
 1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-s5` and `-s25` that s; `scir-likelihood` has the
 policy's likelihood as a third model, at ratio 1. `filter-only` has the mask alone, `penalty-only`
 the penalty alone.""",
@@ -737,12 +744,12 @@ setting changed at a time.""",
     "sweep": (
         "Scale and lambda",
         """\
-Two seeds, so no intervals. What counts is nearly their product: it is the strength with which the
-penalty holds the policy.""",
+Two seeds, so no intervals. Their product matters most: it sets how much the penalty
+limits the policy.""",
     ),
     "seed-labels-150": (
         "A quarter of the labels",
-        "150 labeled pairs in place of 600 for M_1. M_0 is main's.",
+        "150 labeled pairs instead of 600 for M_1. M_0 is that of main.",
     ),
     "label-noise": ("Wrong labels", "A fifth of the labels are wrong. M_0 is main's."),
     "length-bias": (
@@ -750,7 +757,7 @@ penalty holds the policy.""",
         "Half of the labels go to the longer answer, whatever its quality. M_0 is main's.",
     ),
     "position-bias": (
-        "A judge with a favorite seat",
+        "A judge with position bias",
         """\
 M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state
 at the verdict. Otherwise main's world.""",
@@ -768,18 +775,20 @@ is SRLM's judge and SCIR's third reward model, or both are with four.""",
         "A real model",
         """\
 SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that
-came with them, cut to a few sentences, each beside the same answer damaged. Three kinds of damage
-are in the pairs that the judge is taught on and in the unlabeled ones: another prompt's answer of
-like length (foreign), the sentences in another order (shuffled), an answer that stops in the middle
-(truncated). Two are only measured (unseen): a sentence denied, or said twice, in place of another
-one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's
-loss and {tune[max_steps]} of {tune[batch_size]} of DPO, on {size[n_seed_pairs]} labeled pairs;
-then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
-{size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a
-sampled answer of this model is. So no quality of the policy is measured; of its sampled answers the
-page says how long they are, which share was cut off at {max_new_tokens} tokens, and which share of
-three words in a row had been said before. Held out: {size[n_heldout]} prompts a seed, each with
-every kind of damage.""",
+came with them, cut to a few sentences, each beside the same answer damaged.
+Three kinds of damage are in the pairs that teach the judge and in the unlabeled ones:
+another prompt's answer of similar length (foreign), the sentences in another order (shuffled), an
+answer that stops in the middle (truncated).
+Two are only measured (unseen): a sentence denied, or repeated, in place of another one.
+M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's loss and
+{tune[max_steps]} of {tune[batch_size]} of DPO, on {size[n_seed_pairs]} labeled pairs.
+Then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
+{size[n_pairs]} unlabeled pairs, which are fixed and not sampled, because no program can grade a
+sampled answer of this model.
+So the quality of the policy is not measured; of its sampled answers the page gives the length, the
+share that was cut off at {max_new_tokens} tokens, and the share of three words in a row that
+occurred before.
+Held out: {size[n_heldout]} prompts per seed, each with every kind of damage.""",
     ),
 }
 
@@ -817,8 +826,8 @@ def section(name: str, result: Json) -> str:
             ]
         )
     if name == "main":
-        parts += ["Means over the seeds that all of these have:", image("courses")]
-    parts += ["Where everybody starts:", means(start, ["M_1"], 1, columns)]
+        parts += ["Means over the seeds that all of these methods have:", image("courses")]
+    parts += ["M_1:", means(start, ["M_1"], 1, columns)]
     for iteration in shown:
         parts += [
             f"After iteration {iteration} (M_{iteration + 1}):",
@@ -834,17 +843,17 @@ def section(name: str, result: Json) -> str:
     subsets = {key: key.removeprefix("unseen_") for r in records for key in r if " on " in key}
     if subsets:
         parts += [
-            f"Right on each kind, M_1 and after iteration {last}:",
+            f"Accuracy on each kind, M_1 and after iteration {last}:",
             means(start, ["M_1"], 1, subsets),
             means(records, methods, last, subsets),
         ]
     parts += [
-        "What the intervals allow to be said:",
-        "\n".join(lines) or "- Nothing yet: no three seeds are done.",
+        "Differences that the intervals establish:",
+        "\n".join(lines) or "- None: fewer than three seeds are done.",
     ]
     for iteration in shown:
         parts += [
-            f"Why, iteration {iteration} (own pairs: those it was trained on):",
+            f"Diagnostics of iteration {iteration} (own pairs: those of training):",
             means(records, methods, iteration, WHY),
         ]
     return "\n\n".join([*parts, f"Cost of iteration {last}:", means(records, methods, last, COST)])
