@@ -144,6 +144,8 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
     for row in rows:
         row["gold"] = row.pop("gold_label")
         assert row.pop("extra") is None
+        for side in ("first", "second"):
+            assert row[side].pop("reasoning") is None
         if "label_probability" in row:
             probability = row.pop("label_probability")
             row["certainty"] = probability if probability is None else round(probability, 12)

@@ -171,6 +171,7 @@ def test_each_pair_layout_gives_its_prompt_and_its_two_texts(
     assert got["prompt_id"] == hashing.digest_json(messages)[:16]
     assert first == {
         "candidate_id": None,
+        "reasoning": None,
         "text": first["text"],
         "token_ids": [],
         "finish_reason": "stop",

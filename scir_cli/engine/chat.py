@@ -8,6 +8,7 @@ Nothing downstream decodes ids and encodes them again.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from scir_cli.engine import reasoning
+from scir_cli.engine.reasoning import Markers
 from scir_cli.engine.text_encoding import TextEncoder
 from scir_cli.errors import DataError, ModelError
 
@@ -34,6 +37,7 @@ PROBES = (
     [{"role": "user", "content": "Which of the two is it, 1 or 2?"}],
 )
 PROBE_ANSWER = {"role": "assistant", "content": "Number 4711"}
+PROBE_REASONING = "It could be number 2917"
 
 ADVICE = (
     "pass --chat-template-kwargs that its template reads (enable_thinking=false, for example), "
@@ -83,17 +87,21 @@ class Chat:
     """A tokenizer with a chat template, and the token ids that end a turn.
 
     template_kwargs: further variables of the template, as enable_thinking.
+    think_end: the text that ends an answer's reasoning; None: the template's own.
     """
 
     tokenizer: Any
     end_ids: frozenset[int]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    think_end: str | None = None
     # The last prompt and its ids.
     _last_prompt: dict[Any, list[int]] = field(default_factory=dict, compare=False, repr=False)
     # (template, answers) -> `answer_options` of them.
     _options: dict[Any, AnswerOptions] = field(default_factory=dict, compare=False, repr=False)
     # Template -> whether it reads content as a list of parts.
     _reads_parts: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
+    # Template -> the markers around reasoning.
+    _markers: dict[str, Markers | None] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -156,7 +164,7 @@ class Chat:
             content: Any = message["content"]
             if parts:
                 content = [{"type": "text", "text": content}]
-            conversation.append({"role": message["role"], "content": content})
+            conversation.append({**message, "content": content})
         try:
             text = self.tokenizer.apply_chat_template(
                 conversation,
@@ -328,6 +336,55 @@ class Chat:
                     "choose others with --verdict-tokens"
                 )
         return AnswerOptions(options.n_removed, options.cue, tuple(bodies))
+
+    @property
+    def markers(self) -> Markers | None:
+        """The texts around an answer's reasoning; None if the model writes none."""
+        template = str(self.tokenizer.chat_template)
+        if template not in self._markers:
+            self._markers[template] = self._find_markers(template)
+        return self._markers[template]
+
+    def _find_markers(self, template: str) -> Markers | None:
+        answer = {**PROBE_ANSWER, **dict.fromkeys(reasoning.KEYS, PROBE_REASONING)}
+        try:
+            generation = self._text(PROBES[0], True, self.reads_parts)
+            if self.think_end:
+                return reasoning.with_end(self.think_end, generation)
+            plain = self._text([*PROBES[0], PROBE_ANSWER], False, self.reads_parts)
+            reasoned = self._text([*PROBES[0], answer], False, self.reads_parts)
+        except DataError:
+            plain = reasoned = ""
+        texts = (PROBE_REASONING, PROBE_ANSWER["content"])
+        found = reasoning.from_rendered(generation, plain, reasoned, *texts)
+        return found or reasoning.from_spelling(generation, template, self._added_tokens)
+
+    @property
+    def _added_tokens(self) -> set[str]:
+        return {added.content for added in self.tokenizer.added_tokens_decoder.values()}
+
+    def split(self, text: str, *, sampled: bool) -> tuple[str, str]:
+        """The reasoning of an answer, "" if it has none, and the rest of the answer.
+
+        The rest is "" if the text ends inside its reasoning.
+        sampled: the text follows the generation prompt; else it is from a file.
+        """
+        return self.markers.split(text, sampled=sampled) if self.markers else ("", text)
+
+    def n_reasoning_tokens(self, sampled: Sequence[int]) -> int | None:
+        """Length of the reasoning at the start of sampled ids; None if they end inside it."""
+        text = self.tokenizer.decode(list(sampled))
+        thought, answer = self.split(text, sampled=True)
+        if not thought:
+            return 0
+        if not answer and self.markers and self.markers.end not in text:
+            return None
+
+        def ends_within(length: int) -> bool:
+            assert self.markers
+            return self.markers.end in self.tokenizer.decode(list(sampled[:length]))
+
+        return bisect.bisect_left(range(len(sampled)), True, key=ends_within)
 
     def template_digest(self) -> str:
         """A hex digest of everything that determines how text becomes ids."""

@@ -179,6 +179,12 @@ def _models_remarks(summary: Figures) -> list[str]:
             f"{name}: {count} verdicts unknown: "
             "their tokens are not among the endpoint's top log-probabilities"
         )
+    of_answers = []
+    for name, m in models.items():
+        if "answer_length_correlation" in m:
+            of_answers.append(f"{name} {number(m['answer_length_correlation'])}")
+    if of_answers:
+        remarks.append(f"length r without reasoning: {', '.join(of_answers)}")
     optional = ("flip_rate", "verdict_mass", "length_correlation")
     if any(m[key] is None for m in models.values() for key in optional):
         remarks.append("–: no order to flip, no verdict tokens, or all lengths or verdicts equal")
@@ -265,6 +271,7 @@ def bias_tables(biases: Figures | None) -> list[Table]:
     named = {
         "position": "seat A",
         "longer": "longer",
+        "longer answer": "longer answer",
         "own": "judge's own",
     }
     # Four columns with intervals are wider than 80 columns.

@@ -398,7 +398,7 @@ def _preferences(
     )
     known = pa.array(sign != 0)
     first_better = pa.array(sign > 0)
-    texts = [pc.struct_field(part[side], "text").combine_chunks() for side in ("first", "second")]
+    texts = [_whole_text(part[side]) for side in ("first", "second")]
     words = pc.if_else(first_better, pa.scalar("first"), pa.scalar("second"))
     part = part.append_column("label", pc.if_else(known, words, pa.scalar(None, pa.string())))
     part = part.append_column("margin", pa.array(margin, mask=np.isnan(margin) | (sign == 0)))
@@ -410,6 +410,16 @@ def _preferences(
     return part.append_column(
         "rejected", _assistant(pc.if_else(first_better, *reversed(texts)), sign != 0)
     )
+
+
+def _whole_text(side: pa.ChunkedArray) -> pa.Array:
+    """The responses of one side with their reasoning.  -> (pairs,)"""
+    reasoning, text = (
+        pc.struct_field(side, name).combine_chunks() for name in ("reasoning", "text")
+    )
+    if reasoning.null_count == len(reasoning):
+        return text
+    return pc.binary_join_element_wise(reasoning.fill_null(""), text, "")
 
 
 def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:

@@ -155,6 +155,8 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
         response = (row["prompt_id"], completion.token_ids)
         first_id = first_ids.setdefault(response, candidate_id)
         text_ids = [token for token in completion.token_ids if token not in model.chat.end_ids]
+        text = model.chat.tokenizer.decode(text_ids)
+        reasoning, answer = model.chat.split(text, sampled=True)
         candidates.append(
             {
                 "candidate_id": candidate_id,
@@ -162,7 +164,8 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
                 "messages": row["messages"],
                 "subset": row["subset"],
                 "extra": row["extra"],
-                "response": model.chat.tokenizer.decode(text_ids),
+                "reasoning": reasoning or None,
+                "response": answer,
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "duplicate_of": None if first_id == candidate_id else first_id,
