@@ -807,6 +807,11 @@ class FilterSettings(StageSettings):
     max_response_tokens: Positive | None = config.setting(
         None, "Drop pairs with a response of more tokens than this.", group=SELECTION, le=MOST_COUNT
     )
+    keep_cut: bool = config.setting(
+        False,
+        "Keep pairs with a response that the length limit cut (finish_reason length).",
+        group=SELECTION,
+    )
     max_pairs_per_prompt: Positive | None = config.setting(
         None,
         "Maximum number of pairs per prompt; those with the largest margins are kept.",

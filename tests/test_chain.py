@@ -158,6 +158,7 @@ def test_dpo_starts_at_ln_2_and_scir_without_penalty_follows_dpo(world: Path, tm
         input=str(world / "judged"),
         output_dir=tmp_path / "agreed",
         agree_on=["judge", "implicit"],
+        keep_cut=True,
     )
     n = dataset.read_dataset(tmp_path / "agreed").num_rows
     shared = {
@@ -519,7 +520,7 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
         "generate": [*scored[:2], "-i", str(many), "--n", "2", "--max-new-tokens", "24", "--rows-per-part", "1"],
         "judge": [*scored, "-i", str(world / "candidates"), "--rows-per-part", "1"],
         "check-consistency": ["-i", str(thousands), "--rows-per-part", "20"],
-        "filter": ["-i", str(thousands), "--rows-per-part", "20", "--no-dedup", "--trl-jsonl", "--rule", "judge"],
+        "filter": ["-i", str(thousands), "--rows-per-part", "20", "--no-dedup", "--trl-jsonl", "--rule", "judge", "--keep-cut"],
         "eval rewards": [*scored, "-i", str(gold), "--rows-per-part", "1"],
         "train": [*scored, "-i", str(world / "preferences"), "--batch-size", "3", "--num-epochs", "6", "--save-every", "1",
                   "--learning-rate", "1e-3"],

@@ -57,7 +57,7 @@ class Endpoint(BaseHTTPRequestHandler):
             self._say(
                 200,
                 {
-                    "choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}],
+                    "choices": [{"text": "?", "token_ids": self.server.answer(body)}],
                     **self.server.more,
                 },
             )
@@ -78,6 +78,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
         server.faults, server.seen, server.models, server.more = [], [], ["m"], {}  # type: ignore[attr-defined]
+        server.answer = lambda body: [*body["prompt"][-2:], 2]  # type: ignore[attr-defined]
         Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -120,6 +121,17 @@ def test_token_ids_go_in_and_come_out_with_a_seed_a_row(
         not in (tmp_path / "out" / "plan.json").read_text()
         + (tmp_path / "out" / "manifest.json").read_text()
     )
+
+
+def test_an_answer_without_an_end_token_was_cut_and_is_counted(
+    endpoint: Any, generate: Any, tmp_path: Path
+):
+    answers = iter([[5, 6, 2], [5] * 6, [7] * 6, [6, 2]])
+    endpoint.answer = lambda body: next(answers)
+    manifest = generate()
+    reasons = dataset.read_dataset(tmp_path / "out")["finish_reason"].to_pylist()
+    assert reasons == ["stop", "length", "length", "stop"]
+    assert manifest["summary"] == {"cut": 2, "without_answer": 0}
 
 
 def test_what_an_endpoint_found_in_its_prefix_cache_is_counted_where_it_says_so(

@@ -59,7 +59,7 @@ class Setup:
     loop: dict[str, Any] = field(
         default_factory=lambda: {
             "learning_rate": 1e-4, "beta": 1.0, "batch_size": 32, "max_steps": 60, "num_epochs": 1000, "schedule": "linear",
-            "n": 4, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24, "rows_per_part": 1000,
+            "n": 4, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24, "keep_cut": True, "rows_per_part": 1000,
         }
     )  # fmt: skip
     max_new_tokens: int = 24
@@ -197,7 +197,7 @@ REAL = Setup(
     tune={"learning_rate": 5e-5, "batch_size": 8, "max_steps": 14, "schedule": "linear"},
     loop={
         "learning_rate": 3e-5, "beta": 0.1, "batch_size": 4, "max_steps": 48, "num_epochs": 1000, "schedule": "linear",
-        "n": 2, "max_new_tokens": 128, "rows_per_part": 1000,
+        "n": 2, "max_new_tokens": 128, "keep_cut": True, "rows_per_part": 1000,
     },
 )  # fmt: skip
 

@@ -35,6 +35,7 @@ REASONS = (
     "below_confidence",
     "below_margin",
     "not_sampled",
+    "cut",
     "too_short",
     "too_long",
     "duplicate",
@@ -269,6 +270,7 @@ class PairLabeller:
             (1 / (1 + np.exp(-margin)) < settings.min_confidence, "below_confidence"),
             (margin < settings.min_margin, "below_margin"),
             (~self._drawn(table), "not_sampled"),
+            (_cut(table) & (not settings.keep_cut), "cut"),
             (np.minimum(*sides) < settings.min_response_tokens, "too_short"),
             (np.maximum(*sides) > (settings.max_response_tokens or np.inf), "too_long"),
         ]
@@ -348,6 +350,12 @@ class PairLabeller:
 def _prompts(table: pa.Table) -> np.ndarray:
     """Hashes of the prompt ids.  -> (pairs,)"""
     return hashing.hash_texts(table["prompt_id"])
+
+
+def _cut(table: pa.Table) -> np.ndarray:
+    """Whether the length limit cut one of the two responses.  -> (pairs,) bool"""
+    reasons = [pc.struct_field(table[side], "finish_reason") for side in ("first", "second")]
+    return np.logical_or(*[pc.equal(reason, "length").to_numpy() for reason in reasons])
 
 
 def _texts(table: pa.Table) -> pa.Table:

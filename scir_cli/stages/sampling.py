@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyarrow.compute as pc
+
 from scir_cli import backends, workers
 from scir_cli.backends import Request, Sampling
 from scir_cli.data import dataset, hashing, readers
@@ -76,8 +78,24 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
             advance=lambda rows: advance(rows * n),
             share=share,
             work=model.meter.figures,
+            summarise=_summary,
             inputs={"input": settings.input, "model": settings.model},
         )
+
+
+def _summary(candidates: dataset.Dataset) -> Json:
+    """The number of candidates that the length limit cut, and of those without an answer.
+
+    An answer is missing where a candidate ends inside its reasoning.
+    """
+    cut = 0
+    without_answer = 0
+    for table in candidates.tables():
+        cut += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+        is_empty = pc.equal(table["response"], "")
+        unfinished = pc.and_(is_empty, pc.is_valid(table["reasoning"]))
+        without_answer += pc.sum(unfinished).as_py() or 0
+    return {"cut": cut, "without_answer": without_answer}
 
 
 def make_part_maker(settings: SamplerSettings) -> Sampler:
