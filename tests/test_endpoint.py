@@ -6,6 +6,7 @@ Retries, what it may answer, and keys.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from families import FAMILIES
 from helpers import run
+from transformers import AutoTokenizer
 
 from scir_cli.data import dataset
 from scir_cli.errors import ConfigError, EngineError, ModelError
@@ -309,3 +312,24 @@ def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
     with pytest.raises(ConfigError, match="serves m, n; choose one with --endpoint-arg model=NAME"):
         generate()
     assert generate(endpoint_arg=["model=n"])["rows_out"] == 4
+
+
+def test_verdicts_after_an_empty_think_block_are_asked_for_behind_it(
+    endpoint: Any, judge: Any, tiny_llama: Path, tmp_path: Path
+):
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = FAMILIES["reasons"].template
+    tokenizer.save_pretrained(folder)
+    endpoint.top = lambda body: {f"token_id:{token}": -1.0 for token in body["logprob_token_ids"]}
+    manifest, rows = judge(model=str(folder), reward_models=["judge", "rubric"])
+    assert "beyond_top_logprobs" not in manifest["summary"]
+    assert {body["max_tokens"] for body, _ in endpoint.seen} == {1}
+    for body, _ in endpoint.seen:
+        assert tokenizer.decode(body["prompt"]).endswith("assistant\n<think>\n\n</think>\n\n")
+        asked = [tokenizer.decode([token]) for token in body["logprob_token_ids"]]
+        assert sorted(asked) in (["A", "B"], ["0", "1", "2", "3", "4", "5"])
+    for judged, rubric in rows:
+        assert judged["verdict_mass"] == pytest.approx(2 * 0.367879, abs=1e-4)
+        assert rubric["verdict_mass"] == pytest.approx(6 * 0.367879, abs=1e-4)

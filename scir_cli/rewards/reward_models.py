@@ -112,7 +112,7 @@ class RewardModel(ABC):
             if turn["role"] == "assistant":
                 _, content = self.chat.split(content, sampled=False)
             turns.append({**turn, "content": content})
-        return question_text(turns, system=not self.settings.hide_system)
+        return question_text(turns, system=not self.settings.hide_system, quoted=True)
 
 
 def _verdict_branches(prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[Branch]:
@@ -130,6 +130,8 @@ class Judge(RewardModel):
     n_branches = 4
     reads_verdicts = True
     has_seats = True
+    #: Starts of lines that no text in the prompt may have, beside the template's own
+    reserved: ClassVar[tuple[str, ...]] = ()
 
     @cached_property
     def template(self) -> str:
@@ -145,7 +147,7 @@ class Judge(RewardModel):
         question = self._question(pair)
         prompts = []
         for a, b in ((first, second), (second, first)):
-            messages = fill(self.template, question=question, a=a, b=b)
+            messages = fill(self.template, self.reserved, question=question, a=a, b=b)
             prompts.append(self.chat.prompt_ids(messages))
         return prompts
 
@@ -169,6 +171,8 @@ class Judge(RewardModel):
 
 class Rationale(Judge):
     """The judge with a rationale, which the model writes before its verdict is read."""
+
+    reserved = ("Verdict:",)
 
     def _prompt(self) -> tuple[Path | None, str]:
         return self.settings.rationale_prompt, PAIRWISE_RATIONALE
