@@ -318,9 +318,17 @@ class Chat:
         """The answers that consist of one of these words, each with one token of its own.
 
         `endings` holds that token alone.
-        Raises ModelError if a word is several tokens, or none, beside what all words share.
+        Raises ModelError if a word is unknown to the tokenizer, or if it is several tokens, or
+        none, beside what all words share.
         """
         options = self.answer_options(words)
+        unknown = self.tokenizer.unk_token_id
+        for word in words:
+            if unknown is not None and unknown in self.encoder.encode_content(word):
+                raise ModelError(
+                    f"the verdict {word!r} is not in the vocabulary of this tokenizer "
+                    f"(model: {self.tokenizer.name_or_path}); choose others with --verdict-tokens"
+                )
         tails = [ending[::-1] for ending in options.endings]
         n_after = n_shared(tails)
         bodies = []
