@@ -64,7 +64,8 @@ def test_a_column_of_the_prompts_is_in_the_preferences_at_the_end_of_the_chain(w
         assert rows
         for row in rows:
             (word,) = json.loads(row["extra"]).values()
-            assert row["messages"] == [{"role": "user", "content": f"Tell me of the {word}."}]
+            asked = {"role": "user", "content": f"Tell me of the {word}.", "more": None}
+            assert row["messages"] == [asked]
 
 
 def test_an_end_token_is_there_if_and_only_if_the_answer_finished(world: Path):

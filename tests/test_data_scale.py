@@ -146,6 +146,9 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
         assert row.pop("extra") is None
         for side in ("first", "second"):
             assert row[side].pop("reasoning") is None
+        for name in ("messages", "prompt", "chosen", "rejected"):
+            for message in row.get(name) or ():
+                assert message.pop("more") is None
         if "label_probability" in row:
             probability = row.pop("label_probability")
             row["certainty"] = probability if probability is None else round(probability, 12)

@@ -18,7 +18,6 @@ from scir_cli.engine.chat import Chat
 from scir_cli.errors import DataError, ModelError
 from scir_cli.rewards.prompts import PAIRWISE
 
-
 #: Words of the texts with which a template's position of an answer is found
 PROBES = ["4711", "(", ")", "Yes", "No", ".", "b", "*", "one"]
 SPECIAL = ["<unk>", "<|im_start|>", "<|im_end|>"]

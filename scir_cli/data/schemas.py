@@ -42,8 +42,15 @@ def _struct(fields: tuple[Column, ...]) -> pa.StructType:
 
 
 _TURN = (
-    Column("role", pa.string(), False, "system, user or assistant"),
+    Column("role", pa.string(), False, "system, user, assistant or tool"),
     Column("content", pa.string(), False, "text of the message"),
+    Column(
+        "more",
+        pa.string(),
+        True,
+        "its other fields (tool_calls …; on the first message, tools) as one JSON object; "
+        "null: none",
+    ),
 )
 _RESPONSE = (
     Column(

@@ -18,12 +18,13 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from scir_cli.data.messages import more_of
 from scir_cli.engine import reasoning
 from scir_cli.engine.reasoning import Markers
 from scir_cli.engine.text_encoding import TextEncoder
 from scir_cli.errors import DataError, ModelError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 #: Errors of a template that cannot render a conversation
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -48,7 +49,8 @@ ADVICE = (
 class Unrenderable(DataError):
     """A conversation that the chat template cannot render.
 
-    reason: its name among the drops: template_refused, content_missing or prompt_boundary.
+    reason: its name among the drops: template_refused, content_missing,
+        tools_not_rendered or prompt_boundary.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -130,10 +132,7 @@ class Chat:
         Raises Unrenderable if the chat template refuses the conversation or drops its content,
         ModelError if it renders no conversation at all.
         """
-        hidden = []
-        for message in messages:
-            content = self.encoder.hide(message["content"])
-            hidden.append({"role": message["role"], "content": content})
+        hidden = [self._hidden(message) for message in messages]
         text = self._text(hidden, generation, self.reads_parts)
         for index, message in enumerate(hidden):
             if not _contains(text, message) and self._is_dropped(hidden, index, generation):
@@ -143,14 +142,41 @@ class Chat:
                     "pass another template with --chat-template",
                     "content_missing",
                 )
+        self._check_tools(text, hidden)
         return self.encoder.encode(text)
+
+    def _hidden(self, message: Message) -> dict[str, Any]:
+        """A message with all its fields, in which special tokens are replaced by marks."""
+
+        def hide(value: Any) -> Any:
+            if isinstance(value, str):
+                return self.encoder.hide(value)
+            if isinstance(value, dict):
+                return {hide(name): hide(item) for name, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list) else value
+
+        fields = {"role": message["role"], "content": hide(message["content"])}
+        return {**hide(more_of(message)), **fields} if message.get("more") else fields
+
+    def _check_tools(self, text: str, messages: Sequence[Message]) -> None:
+        """Raises Unrenderable if a rendered conversation lacks the name of a tool or tool call."""
+        for message in messages:
+            for field_name in ("tools", "tool_calls"):
+                for tool in message.get(field_name, ()):
+                    name = tool.get("function", tool).get("name")
+                    if name and str(name) not in text:
+                        raise Unrenderable(
+                            f"{self._name} does not render {field_name} ({name}); "
+                            "pass another template with --chat-template, or remove such rows",
+                            "tools_not_rendered",
+                        )
 
     def _is_dropped(self, messages: Sequence[Message], index: int, generation: bool) -> bool:
         """Whether the template writes nothing of a turn's content.
 
         A template may change a content, and remove the reasoning of an earlier answer.
         """
-        probe = {"role": messages[index]["role"], "content": PROBE_ANSWER["content"]}
+        probe = {**messages[index], "content": PROBE_ANSWER["content"]}
         probed = [*messages[:index], probe, *messages[index + 1 :]]
         return not _contains(self._text(probed, generation, self.reads_parts), probe)
 
@@ -160,16 +186,22 @@ class Chat:
         Raises Unrenderable if the template refuses it, ModelError if it is not Jinja.
         """
         conversation: list[dict[str, Any]] = []
+        tools = None
         for message in messages:
             content: Any = message["content"]
-            if parts:
+            if not content and message.get("tool_calls"):
+                content = None
+            elif parts:
                 content = [{"type": "text", "text": content}]
-            conversation.append({**message, "content": content})
+            turn = {**message, "content": content}
+            tools = turn.pop("tools", None) or tools
+            conversation.append(turn)
         try:
             text = self.tokenizer.apply_chat_template(
                 conversation,
                 tokenize=False,
                 add_generation_prompt=generation,
+                tools=tools,
                 **self.template_kwargs,
             )
         except RENDER_ERRORS as error:
@@ -219,7 +251,7 @@ class Chat:
         Pairs of one prompt are neighbors, so the ids of the last prompt are cached.
         Raises Unrenderable or ModelError as `render` does.
         """
-        turns = [(m["role"], m["content"]) for m in messages]
+        turns = [(m["role"], m["content"], m.get("more")) for m in messages]
         key = (str(self.tokenizer.chat_template), *turns)
         if key not in self._last_prompt:
             ids = self.render(messages, generation=True)

@@ -7,11 +7,13 @@ inserted as they are.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from scir_cli.data.messages import more_of
 from scir_cli.engine.chat import Message
 from scir_cli.errors import ConfigError
 
@@ -72,17 +74,25 @@ def question_text(
     """
     turns = [message for message in messages if system or message["role"] != "system"]
     if len(turns) == 1:
-        return turns[0]["content"]
+        return _turn_text(turns[0])
 
     names = [turn["role"].capitalize() for turn in turns]
     starts = tuple(f"{name}:" for name in {"System", "User", "Assistant", *names})
     lines = []
     for name, turn in zip(names, turns, strict=True):
-        content = turn["content"]
+        content = _turn_text(turn)
         if quoted:
             content = _quote_lines(content, starts)
         lines.append(f"{name}: {content}")
     return "\n".join(lines)
+
+
+def _turn_text(turn: Message) -> str:
+    """The content of a turn, and its tool calls as JSON."""
+    calls = more_of(turn).get("tool_calls")
+    if not calls:
+        return str(turn["content"])
+    return "\n".join(filter(None, [turn["content"], json.dumps(calls, ensure_ascii=False)]))
 
 
 def fill(template: str, reserved: Sequence[str] = (), /, **values: str) -> list[Message]:

@@ -20,6 +20,7 @@ from scir_cli.analysis import label_rules, statistics, verdicts
 from scir_cli.data import dataset, files, hashing, schemas
 from scir_cli.data.dataset import Dataset, Part
 from scir_cli.data.files import Json
+from scir_cli.data.messages import more_of
 from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.report.progress import progress
@@ -438,7 +439,8 @@ def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     turns = pa.StructArray.from_arrays(
-        [pa.repeat("assistant", len(texts)), texts], names=["role", "content"]
+        [pa.repeat("assistant", len(texts)), texts, pa.nulls(len(texts), pa.string())],
+        names=["role", "content", "more"],
     )
     return pa.ListArray.from_arrays(
         pa.array(np.arange(len(texts) + 1), pa.int32()),
@@ -500,8 +502,22 @@ def _json(messages: pa.ListArray) -> pa.StringArray:
     turns = messages.flatten()
     role, content = (_escaped(turns.field(name)) for name in ("role", "content"))
     objects = pc.binary_join_element_wise('{"role": "', role, '", "content": "', content, '"}', "")
+    objects = _with_more(objects, turns)
     ends = np.append(0, np.cumsum(pc.list_value_length(messages)))
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), objects), ", ")
+
+
+def _with_more(objects: pa.StringArray, turns: pa.StructArray) -> pa.StringArray:
+    """The JSON of messages, with the fields of `more` among those of a message that has some."""
+    has_more = pc.is_valid(turns.field("more"))
+    if not pc.any(has_more).as_py():
+        return objects
+    whole = []
+    for turn in turns.filter(has_more).to_pylist():
+        message = {"role": turn["role"], "content": turn["content"], **more_of(turn)}
+        message.pop("tools", None)
+        whole.append(json.dumps(message, ensure_ascii=False))
+    return pc.replace_with_mask(objects, has_more, pa.array(whole, objects.type))
 
 
 def _escaped(texts: pa.StringArray) -> pa.StringArray:
