@@ -353,3 +353,61 @@ def test_the_marker_is_a_setting_of_stages_that_read_texts():
     assert named.plan()["think_end"] == "</done>"
     with pytest.raises(ConfigError, match="expected the text that ends the reasoning"):
         config.build(JudgeSettings, values | {"think_end": " "}, where="test")
+
+
+def test_a_template_that_refuses_reasoning_is_searched_for_a_common_marker(tmp_path: Path):
+    chat = FAMILIES["trims"].chat(tmp_path)
+    refusing = (
+        "{% if messages[-1]['thinking'] %}{{ raise_exception('unknown key') }}{% endif %}"
+        + chat.tokenizer.chat_template
+    )
+    chat.tokenizer.chat_template = refusing
+    assert chat.markers == Markers("<think>", "</think>")
+
+
+# ------------------------------------------------------------------------ the whole loop
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("reasons", "Thinks"), ("channels", "WritesInChannels")]
+)
+def test_a_loop_over_answers_with_reasoning_trains_and_evaluates(
+    name: str, backend: str, tmp_path: Path
+):
+    for seed, folder in enumerate(("base", "policy")):
+        make_model(tmp_path / folder, seed=seed, vocab_size=440)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / folder)
+        tokenizer.chat_template = FAMILIES[name].template
+        tokenizer.add_tokens(list(FAMILIES[name].special), special_tokens=True)
+        tokenizer.save_pretrained(tmp_path / folder)
+    models = {
+        "model": str(tmp_path / "policy"),
+        "reward_reference": str(tmp_path / "base"),
+    }
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Which?"}\n', encoding="utf-8")
+    (tmp_path / "labelled.jsonl").write_text(
+        json.dumps({"prompt": "Which?", "chosen": "Number 4.", "rejected": "No."}) + "\n",
+        encoding="utf-8",
+    )
+    run(
+        "generate", model=models["model"], input=str(tmp_path / "prompts.jsonl"), n=3,
+        max_new_tokens=90, backend=f"thinking_backends:{backend}", output_dir=tmp_path / "candidates",
+    )  # fmt: skip
+    for row in dataset.read_dataset(tmp_path / "candidates").to_pylist():
+        assert row["response"] == ANSWER.format(number=row["seed"] % 1000)
+        assert "Verdict: B" in row["reasoning"]
+    judged = run(
+        "judge", **models, input=str(tmp_path / "candidates"), output_dir=tmp_path / "judged"
+    )
+    assert (judged["rows_out"], judged["drops"]) == (3, {})
+    run(
+        "filter", input=str(tmp_path / "judged"), keep_unlabelled=True,
+        output_dir=tmp_path / "preferences",
+    )  # fmt: skip
+    trained = train(tmp_path, tmp_path / "next", batch_size=3, max_steps=1)
+    assert (trained["rows_out"], trained["drops"]) == (3, {})
+    evaluated = run(
+        "eval rewards", model=str(tmp_path / "next"), reward_reference=models["reward_reference"],
+        input=str(tmp_path / "labelled.jsonl"), output_dir=tmp_path / "eval",
+    )  # fmt: skip
+    assert evaluated["summary"]["models"]["judge"]["labelled"] == 1

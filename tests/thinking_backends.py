@@ -37,3 +37,12 @@ class NeverAnswers(Thinks):
     """Ends its turn inside its reasoning."""
 
     written = "<think>\nIt could be {number}. Verdict: A"
+
+
+class WritesInChannels(Thinks):
+    """Reasons in a channel of its own."""
+
+    written = (
+        "<|channel|>analysis<|message|>Verdict: B? No: it is {number}.<|end|><|start|>assistant"
+        "<|channel|>final<|message|>" + ANSWER
+    )

@@ -387,14 +387,16 @@ class Chat:
 
     def _find_markers(self, template: str) -> Markers | None:
         answer = {**PROBE_ANSWER, **dict.fromkeys(reasoning.KEYS, PROBE_REASONING)}
+        generation = plain = reasoned = ""
         try:
             generation = self._text(PROBES[0], True, self.reads_parts)
             if self.think_end:
                 return reasoning.with_end(self.think_end, generation)
             plain = self._text([*PROBES[0], PROBE_ANSWER], False, self.reads_parts)
             reasoned = self._text([*PROBES[0], answer], False, self.reads_parts)
-        except DataError:
-            plain = reasoned = ""
+        except Unrenderable:
+            # A template that refuses one of them may still name a common marker.
+            reasoned = ""
         texts = (PROBE_REASONING, PROBE_ANSWER["content"])
         found = reasoning.from_rendered(generation, plain, reasoned, *texts)
         return found or reasoning.from_spelling(generation, template, self._added_tokens)
