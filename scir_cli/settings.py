@@ -304,6 +304,31 @@ class ModelSettings(StageSettings):
         return plan
 
 
+class SplitSettings(ModelSettings):
+    """Settings of a stage that separates answers from their reasoning."""
+
+    think_end: str | None = config.setting(
+        None,
+        "Text after which an answer's reasoning is over, as </think>. Default: as the chat "
+        "template or the tokenizer has it. Judges read what follows.",
+        group=RARE,
+    )
+
+    @field_validator("think_end")
+    @classmethod
+    def _think_end_is_visible(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("expected the text that ends the reasoning, as </think>")
+        return value
+
+    def plan(self) -> dict[str, Any]:
+        """As of all settings; without think_end if it is not set."""
+        plan = super().plan()
+        if self.think_end is None:
+            plan.pop("think_end", None)
+        return plan
+
+
 def template_kwargs(value: Any) -> Any:
     """The mapping of NAME=VALUE words, with the types of JSON's constants and numbers.
 
@@ -439,7 +464,7 @@ class RewardSettings(ModelSettings):
         return super().plan() | {"reward_models": names}
 
 
-class JudgingSettings(RewardSettings):
+class JudgingSettings(RewardSettings, SplitSettings):
     """Further settings of a stage that judges pairs."""
 
     rationale_max_tokens: Positive = config.setting(
@@ -583,7 +608,7 @@ def endpoint_arguments(words: list[str]) -> EndpointArguments:
         raise ValueError("; ".join(problems)) from error
 
 
-class SamplingSettings(BackendSettings):
+class SamplingSettings(BackendSettings, SplitSettings):
     """Settings of a stage that samples responses to prompts."""
 
     input: str = config.setting(
@@ -785,6 +810,11 @@ class FilterSettings(StageSettings):
     )
     max_response_tokens: Positive | None = config.setting(
         None, "Drop pairs with a response of more tokens than this.", group=SELECTION, le=MOST_COUNT
+    )
+    keep_cut: bool = config.setting(
+        False,
+        "Keep pairs with a response that the length limit cut (finish_reason length).",
+        group=SELECTION,
     )
     max_pairs_per_prompt: Positive | None = config.setting(
         None,

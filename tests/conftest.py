@@ -105,6 +105,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         output_dir=root / "preferences",
         agree_on=["judge", "implicit"],
         keep_unlabeled=True,
+        keep_cut=True,
         trl_jsonl=True,
     )
     return root

@@ -64,7 +64,8 @@ def test_a_column_of_the_prompts_is_in_the_preferences_at_the_end_of_the_chain(w
         assert rows
         for row in rows:
             (word,) = json.loads(row["extra"]).values()
-            assert row["messages"] == [{"role": "user", "content": f"Tell me of the {word}."}]
+            asked = {"role": "user", "content": f"Tell me of the {word}.", "more": None}
+            assert row["messages"] == [asked]
 
 
 def test_an_end_token_is_there_if_and_only_if_the_answer_finished(world: Path):
@@ -158,6 +159,7 @@ def test_dpo_starts_at_ln_2_and_scir_without_penalty_follows_dpo(world: Path, tm
         input=str(world / "judged"),
         output_dir=tmp_path / "agreed",
         agree_on=["judge", "implicit"],
+        keep_cut=True,
     )
     n = dataset.read_dataset(tmp_path / "agreed").num_rows
     shared = {
@@ -544,6 +546,7 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
             "--trl-jsonl",
             "--rule",
             "judge",
+            "--keep-cut",
         ],
         "eval rewards": [*scored, "-i", str(gold), "--rows-per-part", "1"],
         "train": [

@@ -196,6 +196,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         input=str(root / "judged"),
         rule="consensus",
         label_temperature=0.2,
+        keep_cut=True,
         output_dir=root / "preferences",
     )
     return root
@@ -245,7 +246,13 @@ def test_labels_that_are_all_certain_are_warned_about(
 def test_a_run_on_hard_labels_prints_the_warning_once_and_trains(
     judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run("filter", input=str(judged / "judged"), rule="judge", output_dir=tmp_path / "hard")
+    run(
+        "filter",
+        input=str(judged / "judged"),
+        rule="judge",
+        keep_cut=True,
+        output_dir=tmp_path / "hard",
+    )
     common = {"target": "consensus", "max_steps": 1, "batch_size": 8, "reward_reference": None}
     train(judged, tmp_path / "m", input=str(tmp_path / "hard"), **common)
     assert capsys.readouterr().err.count("every label of the input counts as certain") == 1

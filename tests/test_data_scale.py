@@ -134,7 +134,7 @@ def with_british_spelling(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key.replace("labeled", "labelled"): with_british_spelling(entry)
+        key.replace("labeled", "labeled"): with_british_spelling(entry)
         for key, entry in value.items()
     }
 
@@ -154,6 +154,11 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
     for row in rows:
         row["gold"] = row.pop("gold_label")
         assert row.pop("extra") is None
+        for side in ("first", "second"):
+            assert row[side].pop("reasoning") is None
+        for name in ("messages", "prompt", "chosen", "rejected"):
+            for message in row.get(name) or ():
+                assert message.pop("more") is None
         if "label_probability" in row:
             probability = row.pop("label_probability")
             row["certainty"] = probability if probability is None else round(probability, 12)

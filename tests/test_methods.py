@@ -252,6 +252,7 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(
         "rule": "implicit",
         "cream_previous": str(tmp_path / "before"),
         "cream_reward_model": "likelihood",
+        "keep_cut": True,
     }
     run("filter", **common, output_dir=tmp_path / "average")
     run("filter", **common, cream_average="prompt", output_dir=tmp_path / "prompt")
@@ -318,7 +319,7 @@ def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_p
         ]
         return abs(sum(signed) / len(signed))
 
-    common = {"input": str(chain / "judged"), "rule": "likelihood"}
+    common = {"input": str(chain / "judged"), "rule": "likelihood", "keep_cut": True}
     run("filter", **common, output_dir=tmp_path / "plain")
     run("filter", **common, length_neutral=True, output_dir=tmp_path / "neutral")
     assert difference(tmp_path / "neutral") <= difference(tmp_path / "plain")

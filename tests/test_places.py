@@ -55,6 +55,7 @@ def test_a_chain_of_stages_at_a_url_gives_the_rows_of_folders_and_resumes(
             input=f"{base}/judged",
             output_dir=f"{base}/preferences",
             rule="judge",
+            keep_cut=True,
             trl_jsonl=True,
         )
     for name in ("candidates", "judged", "preferences"):

@@ -23,6 +23,7 @@ import pytest
 from scir_cli import registry, settings, stages
 from scir_cli.config import build
 from scir_cli.data import dataset, hashing, readers, schemas
+from scir_cli.data.messages import without_nulls
 from scir_cli.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -67,7 +68,7 @@ def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
     """Messages, chosen text and rejected text of a table with one pair."""
     (row,) = table.to_pylist()
     other = {"first": "second", "second": "first"}[row["gold_label"]]
-    return row["messages"], row[row["gold_label"]]["text"], row[other]["text"]
+    return without_nulls(row["messages"]), row[row["gold_label"]]["text"], row[other]["text"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_each_prompt_layout_gives_its_messages(
     extra = '{"unrelated": 1}' if "unrelated" in row else None
     assert got == {
         "prompt_id": hashing.digest_json(messages)[:16],
-        "messages": messages,
+        "messages": [{**message, "more": None} for message in messages],
         "subset": None,
         "extra": extra,
     }
@@ -171,6 +172,7 @@ def test_each_pair_layout_gives_its_prompt_and_its_two_texts(
     assert got["prompt_id"] == hashing.digest_json(messages)[:16]
     assert first == {
         "candidate_id": None,
+        "reasoning": None,
         "text": first["text"],
         "token_ids": [],
         "finish_reason": "stop",

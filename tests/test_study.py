@@ -31,6 +31,7 @@ TINY = Setup(
         "num_epochs": 9,
         "n": 2,
         "max_new_tokens": 6,
+        "keep_cut": True,
     },
     max_new_tokens=6,
 )

@@ -68,6 +68,7 @@ class Setup:
             "temperature": 1.0,
             "top_p": 1.0,
             "max_new_tokens": 24,
+            "keep_cut": True,
             "rows_per_part": 1000,
         }
     )
@@ -223,6 +224,7 @@ REAL = Setup(
         "schedule": "linear",
         "n": 2,
         "max_new_tokens": 128,
+        "keep_cut": True,
         "rows_per_part": 1000,
     },
 )

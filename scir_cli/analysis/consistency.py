@@ -216,10 +216,29 @@ def _model(v: Verdicts, k: int) -> dict[str, Any]:
         "length_correlation": length,
         "length_correlation_low": length_low,
         "length_correlation_high": length_high,
+        **_answer_length(v, log_odds),
         **statistics.rate_with_interval("accuracy", correct),
         "calibration_error": statistics.calibration_error(log_odds, correct),
         # Pairs with both a gold label and a verdict.
         "labeled": n_labeled,
+    }
+
+
+def _answer_length(v: Verdicts, log_odds: Array) -> dict[str, Any]:
+    """Rank correlation of log-odds and length without reasoning, over pairs with reasoning.
+
+    {} if no response has reasoning.  log_odds: (pairs,) nats
+    """
+    difference = v.answer_length_difference
+    if np.isnan(difference).all():
+        return {}
+    known, length = statistics.known_in_both(log_odds, difference)
+    value = statistics.spearman(known, length)
+    low, high = statistics.correlation_interval(value, len(known))
+    return {
+        "answer_length_correlation": value,
+        "answer_length_correlation_low": low,
+        "answer_length_correlation_high": high,
     }
 
 

@@ -29,7 +29,7 @@ from scir_cli.engine.throughput import Meter
 from scir_cli.engine.tree_attention import TreeLayout
 from scir_cli.engine.trees import Branch
 from scir_cli.errors import ConfigError, ModelError, install_hint, warn
-from scir_cli.settings import ModelSettings
+from scir_cli.settings import ModelSettings, SplitSettings
 
 #: Relative difference up to which two log-probabilities are equal to the probe.
 #: bf16 has 8 bits for a logit of 10.
@@ -242,7 +242,9 @@ def load_chat(path: Path, settings: ModelSettings) -> Chat:
     Raises ModelError as `load_tokenizer` does, and if the template renders no conversation.
     """
     tokenizer = load_tokenizer(path, settings)
-    chat = Chat(tokenizer, end_ids(path, tokenizer), settings.chat_template_kwargs or {})
+    think_end = settings.think_end if isinstance(settings, SplitSettings) else None
+    kwargs = settings.chat_template_kwargs or {}
+    chat = Chat(tokenizer, end_ids(path, tokenizer), kwargs, think_end)
     chat.check()
     return chat
 

@@ -973,6 +973,7 @@ def _preferences(model: str, biases: Json) -> list[Picture]:
     named = {
         "position": "seat A",
         "longer": "longer response",
+        "longer answer": "longer answer",
         "own": "own response",
     }
     rows: list[NamedRate] = []

@@ -179,6 +179,12 @@ def _models_remarks(summary: Figures) -> list[str]:
             f"{name}: {count} verdicts unknown: "
             "their tokens are not among the endpoint's top log-probabilities"
         )
+    of_answers = []
+    for name, m in models.items():
+        if "answer_length_correlation" in m:
+            of_answers.append(f"{name} {number(m['answer_length_correlation'])}")
+    if of_answers:
+        remarks.append(f"length r without reasoning: {', '.join(of_answers)}")
     optional = ("flip_rate", "verdict_mass", "length_correlation")
     if any(m[key] is None for m in models.values() for key in optional):
         remarks.append("–: no order to flip, no verdict tokens, or all lengths or verdicts equal")
@@ -265,6 +271,7 @@ def bias_tables(biases: Figures | None) -> list[Table]:
     named = {
         "position": "seat A",
         "longer": "longer",
+        "longer answer": "longer answer",
         "own": "judge's own",
     }
     # Four columns with intervals are wider than 80 columns.
@@ -671,7 +678,8 @@ def verdict_tables(manifest: Figures) -> list[Any]:
 def summary_line(stage: str, out: str, manifest: Figures) -> str:
     """The result of a stage in one line.
 
-    It has rows in, rows out, drops by reason, missing verdicts, the folder and seconds.
+    It has rows in, rows out, drops by reason, missing verdicts, responses that the length limit
+    cut, the folder and seconds.
     """
     if manifest.get("dry_run"):
         rows = manifest.get("rows_in", "all")
@@ -681,7 +689,8 @@ def summary_line(stage: str, out: str, manifest: Figures) -> str:
     rows_out = manifest["rows_out"]
     dropped = drops_by_reason(manifest) or "0 dropped"
     missing = _missing_verdicts(manifest["nulls"])
-    counts = f"{rows_in} in = {rows_out} out + {dropped}{missing}"
+    unfinished = _unfinished(manifest.get("summary") or {})
+    counts = f"{rows_in} in = {rows_out} out + {dropped}{missing}{unfinished}"
 
     if manifest.get("reused"):
         time = "(already done)"
@@ -697,6 +706,16 @@ def drops_by_reason(manifest: Figures) -> str:
     for reason, count in sorted(manifest["drops"].items()):
         parts.append(f"{count} {reason}")
     return ", ".join(parts)
+
+
+def _unfinished(summary: Figures) -> str:
+    """The number of sampled responses that were cut, and of those without an answer, if any."""
+    text = ""
+    if summary.get("cut"):
+        text += f", {summary['cut']} cut at the length limit"
+    if summary.get("without_answer"):
+        text += f", {summary['without_answer']} without an answer after their reasoning"
+    return text
 
 
 def _missing_verdicts(nulls: Figures) -> str:

@@ -101,13 +101,14 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
     Neighbors with the same prompt share one tuple of its ids.
     Drops: template_refused, content_missing (the chat template refuses the conversation, or
     leaves out a turn), prompt_boundary (it does not render a response as a continuation of its
-    prompt).
+    prompt), no_answer (a response ends inside its reasoning).
+    Responses that are tokenized here are split into reasoning and text.
     """
     sides = [_response_fields(table, side) for side in SIDES]
     lacking = [_without_token_ids(side) for side in sides]
     texts = []
     for side, lacks in zip(sides, lacking, strict=True):
-        texts.append(side["text"].to_pylist() if lacks.any() else [])
+        texts.append(_whole_texts(side) if lacks.any() else [])
 
     # of each side: row -> token ids
     encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]
@@ -120,6 +121,7 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
             side[row] if lacks[row] else None for side, lacks in zip(texts, lacking, strict=True)
         ]
         try:
+            _check_answers(chat, responses)
             opened = _opened(chat, messages, sides, row) if opens else None
             prompt, answers = opened or _encoded(chat, messages, responses)
         except Unrenderable as error:
@@ -133,8 +135,10 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
             if response is not None:
                 rows[row] = answer
 
-    for name, side, rows in zip(SIDES, sides, encoded, strict=True):
+    for name, side, rows, whole in zip(SIDES, sides, encoded, texts, strict=True):
         if rows:
+            if chat.markers is not None:
+                _split_texts(side, {row: whole[row] for row in rows}, chat)
             table = with_column(table, name, _with_token_ids(side, rows))
     return table.filter(pa.array(rendered)), prompt_ids, drops
 
@@ -163,7 +167,8 @@ def _opened(
     for side in sides:
         if side["candidate_id"][row].is_valid:
             return None
-        responses.append(side["text"][row].as_py())
+        reasoning = side["reasoning"][row].as_py() or ""
+        responses.append(reasoning + side["text"][row].as_py())
     prompt, answers = chat.labeled_ids(messages, responses)
     for side, answer in zip(sides, answers, strict=True):
         stored = side["token_ids"][row].as_py()
@@ -179,6 +184,39 @@ def _response_fields(table: pa.Table, side: str) -> dict[str, pa.Array]:
         values = pc.struct_field(table[side], response_field.name)
         fields[response_field.name] = values.combine_chunks()
     return fields
+
+
+def _whole_texts(side: dict[str, pa.Array]) -> list[str]:
+    """Reasoning and text of one side's responses.  -> (pairs,)"""
+    if side["reasoning"].null_count == len(side["reasoning"]):
+        texts: list[str] = side["text"].to_pylist()
+        return texts
+    reasoning = side["reasoning"].fill_null("")
+    whole: list[str] = pc.binary_join_element_wise(reasoning, side["text"], "").to_pylist()
+    return whole
+
+
+def _check_answers(chat: Chat, responses: Sequence[str | None]) -> None:
+    """Raises Unrenderable if a response ends inside its reasoning; None is no response."""
+    for response in responses:
+        reasoning, answer = chat.split(response or "", sampled=False)
+        if reasoning and not answer.strip():
+            raise Unrenderable(f"the response {reasoning[:40]!r} has no answer", "no_answer")
+
+
+def _split_texts(side: dict[str, pa.Array], whole: Mapping[int, str], chat: Chat) -> None:
+    """Splits responses of one side into reasoning and text, in place.
+
+    whole: row -> both together.
+    """
+    reasonings = side["reasoning"].to_pylist()
+    texts = side["text"].to_pylist()
+    for row, response in whole.items():
+        if reasonings[row] is None:
+            reasoning, texts[row] = chat.split(response, sampled=False)
+            reasonings[row] = reasoning or None
+    side["reasoning"] = pa.array(reasonings, side["reasoning"].type)
+    side["text"] = pa.array(texts, side["text"].type)
 
 
 def _without_token_ids(side: dict[str, pa.Array]) -> np.ndarray:

@@ -20,6 +20,7 @@ from scir_cli.analysis import label_rules, statistics, verdicts
 from scir_cli.data import dataset, files, hashing, schemas
 from scir_cli.data.dataset import Dataset, Part
 from scir_cli.data.files import Json
+from scir_cli.data.messages import more_of
 from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.report.progress import progress
@@ -35,6 +36,7 @@ REASONS = (
     "below_confidence",
     "below_margin",
     "not_sampled",
+    "cut",
     "too_short",
     "too_long",
     "duplicate",
@@ -273,6 +275,7 @@ class PairLabeler:
             (1 / (1 + np.exp(-margin)) < settings.min_confidence, "below_confidence"),
             (margin < settings.min_margin, "below_margin"),
             (~self._drawn(table), "not_sampled"),
+            (_cut(table) & (not settings.keep_cut), "cut"),
             (np.minimum(*sides) < settings.min_response_tokens, "too_short"),
             (np.maximum(*sides) > (settings.max_response_tokens or np.inf), "too_long"),
         ]
@@ -354,6 +357,12 @@ def _prompts(table: pa.Table) -> np.ndarray:
     return hashing.hash_texts(table["prompt_id"])
 
 
+def _cut(table: pa.Table) -> np.ndarray:
+    """Whether the length limit cut one of the two responses.  -> (pairs,) bool"""
+    reasons = [pc.struct_field(table[side], "finish_reason") for side in ("first", "second")]
+    return np.logical_or(*[pc.equal(reason, "length").to_numpy() for reason in reasons])
+
+
 def _texts(table: pa.Table) -> pa.Table:
     """The prompt ids and the texts of both responses."""
     return pa.table(
@@ -402,7 +411,7 @@ def _preferences(
     )
     known = pa.array(sign != 0)
     first_better = pa.array(sign > 0)
-    texts = [pc.struct_field(part[side], "text").combine_chunks() for side in ("first", "second")]
+    texts = [_whole_text(part[side]) for side in ("first", "second")]
     words = pc.if_else(first_better, pa.scalar("first"), pa.scalar("second"))
     part = part.append_column("label", pc.if_else(known, words, pa.scalar(None, pa.string())))
     part = part.append_column("margin", pa.array(margin, mask=np.isnan(margin) | (sign == 0)))
@@ -416,6 +425,16 @@ def _preferences(
     )
 
 
+def _whole_text(side: pa.ChunkedArray) -> pa.Array:
+    """The responses of one side with their reasoning.  -> (pairs,)"""
+    reasoning, text = (
+        pc.struct_field(side, name).combine_chunks() for name in ("reasoning", "text")
+    )
+    if reasoning.null_count == len(reasoning):
+        return text
+    return pc.binary_join_element_wise(reasoning.fill_null(""), text, "")
+
+
 def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     """One assistant message per row, null if the pair has no label.
 
@@ -424,7 +443,8 @@ def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     turns = pa.StructArray.from_arrays(
-        [pa.repeat("assistant", len(texts)), texts], names=["role", "content"]
+        [pa.repeat("assistant", len(texts)), texts, pa.nulls(len(texts), pa.string())],
+        names=["role", "content", "more"],
     )
     return pa.ListArray.from_arrays(
         pa.array(np.arange(len(texts) + 1), pa.int32()),
@@ -486,8 +506,22 @@ def _json(messages: pa.ListArray) -> pa.StringArray:
     turns = messages.flatten()
     role, content = (_escaped(turns.field(name)) for name in ("role", "content"))
     objects = pc.binary_join_element_wise('{"role": "', role, '", "content": "', content, '"}', "")
+    objects = _with_more(objects, turns)
     ends = np.append(0, np.cumsum(pc.list_value_length(messages)))
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), objects), ", ")
+
+
+def _with_more(objects: pa.StringArray, turns: pa.StructArray) -> pa.StringArray:
+    """The JSON of messages, with the fields of `more` among those of a message that has some."""
+    has_more = pc.is_valid(turns.field("more"))
+    if not pc.any(has_more).as_py():
+        return objects
+    whole = []
+    for turn in turns.filter(has_more).to_pylist():
+        message = {"role": turn["role"], "content": turn["content"], **more_of(turn)}
+        message.pop("tools", None)
+        whole.append(json.dumps(message, ensure_ascii=False))
+    return pc.replace_with_mask(objects, has_more, pa.array(whole, objects.type))
 
 
 def _escaped(texts: pa.StringArray) -> pa.StringArray:

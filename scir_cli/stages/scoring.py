@@ -223,7 +223,7 @@ class Scorer:
     def score(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
         """The pairs with `rewards` and `reference_logps` filled in, and the drops by reason.
 
-        Drops: prompt_boundary, too_long.
+        Drops: as in `tokenize_pairs`, and too_long.
         """
         table, prompt_ids, drops = tokenize_pairs(table, self.model.chat)
         fits = _total_tokens(table, prompt_ids) <= self.max_total_tokens
@@ -291,6 +291,10 @@ class Scorer:
         """
         context = self._context(table, pairs)
         outputs = reward_models.all_outputs(self.models, logps, context)
+        for name, model in self.models.items():
+            decided = torch.tensor([model.decides(pair) for pair in pairs], dtype=torch.bool)
+            if not decided.all():
+                outputs[name] = outputs[name].where(decided)
 
         policy_logps = reward_models.answer_logps(self.models, logps)
         if policy_logps is not None:

@@ -11,6 +11,7 @@ from scir_cli.data import dataset, folders, readers
 from scir_cli.data.storage import to_path
 from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.errors import DataError
+from scir_cli.rewards import reward_models
 from scir_cli.rewards.pairs import encode_pairs
 from scir_cli.training.objectives import Example, Objective
 
@@ -46,7 +47,8 @@ def encode_examples(
 
     labeled: use the column `label`, or the gold labels without it; else all are unlabeled.
     spec: the source of the rows, for the error message.
-    Drops: prompt_boundary, unlabeled, too_long.
+    Drops: as in `rewards.pairs.tokenize_pairs`; unlabeled; unfinished_rationale (it ends inside
+    its reasoning); too_long.
     Raises DataError if all rows are dropped.
     """
     encoded, pairs, drops = encode_pairs(table, policy.chat)
@@ -56,6 +58,9 @@ def encode_examples(
     for pair, label, probability in zip(pairs, labels, probabilities, strict=True):
         if labeled and label == 0:
             drops["unlabeled"] += 1
+            continue
+        if reward_models.undecided(objective.models, pair):
+            drops["unfinished_rationale"] += 1
             continue
         branches = objective.branches(Example(pair, label))
         longest = max(len(branch.ids) for branch in branches)

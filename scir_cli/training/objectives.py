@@ -64,10 +64,12 @@ class Objective(Protocol):
     """What `train` minimizes.
 
     separable: the loss is a mean over pairs, so parts of a step can be computed one by one.
+    models: the reward models of the settings, by name.
     branch_slices: reward model -> its branches among those of a pair.
     """
 
     separable: bool
+    models: dict[str, RewardModel]
     branch_slices: dict[str, slice]
 
     def branches(self, example: Example) -> list[Branch]:
