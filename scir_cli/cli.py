@@ -1,14 +1,16 @@
-"""The command line: parse, import the stage, run it, print one line. Options are made from the settings in config.py; torch is not imported here."""
+"""The command line: parse, import the stage, run it, print its result.
+
+The options are generated from the declarations in settings.py. This module does not import torch.
+"""
 
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import signal
 import sys
 import traceback as tracebacks
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from scir_cli import __version__, config, recipe, registry
-from scir_cli.errors import ConfigError, ScirError
+from scir_cli.errors import ConfigError, ScirError, json_text, print_line, shown
 from scir_cli.registry import Stage
 from scir_cli.report import tables
 from scir_cli.settings import StageSettings, report_problem
@@ -27,6 +29,12 @@ CONTEXT = {
 }
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
 
+#: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
+INTERRUPTED = 130
+
+#: Characters of a traceback that are printed
+LONGEST_TRACEBACK = 20_000
+
 app = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
@@ -36,6 +44,8 @@ app = typer.Typer(
 )
 #: Help of the groups of commands: the first word of a stage's name, if it has two
 GROUPS = {"eval": "Measure reward models on labelled pairs, and responses against responses."}
+
+TRACEBACK_HELP = "If the command fails, print the Python traceback."
 
 ConfigFile = Annotated[
     Path | None,
@@ -50,19 +60,25 @@ ConfigFile = Annotated[
 AsJson = Annotated[
     bool,
     typer.Option(
-        "--json", help="Print the manifest as JSON on stdout.", rich_help_panel=config.INPUT_OUTPUT
+        "--json",
+        help="Print the manifest as JSON on stdout.",
+        rich_help_panel=config.INPUT_OUTPUT,
     ),
 ]
 Traceback = Annotated[
     bool,
     typer.Option(
-        "--traceback", help="Print the traceback of an error.", rich_help_panel=config.RARE
+        "--traceback",
+        help=TRACEBACK_HELP,
+        rich_help_panel=config.RARE,
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="NAME=VALUE", help="Settings by their names, as lora.rank=8.", show_default=False
+        metavar="NAME=VALUE",
+        help="Settings by name, for example lora.rank=8.",
+        show_default=False,
     ),
 ]
 
@@ -71,196 +87,257 @@ Overrides = Annotated[
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Self-Consistent Internal Rewards (arXiv 2502.08922): align a language model with its own judgement.
+    """Self-Consistent Internal Rewards (arXiv 2502.08922).
 
-    Stages pass Arrow datasets on: generate → judge → check-consistency → filter → train → eval; `run` takes a recipe through all of them.
-    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted (143 by SIGTERM).
+    Align a language model with its own judgement. The stages:
+    generate → judge → check-consistency → filter → train → eval.
+    Each reads a dataset and writes one. `run` runs all stages of a recipe.
+
+    Exit status: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
     """
     if version:
         print(f"scir {__version__}")
         raise typer.Exit()
 
 
+# ------------------------------------------------------------------------ commands of stages
+
+
 def _stage_command(stage: Stage) -> Callable[..., None]:
-    """A Typer command with an option for every setting; an option that is not given is None and leaves the setting to the layers below."""
+    """A Typer command with an option for each setting of the stage.
+
+    An option that the user omits is None, and leaves the setting to --config or its default.
+    """
     settings = stage.settings
-    known = config.fields(settings)
-    options = {name.replace(".", "_"): name for name in known}
+    fields = config.fields(settings)
+    options = {name.replace(".", "_"): name for name in fields}
 
-    def command(**given: Any) -> None:
-        file, as_json, traceback, overrides = (
-            given.pop(k) for k in ("config", "as_json", "traceback", "overrides")
-        )
+    def command(**values: Any) -> None:
+        file = values.pop("config")
+        as_json = values.pop("as_json")
+        traceback = values.pop("traceback")
+        overrides = values.pop("overrides")
         with _reporting(traceback):
-            flags = {options[k]: v for k, v in given.items() if v is not None}
+            flags = {options[flat]: value for flat, value in values.items() if value is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
-            built = config.build(settings, *layers, where=f"scir {stage.name}")
-            from scir_cli.stages import overwrite  # here, so that --help imports no pyarrow
+            _run(stage, layers, as_json)
 
-            overwrite.check(built, f"scir {stage.name}")
-            manifest = registry.load(stage.run)(built)
-            if (
-                not _speaks() or "SCIR_LAUNCHED" in os.environ
-            ):  # the process that launched this one prints
-                return
-            print(tables.summary_line(stage.name, str(built.output_dir), manifest), file=sys.stderr)
-            print(json.dumps(manifest, ensure_ascii=False)) if as_json else tables.print_results(
-                stage, manifest
-            )
-
-    parameters = [
-        _parameter(settings, flat, name, known[name])
-        for flat, name in _in_help_order(settings, options)
-    ]
-    extra = {
-        "config": (ConfigFile, None),
-        "as_json": (AsJson, False),
-        "traceback": (Traceback, False),
-        "overrides": (Overrides, None),
-    }
-    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = []
+    for flat, name in _in_help_order(settings, options):
+        parameters.append(_parameter(settings, flat, name, fields[name]))
     parameters += [
-        inspect.Parameter(name, keyword, default=default, annotation=kind)
-        for name, (kind, default) in extra.items()
+        _keyword("config", ConfigFile, None),
+        _keyword("as_json", AsJson, False),
+        _keyword("traceback", Traceback, False),
+        _keyword("overrides", Overrides, None),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = stage.about
     return command
 
 
+def _run(stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool) -> None:
+    """Runs a stage and prints its result.
+
+    layers: values of settings; later layers take precedence
+    """
+    command = f"scir {stage.name}"
+    settings = config.build(stage.settings, *layers, where=command)
+
+    # Imported here, so that --help imports no pyarrow.
+    from scir_cli.stages import overwrite
+
+    overwrite.check(settings, command)
+    manifest = registry.load(stage.run)(settings)
+
+    # With --num-processes, the process that launched the ranks prints.
+    is_launched = "SCIR_LAUNCHED" in os.environ
+    if is_launched or not _is_first_rank():
+        return
+    print_line(tables.summary_line(stage.name, str(settings.output_dir), manifest))
+    if as_json:
+        print(json_text(manifest))
+    else:
+        tables.print_results(stage, manifest)
+
+
 def _in_help_order(settings: type[StageSettings], options: dict[str, str]) -> list[tuple[str, str]]:
-    """The options by group; within a group required ones first, then the stage's own, then inherited ones."""
-    known = config.fields(settings)
-    inherited = {name for base in settings.__bases__ for name in getattr(base, "model_fields", {})}
+    """The options by group; within a group the required ones, the stage's, then the inherited ones.
+
+    options: name of the option -> dotted name of the setting
+    """
+    fields = config.fields(settings)
+    inherited: set[str] = set()
+    for base in settings.__bases__:
+        inherited |= set(getattr(base, "model_fields", {}))
 
     def rank(option: tuple[str, str]) -> tuple[int, bool, bool]:
-        name = option[1]
-        group = config.GROUPS.index(config.group_of(settings, name, known[name]))
-        return group, not known[name].is_required(), name in inherited
+        _, name = option
+        info = fields[name]
+        group = config.GROUPS.index(config.group_of(settings, name, info))
+        return group, not info.is_required(), name in inherited
 
     return sorted(options.items(), key=rank)
 
 
 def _parameter(settings: type[StageSettings], flat: str, name: str, info: Any) -> inspect.Parameter:
+    """The option of one setting.
+
+    flat: name of the option (lora_rank); name: dotted name of the setting (lora.rank)
+    """
+    is_flag = info.annotation is bool
+    is_on = is_flag and info.default
     flag = "--" + flat.replace("_", "-")
-    boolean = info.annotation is bool
-    names = [
-        f"{flag}/--no-{flag[2:]}" if boolean and info.default else flag,
-        *([SHORT[flat]] if flat in SHORT else []),
-    ]
-    default = "required" if info.is_required() else f"default: {_shown(info.default)}"
+    names = [f"{flag}/--no-{flag[2:]}" if is_on else flag]
+    if flat in SHORT:
+        names.append(SHORT[flat])
+
     text = config.help_text(info)
-    if info.default not in (None, "", []) and not (boolean and not info.default):
+    has_default = info.default not in (None, "", [])
+    if has_default and (is_on or not is_flag):
+        default = "required" if info.is_required() else f"default: {_as_text(info.default)}"
         text += f" [dim]\\[{default}][/dim]"
+
     option = typer.Option(
         *names,
         help=text,
-        metavar=None if boolean else config.metavar(info),
+        metavar=None if is_flag else config.metavar(info),
         show_default=False,
         rich_help_panel=config.group_of(settings, name, info),
     )
-    kind = bool if boolean else str
-    return inspect.Parameter(
-        flat,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option],
-    )
+    kind = bool if is_flag else str
+    return _keyword(flat, Annotated[kind | None, option], None)
 
 
-def _shown(value: Any) -> str:
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _as_text(value: Any) -> str:
+    """A default as the command line accepts it: lists with commas."""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _overrides(words: list[str] | None) -> dict[str, Any]:
-    pairs = [word.partition("=") for word in words or []]
-    for name, equals, _ in pairs:
+    """The settings that are written NAME=VALUE; raises ConfigError if a word has another form."""
+    values = {}
+    for word in words or []:
+        name, equals, value = word.partition("=")
         if not equals:
-            raise ConfigError(f"'{name}' is not a setting; write NAME=VALUE, or a flag with --")
-    return {name: value for name, _, value in pairs}
+            raise ConfigError(
+                f"'{word}' is not a setting; write NAME=VALUE, or a flag that begins with --"
+            )
+        values[name] = value
+    return values
 
 
-def _speaks() -> bool:
-    """Of the processes of one training run, only the first says anything."""
+# ------------------------------------------------------------------------ errors
+
+
+def _is_first_rank() -> bool:
+    """True in the one process of a training run that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def _reporting(traceback: bool) -> Iterator[None]:
-    """Turns every failure into one line on stderr and an exit status; the traceback is behind --traceback."""
+    """Turns each failure into one line on stderr and an exit status.
+
+    traceback: also print the traceback
+    """
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # what matters of its warnings is an error line here
+    # Warnings of transformers that matter are errors of this program.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        if isinstance(stop, SystemExit) and stop.code != 128 + signal.SIGTERM:
-            raise  # rich ends the program so where nobody reads what it prints
+        status = stop.code if isinstance(stop, SystemExit) else INTERRUPTED
+        if isinstance(stop, SystemExit) and status != 128 + signal.SIGTERM:
+            # rich exits in this way if nobody reads its output.
+            raise
         print(
-            "scir: interrupted; finished parts are kept, the same command goes on from there",
+            "scir: interrupted; finished parts are kept, the same command resumes the run",
             file=sys.stderr,
         )
-        raise typer.Exit(stop.code if isinstance(stop, SystemExit) else 130) from None  # type: ignore[arg-type]
+        raise typer.Exit(status) from None  # type: ignore[arg-type]
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(1) from None
     except ScirError as error:
-        if traceback:
-            tracebacks.print_exc()
-        for message in str(error).splitlines() if _speaks() else ():
-            print(f"scir: error: {message}", file=sys.stderr)
+        _print_error(error.messages, traceback)
         raise typer.Exit(error.exit_code) from None
-    except (
-        Exception
-    ) as error:  # the last line of defence: a bug of ours, or a library's failure nobody foresaw
-        if traceback:
-            tracebacks.print_exc()
+    except Exception as error:
+        # A bug of this program, or an unforeseen failure of a library.
         first = (str(error).strip().splitlines() or ["no message"])[0]
-        if _speaks():
-            print(
-                f"scir: error: {type(error).__name__}: {first} (unexpected; run again with --traceback to see where)",
-                file=sys.stderr,
-            )
+        hint = "unexpected; run the command again with --traceback for details"
+        _print_error([f"{type(error).__name__}: {first} ({hint})"], traceback)
         raise typer.Exit(1) from None
+
+
+def _print_error(messages: Sequence[str], traceback: bool) -> None:
+    """Prints an error on stderr, one line per message; other ranks than the first are silent."""
+    if traceback:
+        print(shown(tracebacks.format_exc(), keep="\n", most=LONGEST_TRACEBACK), file=sys.stderr)
+    if _is_first_rank():
+        for message in messages:
+            print_line(f"scir: error: {message}")
+
+
+# ------------------------------------------------------------------------ scir run
+
+RecipeFile = Annotated[
+    Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe; recipes/ has examples.")
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--output-dir",
+        "-o",
+        help="Output folder of the whole run. Default: the recipe's.",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the run as a shell script and run nothing.")
+]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="Also write the results of the run to this file, as one self-contained HTML page.",
+    ),
+]
+RunAsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print all figures as JSON on stdout; the tables of the stages go to stderr.",
+    ),
+]
+RunTraceback = Annotated[
+    bool,
+    typer.Option("--traceback", help=TRACEBACK_HELP),
+]
 
 
 @app.command("run")
 def run_recipe(
-    recipe_file: Annotated[
-        Path, typer.Argument(metavar="RECIPE.yaml", help="A recipe; see recipes/.")
-    ],
+    recipe_file: RecipeFile,
     overrides: Overrides = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--output-dir", "-o", help="Output folder of the whole run, instead of the recipe's."
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the run as a shell script, and run nothing.")
-    ] = False,
-    page: Annotated[
-        Path | None,
-        typer.Option(
-            "--report",
-            metavar="FILE.html",
-            help="Also write the run to this file, as one self-contained HTML page.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print all figures as JSON on stdout; the stages' tables go to stderr."
-        ),
-    ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="Print the traceback of an error.")
-    ] = False,
+    output_dir: RunFolder = None,
+    dry_run: DryRun = False,
+    page: Page = None,
+    as_json: RunAsJson = False,
+    traceback: RunTraceback = False,
 ) -> None:
-    """Run a recipe: every stage of every iteration, each in its own process. The same command resumes an interrupted run."""
+    """Run a recipe: each stage of each iteration in its own process.
+
+    The same command resumes an interrupted run.
+    """
     with _reporting(traceback):
         steps = recipe.load(recipe_file, output_dir, _overrides(overrides))
+
         from scir_cli.stages import overwrite
 
         overwrite.check_steps(steps, str(recipe_file))
@@ -270,46 +347,54 @@ def run_recipe(
             return
         if page and (problem := report_problem(page)):
             raise ConfigError(f"--report {page}: {problem}")
+
         from scir_cli.stages import run
 
         result = run.run(steps, quiet=as_json, page=page)
-        print(json.dumps(result, ensure_ascii=False)) if as_json else run.show(result)
+        if as_json:
+            print(json_text(result))
+        else:
+            run.show(result)
+
+
+# ------------------------------------------------------------------------ the app
 
 
 def add_stages(app: typer.Typer, stages: Iterable[Stage]) -> None:
-    """Adds a command for each stage; those of two words, as "eval rewards", in a group of the first."""
+    """Adds a command for each stage; "eval rewards" is the command rewards of the group eval."""
     groups: dict[str, typer.Typer] = {}
     for stage in stages:
-        *group, name = stage.words
-        place = app
-        for word in group:
+        *words, name = stage.words
+        parent = app
+        for word in words:
             if word not in groups:
                 groups[word] = typer.Typer(
                     no_args_is_help=True, context_settings=CONTEXT, help=GROUPS.get(word)
                 )
                 app.add_typer(groups[word], name=word)
-            place = groups[word]
-        place.command(name)(_stage_command(stage))
+            parent = groups[word]
+        parent.command(name)(_stage_command(stage))
 
 
 add_stages(app, registry.STAGES.values())
 
-
-UsageProblem: Any = typer.BadParameter.__mro__[
-    1
-]  # every mistake in a command line, wherever this Typer keeps the class
+#: The class of all mistakes in a command line. Its module depends on the version of Typer.
+UsageProblem: Any = typer.BadParameter.__mro__[1]
 
 
 def main() -> None:
+    """Runs the command line and exits with its status."""
     try:
         status = app(prog_name="scir", standalone_mode=False) or 0
     except UsageProblem as error:
         message = error.format_message()  # type: ignore[attr-defined]
-        if message:  # else the help was printed
-            print(f"scir: error: {message} (scir --help)", file=sys.stderr)
+        # The message is empty if the help was printed.
+        if message:
+            print_line(f"scir: error: {message} (scir --help)")
         status = 2
     if "WORLD_SIZE" in os.environ:
-        # A rank's work is on disk. gloo's threads may still let go of tensors, and that aborts an interpreter that is closing.
+        # A rank's work is on disk. gloo's threads may still release tensors, which aborts an
+        # interpreter that is closing.
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(status)

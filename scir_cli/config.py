@@ -1,12 +1,19 @@
-"""Every setting, its default, help text and roles, once. The command line, recipes and plans are made from these classes.
+"""How a setting is declared, read from layers of values, checked and shown.
 
-Precedence: defaults < recipe or --config file < flags and `name=value` arguments. An unknown name is an error with a suggestion.
-Defaults marked [ours] in docs/method.md are our reconstruction and not the paper's.
+settings.py declares each setting once, with its default, help text and roles. The command line,
+recipes and plans are generated from these declarations.
+
+Precedence: defaults < recipe or --config file < flags and NAME=VALUE arguments. An unknown name is
+an error with a suggestion. Defaults marked [ours] in docs/method.md are our reconstruction and not
+the paper's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -19,7 +26,7 @@ from pydantic import (
     field_validator,
 )
 
-from scir_cli.errors import ConfigError, suggest
+from scir_cli.errors import ConfigError, redact, suggest
 
 # The groups of a command's help.
 INPUT_OUTPUT = "Input and output"
@@ -37,7 +44,7 @@ LOGGING = "Logging"
 WORKERS = "Backend and workers"
 RARE = "Rarely needed"
 
-#: The order in which help shows them.
+#: Their order in the help.
 GROUPS = (
     INPUT_OUTPUT, MODEL, SAMPLING, LABELS, SELECTION, AGREEMENT, REWARDS,
     OPTIMIZER, PREFERENCE_LOSS, CONSISTENCY, MEMORY, LOGGING, WORKERS, RARE,
@@ -54,12 +61,16 @@ def setting(
     affects_fit: bool = False,
     **limits: Any,
 ) -> Any:
-    """A setting with the roles that other code reads.
+    """A field of a settings class, with the roles that other code reads.
 
-    group           heading in the command's help, one of GROUPS
-    path            names a file, folder, dataset or model that --overwrite must not delete
-    affects_output  part of the plan; False if it cannot change a row: a stopped run may resume with another value
-    affects_fit     a scale or lambda that was fitted under another value of it is not kept
+    help            its text in the command's help
+    group           its heading in the command's help, one of GROUPS
+    path            it names a file, folder, dataset or model that --overwrite must not delete
+    affects_output  it is part of the plan; False if it cannot change a row, so that an interrupted
+                    run may resume with another value
+    affects_fit     a scale or lambda that was fitted under another value is fitted again
+    limits          pydantic's bounds: gt, ge, lt, le, of which a number needs a lower and an upper
+                    one; allow_inf_nan=True accepts numbers that are not finite
     """
     roles: Any = {
         "group": group,
@@ -71,82 +82,163 @@ def setting(
 
 
 def role(info: Any, name: str) -> Any:
-    """The role of a setting (`path`, say), as it was declared."""
+    """The declared value of a role of a setting.  name: "group", "path", …"""
     return info.json_schema_extra[name]
 
 
 def _members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself; `Annotated` is looked through."""
-    if get_origin(annotation) is Annotated:
+    """The members of a union, or the type itself; the type inside of `Annotated`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
         return _members(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(m for member in get_args(annotation) for m in _members(member))
-    return (annotation,)
+    if origin not in (Union, UnionType):
+        return (annotation,)
+
+    members: list[Any] = []
+    for member in get_args(annotation):
+        members += _members(member)
+    return tuple(members)
+
+
+#: A number as text. int() and float() also accept 1_000, digits of other scripts, inf and nan.
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+#: Characters of a number
+LONGEST_NUMBER = 40
+
+
+def _check_number(text: str) -> None:
+    """Raises ValueError unless the text is a finite number in the digits 0 to 9."""
+    if len(text) > LONGEST_NUMBER or not NUMBER.fullmatch(text):
+        raise ValueError("expected a finite number, written with the digits 0 to 9")
+
+
+def _list_from_text(text: str) -> list[str]:
+    """The items of a list: a JSON list of texts, or words between commas."""
+    if text.startswith("["):
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError):
+            items = None
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+    words = [word.strip() for word in text.split(",")]
+    return [word for word in words if word]
+
+
+def list_as_text(values: Sequence[Any]) -> str:
+    """A list as the command line accepts it: with commas, or as JSON if that is ambiguous."""
+    items = [str(value) for value in values]
+    text = ",".join(items)
+    return text if _list_from_text(text) == items else json.dumps(items, ensure_ascii=False)
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    """Settings of a stage, or a group of them that is nested in another class.
 
-    #: Where this command's help shows a setting, or all of a group, if not in the group of its declaration.
+    They are frozen, and an unknown name is an error.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    #: Setting or group -> the group in which this command's help shows it instead.
     regrouped: ClassVar[dict[str, str]] = {}
 
     @field_validator("*", mode="before")
     @classmethod
-    def _words(cls, value: Any, info: Any) -> Any:
-        """Text from a command line: "null" is no value, and a list is written with commas."""
+    def _from_text(cls, value: Any, info: Any) -> Any:
+        """A value from the text of a command line; other values unchanged.
+
+        "null" and "none" are None if the default is None, except for texts. A list is split at its
+        commas, or written as JSON. A number has only the digits 0 to 9, and no underscores.
+        """
         if not isinstance(value, str):
             return value
-        if value.lower() in ("null", "none") and cls.model_fields[info.field_name].default is None:
+
+        field = cls.model_fields[info.field_name]
+        if "\0" in value:
+            raise ValueError("it contains a null character")
+        if _is_list(field):
+            return _list_from_text(value)
+        if str in _members(field.annotation):
+            return value
+        if value.lower() in ("null", "none") and field.default is None:
             return None
-        listed = any(
-            get_origin(kind) in (list, tuple)
-            for kind in _members(cls.model_fields[info.field_name].annotation)
-        )
-        return [word.strip() for word in value.split(",") if word.strip()] if listed else value
+        if _is_number(field) and value not in _literals(field):
+            _check_number(value)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _has_no_repeats(cls, value: Any) -> Any:
+        """Raises ValueError if a list names something twice."""
+        if isinstance(value, list | tuple):
+            for index, word in enumerate(value):
+                if word in value[:index]:
+                    raise ValueError(f"it names {word!r} twice")
+        return value
 
     def plan(self) -> dict[str, Any]:
-        """The settings that determine the rows, JSON-ready; for a file, a digest of its content. Inputs and models have their own."""
-        free = {
-            name
-            for name, info in type(self).model_fields.items()
-            if not role(info, "affects_output")
-        }
-        plan = self.model_dump(mode="json", exclude=free)
-        files = {
-            name: value
-            for name, value in self
-            if name in plan and isinstance(value, Path) and value.is_file()
-        }
-        return plan | {
-            name: f"a file of digest {hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()}"
-            for name, path in files.items()
-        }
+        """The settings that determine the rows, JSON-ready; a digest of its content for a file.
+
+        Inputs and models are not part of it: a plan has digests of them beside the settings.
+        """
+        excluded = set()
+        for name, info in type(self).model_fields.items():
+            if not role(info, "affects_output"):
+                excluded.add(name)
+
+        plan: dict[str, Any] = without_secrets(self.model_dump(mode="json", exclude=excluded))
+        for name, value in self:
+            if name in plan and isinstance(value, Path) and value.is_file():
+                digest = hashlib.blake2b(value.read_bytes(), digest_size=8).hexdigest()
+                plan[name] = f"a file of digest {digest}"
+        return plan
+
+
+def without_secrets(value: Any) -> Any:
+    """The value with a digest after each text that `redact` has changed, so that texts differ."""
+    if isinstance(value, dict):
+        return {name: without_secrets(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    if not isinstance(value, str) or redact(value) == value:
+        return value
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+    return f"{redact(value)} (digest {digest})"
 
 
 def fields(settings: type[BaseModel], prefix: str = "") -> dict[str, Any]:
     """Every setting by its dotted name (`lora.rank`), with its pydantic field."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for name, info in settings.model_fields.items():
-        nested = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        found |= fields(info.annotation, f"{prefix}{name}.") if nested else {prefix + name: info}  # type: ignore[arg-type]
-    return found
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            by_name |= fields(kind, f"{prefix}{name}.")
+        else:
+            by_name[prefix + name] = info
+    return by_name
 
 
 def group_of(settings: type[Settings], name: str, info: Any) -> str:
-    """The group in which this command's help shows a setting.  name: dotted, as `fields` has it"""
+    """The group in which this command's help shows a setting.  name: dotted, as from `fields`"""
     group = role(info, "group")
     return settings.regrouped.get(name) or settings.regrouped.get(group, group)
 
 
-def names_with(settings: type[Settings], wanted: str) -> list[str]:
+def names_with(settings: type[Settings], role_name: str) -> list[str]:
     """The settings (not the nested ones) that have a role: names_with(TrainSettings, "path")."""
-    return [name for name, info in settings.model_fields.items() if role(info, wanted)]
+    return [name for name, info in settings.model_fields.items() if role(info, role_name)]
 
 
 def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
-    """Settings from layers of values, later ones winning; names may be dotted, nested, kebab- or snake-case.
+    """An object of a settings class, from layers of values; later layers take precedence.
 
-    Raises ConfigError with every mistake in one report, each named with its value.
+    layers: names may be dotted or nested, in kebab case or snake case
+    where: the source of the values, which begins each message: "scir judge"
+    Raises ConfigError with every mistake in one report, each with its name and value.
     """
     known = fields(settings)
     merged: dict[str, Any] = {}
@@ -157,64 +249,120 @@ def build(settings: type[Settings], *layers: dict[str, Any], where: str) -> Any:
                 merged[name] = value
             else:
                 problems.append(f"{where}: unknown setting '{name}'.{suggest(name, known)}")
-    nested: dict[str, Any] = {}
-    for name, value in merged.items():
-        at = nested
-        *path, last = name.split(".")
-        for step in path:
-            at = at.setdefault(step, {})
-        at[last] = value
     try:
-        result = settings.model_validate(nested)
+        result = settings.model_validate(_nested(merged))
     except ValidationError as error:
         problems += [f"{where}: {_explain(item)}" for item in error.errors()]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
     return result
 
 
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings from dotted names: {"lora.rank": 8} -> {"lora": {"rank": 8}}."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        mapping = nested
+        for group in groups:
+            mapping = mapping.setdefault(group, {})
+        mapping[last] = value
+    return nested
+
+
 def flatten(layer: dict[str, Any], known: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names in snake case from nested mappings: {"lora": {"rank": 8}} -> {"lora.rank": 8}.
+
+    known: dotted names of settings. A mapping is flattened only if it is a group of them.
+    """
     flat: dict[str, Any] = {}
     for key, value in layer.items():
         name = prefix + str(key).replace("-", "_")
-        inner = isinstance(value, dict) and any(k.startswith(name + ".") for k in known)
-        flat |= flatten(value, known, name + ".") if inner else {name: value}
+        is_group = any(setting.startswith(name + ".") for setting in known)
+        if is_group and isinstance(value, dict):
+            flat |= flatten(value, known, name + ".")
+        else:
+            flat[name] = value
     return flat
 
 
 def _explain(item: Any) -> str:
+    """The message for one of pydantic's errors."""
     name = ".".join(str(part) for part in item["loc"])
     if item["type"] == "missing":
-        return f"'{name}' is missing; give --{name.replace('_', '-').replace('.', '-')}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"'{name}' is {item['input']!r}: {message}" if name else message
+        flag = "--" + name.replace("_", "-").replace(".", "-")
+        return f"'{name}' is missing; pass {flag}"
+
+    message: str = item["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    value = item["input"]
+    return f"'{name}' is {value!r}: {message}"
 
 
-WIDEST_METAVAR = 14  # characters; a longer list of choices goes into the help text
+# ------------------------------------------------------------------------ help
+
+#: Characters. A longer list of choices is shown at the end of the help text.
+WIDEST_METAVAR = 14
+
+
+def _is_number(info: Any) -> bool:
+    """True if a setting accepts a number."""
+    return not {int, float}.isdisjoint(_members(info.annotation))
+
+
+def _literals(info: Any) -> set[str]:
+    """The words that a setting accepts beside other values."""
+    words: set[str] = set()
+    for member in _members(info.annotation):
+        if get_origin(member) is Literal:
+            words |= set(get_args(member))
+    return words
+
+
+def _is_list(info: Any) -> bool:
+    """True if a setting accepts a list, which the command line writes with commas."""
+    origins = {get_origin(kind) for kind in _members(info.annotation)}
+    return not origins.isdisjoint((list, tuple))
 
 
 def choices(info: Any) -> tuple[str, ...]:
-    """The words that a setting accepts as a whole, or () if it accepts anything else as well."""
-    members = [m for m in _members(info.annotation) if m is not NoneType]
-    return get_args(members[0]) if len(members) == 1 and get_origin(members[0]) is Literal else ()
+    """The words that a setting accepts; () if it also accepts other values."""
+    members = list(_members(info.annotation))
+    if NoneType in members:
+        members.remove(NoneType)
+
+    if len(members) == 1 and get_origin(members[0]) is Literal:
+        return get_args(members[0])
+    return ()
 
 
 def metavar(info: Any) -> str:
-    """What a setting accepts, for help texts: `a|b` for few choices, INTEGER, NUMBER, PATH, LIST, CHOICE or TEXT."""
-    members = [m for m in _members(info.annotation) if m is not NoneType]
-    if any(get_origin(m) in (list, tuple) for m in members):
+    """The form of a setting's value in the help.
+
+    A few choices as `a|b`, else INTEGER, NUMBER, PATH, CHOICE or TEXT; "A,B,…" for a list.
+    """
+    if _is_list(info):
         return "A,B,…"
     if role(info, "path"):
         return "PATH"
+
     kinds = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
-    literals = [word for m in members if get_origin(m) is Literal for word in get_args(m)]
-    others = [kinds.get(m, "TEXT") for m in members if get_origin(m) is not Literal]
-    joined = "|".join([*literals, *others])
+    words: list[str] = []
+    others: list[str] = []
+    for member in _members(info.annotation):
+        if get_origin(member) is Literal:
+            words += get_args(member)
+        elif member is not NoneType:
+            others.append(kinds.get(member, "TEXT"))
+    joined = "|".join([*words, *others])
     return joined if len(joined) <= WIDEST_METAVAR else "CHOICE"
 
 
 def help_text(info: Any) -> str:
-    """The help text of a setting; choices that are too many for its metavar stand at the end."""
+    """The help text of a setting, with its choices if they are too long for its metavar."""
+    text = str(info.description)
     words = choices(info)
-    hidden = words and metavar(info) == "CHOICE"
-    return f"{info.description} One of: {', '.join(words)}." if hidden else str(info.description)
+    if words and metavar(info) == "CHOICE":
+        return f"{text} One of: {', '.join(words)}."
+    return text

@@ -14,6 +14,8 @@ steps:
 
 from __future__ import annotations
 
+import os
+import posixpath
 import re
 import shlex
 from collections.abc import Iterator
@@ -24,12 +26,17 @@ from typing import Any
 import yaml
 
 from scir_cli import config
-from scir_cli.errors import ConfigError, suggest
+from scir_cli.errors import ConfigError, is_visible, redact, suggest
 from scir_cli.registry import STAGES
 
 KEYS = ("extends", "name", "output_dir", "set", "all", "steps")
-#: Keys whose mappings are merged with those of the recipe that is extended.
-MERGED_KEYS = ("set", "all")
+
+# Bounds on a recipe, far above those that ship (3 kB, 16 steps).
+MOST_BYTES = 256 * 1024
+MOST_VALUES = 20_000
+MOST_STEPS = 1000
+MOST_EXTENDED = 10
+MOST_LEVELS = 50
 
 
 @dataclass(frozen=True)
@@ -41,27 +48,42 @@ class Step:
 
     @property
     def arguments(self) -> list[str]:
-        """The words after `scir` on a command line."""
         words = self.stage.split()
         for name, value in self.settings.items():
-            words += _cli_words(name, value)
+            flag = "--" + name.replace("_", "-").replace(".", "-")
+            if isinstance(value, bool):
+                words.append(flag if value else f"{name}=false")
+            elif isinstance(value, list | tuple):
+                words += [flag, config.list_as_text(value)]
+            elif value is not None:
+                # None is the default of every setting that accepts it.
+                words += [flag, str(value)]
         return words
 
     def shell_command(self) -> str:
-        """The step as a line for a shell, quoted as needed."""
-        return shlex.join(["scir", *self.arguments])
+        """The step as a shell runs it, with `***` in place of passwords, keys and tokens."""
+        words = [_shell_word(redact(word)) for word in self.arguments]
+        return " ".join(["scir", *words])
 
 
-def _cli_words(name: str, value: Any) -> list[str]:
-    """One setting as words of a command line."""
-    flag = "--" + name.replace("_", "-").replace(".", "-")
-    if isinstance(value, bool):
-        return [flag] if value else [f"{name}=false"]
-    if isinstance(value, list | tuple):
-        return [flag, ",".join(map(str, value))]
-    if value is None:
-        return [flag, "null"]
-    return [flag, str(value)]
+def _shell_word(word: str) -> str:
+    """A word quoted for sh; printf makes the characters that cannot be seen."""
+    core = word.rstrip("\n")
+    if all(character in "\n\t" or is_visible(character) for character in core):
+        return shlex.quote(word)
+
+    # A shell removes line breaks at the end of $(…), so they follow it.
+    breaks = word[len(core) :]
+    codes = ""
+    for character in core:
+        if character == "\\":
+            codes += "\\\\"
+        elif is_visible(character):
+            codes += character
+        else:
+            octets = character.encode("utf-8", "surrogateescape")
+            codes += "".join(f"\\0{octet:03o}" for octet in octets)
+    return f'"$(printf %b {shlex.quote(codes)})"' + (shlex.quote(breaks) if breaks else "")
 
 
 def load(
@@ -69,116 +91,242 @@ def load(
 ) -> list[Step]:
     """The steps of a recipe, in order.
 
-    output_dir: replaces the recipe's output_dir, as {out}.
-    overrides: values for names of `set`; the others are settings for all stages, as in `all`.
-    Raises ConfigError if the recipe has a mistake.
+    A recipe is text of others: its size, its steps and what its names expand to are bounded.
+    Raises ConfigError for the first mistake in it.
     """
-    recipe = _read(path)
-    if not isinstance(recipe.get("steps"), list):
-        raise ConfigError(f"{path}: 'steps' should be a list of stages")
-
-    replaced = {**recipe.get("set", {})}
-    common = {**recipe.get("all", {})}
-    for name, value in (overrides or {}).items():
-        target = replaced if name in replaced else common
-        target[name] = value
-
-    out = output_dir or recipe.get("output_dir") or f"runs/{path.stem}"
-    names = {"out": str(out), "here": str(path.parent)}
-    for name, value in replaced.items():
-        names[name] = str(value)
-
-    steps = []
-    for stage, settings in _expand(path, recipe["steps"], names):
-        steps.append(_step(path, stage, settings, common))
+    recipe = _read(path, ())
+    names = {
+        "out": str(output_dir or recipe.get("output_dir") or f"runs/{path.stem}"),
+        "here": str(path.parent),
+    }
+    changes = {
+        **recipe["set"],
+        **{k: v for k, v in (overrides or {}).items() if k in recipe["set"]},
+    }
+    common = {
+        **recipe["all"],
+        **{k: v for k, v in (overrides or {}).items() if k not in changes},
+    }
+    names |= {name: str(value) for name, value in changes.items()}
+    expanded = []
+    for item in _expand(path, recipe.get("steps"), names):
+        expanded.append(item)
+        if len(expanded) > MOST_STEPS:
+            raise ConfigError(f"{path}: more than {MOST_STEPS} steps; split the recipe")
+    steps = [
+        _step(path, stage, _fill(path, settings, names), common)
+        for stage, settings, names in expanded
+    ]
     _check(path, steps, common)
     return steps
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The keys of a recipe, merged over those of the recipe that it extends.
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe's keys, over those of the recipe it extends; `set` and `all` are mappings.
 
-    Raises ConfigError for a key that recipes do not have.
+    above: the recipes that extend this one
     """
     recipe = read_yaml(path)
     for key in recipe:
         if key not in KEYS:
-            raise ConfigError(f"{path}: unknown key '{key}'.{suggest(str(key), KEYS)}")
+            raise ConfigError(f"{path}: unknown key '{key}'.{suggest(key, KEYS)}")
+    for name in ("set", "all"):
+        recipe[name] = _mapping(recipe.get(name), f"{path}: '{name}'")
+    for name in ("name", "output_dir", "extends"):
+        if not isinstance(recipe.get(name, ""), str):
+            raise ConfigError(f"{path}: '{name}' is {recipe[name]!r}; expected text")
     if "extends" not in recipe:
         return recipe
 
-    base = _read(path.parent / str(recipe["extends"]))
-    merged = base | recipe
-    for key in MERGED_KEYS:
-        merged[key] = {**base.get(key, {}), **recipe.get(key, {})}
-    return merged
+    chain = (*above, path.resolve())
+    base_path = path.parent / recipe["extends"]
+    if base_path.resolve() in chain:
+        raise ConfigError(f"{path}: 'extends' leads back to {base_path}")
+    if len(chain) > MOST_EXTENDED:
+        raise ConfigError(f"{path}: more than {MOST_EXTENDED} recipes extend one another")
+    base = _read(base_path, chain)
+    merged = {name: {**base[name], **recipe[name]} for name in ("set", "all")}
+    return base | recipe | merged
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    """The value, or {} for none; raises ConfigError unless it maps names to values."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{what} is a {_kind(value)}; expected a mapping of names to values")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """The YAML word for the type of a value."""
+    names = {list: "list", dict: "mapping", str: "text", bool: "truth value"}
+    return names.get(type(value), "number" if isinstance(value, int | float) else "value")
+
+
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that stops at content nested deeper than MOST_LEVELS."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """As in PyYAML; raises RecursionError below MOST_LEVELS."""
+        self.level += 1
+        if self.level > MOST_LEVELS:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """A YAML mapping of names to plain values: text, numbers, truth values, lists, mappings.
 
-    Raises ConfigError, with the file (and the line), if it cannot be read or holds no mapping.
+    Raises ConfigError, which names the file (and line), for anything else: other types, a name
+    twice, and aliases that repeat so much that the content exceeds MOST_VALUES.
     """
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{path} has more than {MOST_BYTES} bytes; is it a recipe?")
+        loader = _Loader(content.decode("utf-8-sig"))
+        root = loader.get_single_node()
+        if root is not None:
+            _check_node(path, root, {})
+        value = None if root is None else loader.construct_document(root)
+        _check_plain(path, value)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not YAML: {reason}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        # ValueError: bytes that are not UTF-8, a date that does not exist, a number too long.
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path} should hold a mapping of names to values")
     return value
 
 
-def _expand(
-    path: Path, items: list[Any], names: dict[str, str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The stages of a list of steps with their settings, iterations written out.
+def _check_node(path: Path, node: Any, sizes: dict[int, int]) -> int:
+    """The number of values below a node, those behind an alias once per use.
 
-    names: value of each {name} that the settings may contain.
-    Raises ConfigError for a step that is not one stage with a known name.
+    sizes: of nodes that were counted; 0 marks one that is being counted
+    Raises ConfigError for a name that occurs twice, a circle, or more than MOST_VALUES.
     """
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise ConfigError(f"{_place(path, node)}: an alias is inside of its own value")
+        return sizes[id(node)]
+    sizes[id(node)] = 0
+    size = 1
+    children = []
+    if isinstance(node, yaml.SequenceNode):
+        children = node.value
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            name = str(key.value)
+            if isinstance(key, yaml.ScalarNode) and name in seen:
+                raise ConfigError(f"{_place(path, key)}: the name '{name}' occurs twice")
+            seen.add(name)
+            children += [key, value]
+    for child in children:
+        size += _check_node(path, child, sizes)
+        if size > MOST_VALUES:
+            raise ConfigError(f"{path} holds more than {MOST_VALUES} values, aliases expanded")
+    sizes[id(node)] = size
+    return size
+
+
+def _place(path: Path, node: Any) -> str:
+    return f"{path}, line {node.start_mark.line + 1}"
+
+
+def _check_plain(path: Path, value: Any) -> None:
+    """Raises ConfigError for a name that is no text, and for values of types that JSON lacks."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{path}: the name {name!r} is not text; write it in quotes")
+            _check_plain(path, name)
+            _check_plain(path, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_plain(path, inner)
+    elif isinstance(value, str):
+        if "\0" in value:
+            raise ConfigError(f"{path}: {value!r} contains a null character")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise ConfigError(f"{path}: {value!r} contains half of a surrogate pair")
+    elif value is not None and not isinstance(value, bool | int | float):
+        kind = type(value).__name__
+        raise ConfigError(f"{path}: {value} is read as a {kind}; write it in quotes")
+
+
+def _expand(
+    path: Path, items: Any, names: dict[str, str]
+) -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
+    """Yields (stage, its settings, values of the names in them) of each step."""
+    if not isinstance(items, list) or not items:
+        raise ConfigError(f"{path}: 'steps' should be a list of stages")
     for item in items:
         if not isinstance(item, dict):
             raise ConfigError(f"{path}: a step should be 'stage: {{settings}}', got {item!r}")
-
         if "iterations" in item:
-            n_iterations = int(_substitute(path, item["iterations"], names))
-            for i in range(1, n_iterations + 1):
-                counters = {"i": str(i), "next": str(i + 1)}
-                yield from _expand(path, item.get("steps", []), names | counters)
+            others = set(item) - {"iterations", "steps"}
+            if others:
+                raise ConfigError(
+                    f"{path}: unknown key '{min(others)}' beside 'iterations'; expected 'steps'"
+                )
+            for i in range(1, _iterations(path, item["iterations"], names) + 1):
+                inner = names | {"i": str(i), "next": str(i + 1)}
+                yield from _expand(path, item.get("steps"), inner)
             continue
-
         if len(item) != 1:
-            keys = ", ".join(map(str, item))
-            raise ConfigError(f"{path}: a step should name one stage, got {keys}")
+            raise ConfigError(f"{path}: a step should name one stage, got {', '.join(item)}")
         ((stage, settings),) = item.items()
         if stage not in STAGES:
-            raise ConfigError(f"{path}: unknown stage '{stage}'.{suggest(str(stage), STAGES)}")
-        yield stage, _substitute(path, settings or {}, names)
+            raise ConfigError(f"{path}: unknown stage '{stage}'.{suggest(stage, STAGES)}")
+        yield stage, _mapping(settings, f"{path}: '{stage}'"), names
 
 
-def _substitute(path: Path, value: Any, names: dict[str, str]) -> Any:
-    """The value with every {name} in its texts replaced, in nested lists and mappings too.
+def _iterations(path: Path, value: Any, names: dict[str, str]) -> int:
+    """The number of iterations, from 1 to MOST_STEPS; raises ConfigError for other values."""
+    filled = _fill(path, value, names)
+    if isinstance(filled, str) and re.fullmatch("[0-9]{1,9}", filled):
+        filled = int(filled)
+    if type(filled) is not int or not 1 <= filled <= MOST_STEPS:
+        raise ConfigError(
+            f"{path}: 'iterations' is {filled!r}; expected a whole number from 1 to {MOST_STEPS}"
+        )
+    return filled
 
-    Raises ConfigError for a name that is not in `names`.
-    """
+
+def _fill(path: Path, value: Any, names: dict[str, str]) -> Any:
+    """The value with the values of `names` in place of {name}, in mappings and lists too."""
     if isinstance(value, dict):
-        return {key: _substitute(path, inner, names) for key, inner in value.items()}
+        return {key: _fill(path, inner, names) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_substitute(path, inner, names) for inner in value]
+        return [_fill(path, inner, names) for inner in value]
     if not isinstance(value, str):
         return value
 
-    def replacement(field: re.Match[str]) -> str:
+    length = 0
+
+    def filled(field: re.Match[str]) -> str:
+        nonlocal length
         name = field[1]
         if name not in names:
-            hint = suggest(name, names)
-            raise ConfigError(f"{path}: unknown name '{{{name}}}' in {value!r}.{hint}")
+            raise ConfigError(
+                f"{path}: unknown name '{{{name}}}' in {value!r}.{suggest(name, names)}"
+            )
+        length += len(names[name])
+        if length > MOST_BYTES:
+            raise ConfigError(f"{path}: '{{{name}}}' repeats to more than {MOST_BYTES} characters")
         return names[name]
 
-    return re.sub(r"\{(\w+)\}", replacement, value)
+    return re.sub(r"\{(\w+)\}", filled, value)
 
 
 def _step(path: Path, stage: str, settings: dict[str, Any], common: dict[str, Any]) -> Step:
@@ -213,8 +361,31 @@ def _check(path: Path, steps: list[Step], common: dict[str, Any]) -> None:
             raise ConfigError(
                 f"{path}: no stage of this recipe has the setting '{name}'.{suggest(key, fields)}"
             )
+    _check_folders(path, [str(step.settings["output_dir"]) for step in steps])
 
-    folders = [str(step.settings["output_dir"]) for step in steps]
+
+def _check_folders(path: Path, folders: list[str]) -> None:
+    """Raises ConfigError if two steps write the same folder, or one inside of the other's."""
+    by_place: dict[str, str] = {}
     for folder in folders:
-        if folders.count(folder) > 1:
-            raise ConfigError(f"{path}: two steps write {folder}")
+        place = _normal(folder)
+        if place in by_place:
+            raise ConfigError(f"{path}: two steps write {_both(by_place[place], folder)}")
+        by_place[place] = folder
+    for place, folder in by_place.items():
+        for parent in Path(place).parents:
+            outer = by_place.get(str(parent))
+            if outer is not None:
+                raise ConfigError(f"{path}: a step writes {folder} inside of {outer}")
+
+
+def _both(first: str, second: str) -> str:
+    return first if first == second else f"{first}, also as {second}"
+
+
+def _normal(folder: str) -> str:
+    """One spelling of a folder: absolute, without links, `..` and doubled slashes."""
+    scheme, mark, rest = folder.partition("://")
+    if mark:
+        return f"/{scheme}:/{posixpath.normpath(rest)}"
+    return os.path.realpath(folder)

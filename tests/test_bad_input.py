@@ -86,7 +86,7 @@ CASES = [
     (1, "train --objective dpo -m m1 -i long.jsonl -o OUT", "too_long"),
     (
         1,
-        "train --objective sft -m m1 -i pairs.jsonl --learning-rate 1e30 --num-epochs 3 -o OUT",
+        "train --objective sft -m m1 -i pairs.jsonl --learning-rate 1000 --num-epochs 3 -o OUT",
         "Lower --learning-rate",
     ),
     (2, "train --objective sft -m m1 -i pairs.jsonl -o m1 --overwrite", "is or holds model m1"),

@@ -21,7 +21,7 @@ from scir_cli.errors import ConfigError
 from scir_cli.rewards.pairs import Pair
 from scir_cli.settings import TrainSettings
 from scir_cli.training import losses, metrics
-from scir_cli.training.consensus import Consensus
+from scir_cli.training.consensus import Consensus, warn_of_hard_labels
 from scir_cli.training.objectives import Dpo, Example
 
 LN4 = math.log(4)
@@ -222,3 +222,22 @@ def test_packs_do_not_change_a_step_and_lambda_is_kept_by_the_next_iteration(
     train(judged, tmp_path / "next", model=str(tmp_path / "whole"), **common)
     after = files.read_json(tmp_path / "next" / "manifest.json")["fitted"]
     assert after == whole["fitted"]
+
+
+@pytest.mark.parametrize(("probabilities", "warned"), [((1.0, 1.0), True), ((1.0, 0.9), False)])
+def test_labels_that_are_all_certain_are_warned_about(
+    probabilities: tuple[float, float], warned: bool, capsys: pytest.CaptureFixture[str]
+):
+    warn_of_hard_labels([example(1, probability) for probability in probabilities])
+    assert ("every label of the input counts as certain" in capsys.readouterr().err) == warned
+
+
+def test_a_run_on_hard_labels_prints_the_warning_once_and_trains(
+    judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run("filter", input=str(judged / "judged"), rule="judge", output_dir=tmp_path / "hard")
+    common = {"target": "consensus", "max_steps": 1, "batch_size": 8, "reward_reference": None}
+    train(judged, tmp_path / "m", input=str(tmp_path / "hard"), **common)
+    assert capsys.readouterr().err.count("every label of the input counts as certain") == 1
+    train(judged, tmp_path / "soft", **common)
+    assert "counts as certain" not in capsys.readouterr().err

@@ -310,7 +310,7 @@ def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
     (missing,) = consistency.data_notes(verdicts([[1.0, 1.0, 1.0]], gold=[1, -1, NAN]), 0)
     assert missing.startswith("1 of 3 pairs have no gold label")
     (equal,) = consistency.data_notes(verdicts([[1.0, 1.0]], gold=[-1, -1]), 0)
-    assert equal.startswith("all 2 gold labels say 'second'")
+    assert equal.startswith("all 2 gold labels are 'second'")
     (repeated,) = consistency.data_notes(verdicts([[1.0, 1.0, 1.0]]), 1)
     assert repeated.startswith("1 rows repeat the pair_id")
 

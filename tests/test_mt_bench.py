@@ -167,9 +167,9 @@ def test_answers_of_another_form_and_a_missing_judge_are_one_line(tmp_path: Path
     with pytest.raises(DataError, match="row 1: expected FastChat's answers"):
         eval_mt_bench.load_answers(lines(tmp_path / "a.jsonl", [{"question_id": 1, "choices": []}]))
     for values, message in (
-        ({}, "give either --model"),
-        ({"answers": "a"}, "give --judge"),
-        ({"answers": "a", "model": "m"}, "give either"),
+        ({}, "pass either --model"),
+        ({"answers": "a"}, "pass --judge"),
+        ({"answers": "a", "model": "m"}, "pass either"),
     ):
         with pytest.raises(ConfigError, match=message):
             config.build(

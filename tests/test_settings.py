@@ -177,7 +177,7 @@ def test_endpoint_arguments_have_types_and_defaults():
         ("retries=many", "retries is 'many'"),
         ("timeout=0", "timeout is '0'"),
         ("top_logprobs=0", "top_logprobs is '0'"),
-        ("timeout", "expected NAME=VALUE, as timeout=60; got 'timeout'"),
+        ("timeout", "expected NAME=VALUE, for example timeout=60; got 'timeout'"),
     ],
 )
 def test_a_wrong_endpoint_argument_is_refused_with_its_value(word: str, expected: str):

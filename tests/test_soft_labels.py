@@ -14,6 +14,7 @@ from rows import pair, response, verdict
 from scir_cli.data import dataset, files
 from scir_cli.data.schemas import to_table
 from scir_cli.errors import ConfigError, DataError
+from scir_cli.stages import soft_labels
 
 VOTERS = ["judge", "likelihood", "pmi"]
 LN3 = math.log(3)
@@ -258,3 +259,61 @@ def test_labels_that_say_nothing_are_warned_about(tmp_path: Path):
     )
     (line,) = manifest["summary"]["soft_labels"]["warnings"]
     assert "hardly sure of anything" in line
+
+
+def calibrated(low: float, high: float, before: float | None, now: float | None) -> dict[str, Any]:
+    """Figures of a pool with a temperature of 1 from two-sided gold labels."""
+    calibration = {
+        "temperature": 1.0,
+        "low": low,
+        "high": high,
+        "one_sided": False,
+        "length_correlation": before,
+    }
+    return {"calibration": calibration, "length_correlation": now}
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        # a factor of 16 between the ends, and one of 3
+        (calibrated(0.25, 4.0, 0.1, 0.1), "uncertain: 1, 95 % interval 0.25 to 4"),
+        (calibrated(0.5, 1.5, 0.1, 0.1), None),
+        # 0.4 apart, and 0.25
+        (calibrated(0.9, 1.1, 0.125, -0.275), "+0.12 on the calibration pairs, -0.28 on these"),
+        (calibrated(0.9, 1.1, 0.125, 0.375), None),
+        (calibrated(0.9, 1.1, None, 0.375), None),
+        ({"calibration": None, "length_correlation": 0.4}, None),
+    ],
+)
+def test_a_vague_temperature_and_a_pool_that_drifts_in_length_are_warned_about(
+    figures: dict[str, Any], message: str | None
+):
+    lines = soft_labels.calibration_guards(figures)
+    assert len(lines) == (message is not None)
+    assert all(message in line for line in lines if message)
+
+
+@pytest.mark.parametrize(("n", "factor"), [(20, 3.92), (40, 2.96)])
+def test_a_few_nearly_separable_pairs_give_a_temperature_and_a_warning(
+    tmp_path: Path, n: int, factor: float
+):
+    # n - 1 of n pairs are labeled correctly, |z| = 2: T = 2 / ln(n - 1). The half width of log T is
+    # 1.96 / (ln(n - 1) / 2 * sqrt(n * 4 * (n - 1) / n^2)):
+    # 0.683 for 20 pairs, e^1.366 = 3.92; 0.542 for 40 pairs, e^1.084 = 2.96.
+    signs = [1.0 if i % 2 else -1.0 for i in range(n)]
+    gold = ["first" if sign > 0 else "second" for sign in [-signs[0], *signs[1:]]]
+    seed_pairs = write(tmp_path / "seed", {"judge": [2 * sign for sign in signs]}, gold)
+    manifest = run(
+        "filter",
+        input=str(labeled(tmp_path / "own")),
+        rule="judge",
+        soft_labels=True,
+        calibrate_on=str(seed_pairs),
+        output_dir=tmp_path / "out",
+    )
+    found = manifest["summary"]["soft_labels"]
+    fit = found["calibration"]
+    assert fit["temperature"] == pytest.approx(2 / math.log(n - 1), rel=1e-6)
+    assert fit["high"] / fit["low"] == pytest.approx(factor, rel=2e-3)
+    assert any("uncertain" in line for line in found["warnings"]) == (factor > 3)

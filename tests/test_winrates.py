@@ -419,9 +419,9 @@ def test_annotations_of_another_form_are_one_clear_line(tmp_path: Path, rows: An
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give either --responses"),
-        ({"annotations": ["a"], "responses": ["b"]}, "give either --responses"),
-        ({"responses": ["a"], "baseline": "b"}, "give --model"),
+        ({}, "pass either --responses"),
+        ({"annotations": ["a"], "responses": ["b"]}, "pass either --responses"),
+        ({"responses": ["a"], "baseline": "b"}, "pass --model"),
         ({"responses": ["a"], "model": "m"}, "needs a --baseline"),
     ],
 )

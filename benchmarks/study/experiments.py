@@ -230,6 +230,8 @@ CONSENSUS = [
     softly("consensus, sppo", "consensus", preference_loss="sppo", beta=0.5),
     softly("consensus, hard labels", "consensus", label_temperature=1e-9),
     softly("consensus, uncalibrated", "consensus", label_temperature=1.0),
+    # a temperature without gold labels
+    Method("consensus-damaged", "consensus-damaged"),
     softly("consensus without the judge", "consensus", voters=["likelihood", "pmi"]),
     Method("consensus-judge", "consensus-judge"),
     softly("consensus-judge, half weight", "consensus-judge", penalty_ratio=0.5),

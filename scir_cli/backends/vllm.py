@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from scir_cli.data import files, storage
 from scir_cli.engine import model_files
 from scir_cli.engine.loading import resolve_device, resolve_dtype
 from scir_cli.engine.trees import Branch
-from scir_cli.errors import ConfigError, EngineError, install_hint
+from scir_cli.errors import ConfigError, EngineError, install_hint, print_line
 from scir_cli.settings import BackendSettings
 
 #: Ranks of LoRA adapters that vLLM can reserve memory for
@@ -78,7 +77,7 @@ class VllmBackend(VerdictBackend):
         child_end.close()
         if multiprocessing.current_process().name in ANNOUNCING:
             message = f"vLLM is loading {model.path.name}; its log is {self.log}"
-            print(message, file=sys.stderr, flush=True)
+            print_line(message)
         self._receive()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

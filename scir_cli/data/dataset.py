@@ -38,7 +38,7 @@ import pyarrow.compute as pc
 from scir_cli import __version__
 from scir_cli.data import dataset_card, folders, hashing, schemas, storage
 from scir_cli.data.files import Json, as_store_error, atomic_write, read_json, write_json
-from scir_cli.errors import DataError
+from scir_cli.errors import DataError, redact
 
 #: Key of a part's counts, as JSON, in its Arrow metadata.
 ACCOUNT_KEY = b"scir.account"
@@ -109,7 +109,7 @@ def write_dataset(
     """
     started = time.monotonic()
     plan = {**plan, "schema_version": schemas.VERSION}
-    named = {name: str(value) for name, value in inputs.items() if value is not None}
+    named = {name: redact(str(value)) for name, value in inputs.items() if value is not None}
 
     with folders.claim_folder(out, plan, overwrite) as finished:
         if finished is not None:

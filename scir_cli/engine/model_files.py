@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from scir_cli.data import hashing
 from scir_cli.data.files import read_json
-from scir_cli.errors import ModelError, install_hint
+from scir_cli.errors import ModelError, install_hint, print_line
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +49,7 @@ def resolve(spec: str) -> Path:
             reasons.append(str(error))
             continue
         if reasons:
-            print(f"model: {candidates[0]} is not available; using {candidate}", file=sys.stderr)
+            print_line(f"model: {candidates[0]} is not available; using {candidate}")
         return path
     raise ModelError("; ".join(reasons))
 

@@ -34,6 +34,7 @@ from scir_cli.data import dataset, folders, hashing
 from scir_cli.data.files import Json, as_store_error, atomic_write, read_json
 from scir_cli.data.folders import is_dataset
 from scir_cli.data.storage import to_path
+from scir_cli.errors import StoreError
 from scir_cli.report import plots
 from scir_cli.report.plots import NamedRate, Picture, Rate
 from scir_cli.report.tables import (
@@ -46,7 +47,7 @@ from scir_cli.report.tables import (
     verdict_tables,
     winrate_tables,
 )
-from scir_cli.settings import ReportSettings
+from scir_cli.settings import ReportSettings, report_problem
 from scir_cli.training import metrics
 from scir_cli.training.metrics import Metric
 
@@ -129,8 +130,11 @@ class Page:
 def write(path: Path, page: Page) -> None:
     """Writes the page at `path`; creates its folder if that is missing.
 
-    Raises StoreError if the page cannot be written.
+    Raises StoreError if the page cannot be written, or another file is there by now.
     """
+    problem = report_problem(path)
+    if problem:
+        raise StoreError(f"--report {path}: {problem}")
     with as_store_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +22,8 @@ from rich.table import Column
 from rich.text import Text
 
 from scir_cli.engine.throughput import Meter
+from scir_cli.errors import shown
+from scir_cli.report.console import PlainConsole
 
 
 class Speed(ProgressColumn):
@@ -48,13 +49,13 @@ def progress(
 
     With a meter the bar also shows the speed. Without a terminal nothing is printed.
     """
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if not console.is_terminal:
         yield lambda n: None
         return
 
     columns = [
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(None),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -63,5 +64,5 @@ def progress(
     if meter is not None:
         columns.insert(3, Speed(meter))
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(shown(description), total=total)
         yield lambda n: bar.advance(task, n)

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from scir_cli import registry
 from scir_cli.registry import Stage
+from scir_cli.report.console import PlainConsole
 
 Figures = dict[str, Any]
 
@@ -620,8 +620,7 @@ def print_results(stage: Stage, manifest: Figures) -> None:
 
     A dry run has an estimate instead of results.
     """
-    # Names of models and subsets can contain brackets, so nothing is markup.
-    console = Console(markup=False)
+    console = PlainConsole()
     summary = manifest.get("summary") or {}
     tables: list[Any] = []
     if "estimate" in manifest:
@@ -631,7 +630,7 @@ def print_results(stage: Stage, manifest: Figures) -> None:
     for table in tables:
         console.print(table)
     for note in summary.get("notes", ()):
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
 
 
 def match_tables(manifest: Figures) -> list[Table]:

@@ -17,7 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from scir_cli.errors import shown
 from scir_cli.report import tables
+from scir_cli.report.console import PlainConsole
 from scir_cli.training import metrics
 from scir_cli.training.objectives import Metrics
 
@@ -114,7 +116,7 @@ class View:
         """A bar, a table of every figure, and the machine's figures."""
         head = Table.grid(padding=(0, 1))
         bar = ProgressBar(self.n_steps, self.step, width=24)
-        head.add_row(self.title, bar, self._position(), style="bold")
+        head.add_row(Text(shown(self.title)), bar, self._position(), style="bold")
         table = self._table()
         foot = Text(
             self.machine(),
@@ -135,7 +137,7 @@ class View:
             values = self.recent[name]
             last = _value(values[-1], is_rate)
             mean = _value(self.mean(name), is_rate)
-            table.add_row(label, last, mean, sparkline(values))
+            table.add_row(Text(shown(label)), last, mean, sparkline(values))
         return table
 
 
@@ -181,7 +183,7 @@ def watching(
 
     A terminal shows it in place; elsewhere a line is printed every LINE_SECONDS.
     """
-    console = console or Console(stderr=True)
+    console = console or PlainConsole(stderr=True)
     if console.is_terminal:
         with Live(view, console=console, refresh_per_second=2, transient=True):
             yield view.see
@@ -194,6 +196,6 @@ def watching(
         view.see(step, figures)
         if view.clock() - last_line >= LINE_SECONDS:
             last_line = view.clock()
-            print(view.line(), file=console.file, flush=True)
+            print(shown(view.line()), file=console.file, flush=True)
 
     yield see

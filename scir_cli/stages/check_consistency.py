@@ -61,14 +61,18 @@ def run(settings: CheckConsistencySettings) -> Json:
 
 
 def _write(pairs: Dataset, plan: Json, settings: CheckConsistencySettings) -> Json:
-    """Writes one row per pair, part by part; returns the manifest."""
+    """Writes the dataset, part by part; returns the manifest.
+
+    The dataset has one row per pair. The figures are over all pairs, not over the rows written.
+    """
 
     def make(low: int, high: int) -> Part:
-        part = pairs.slice(low, high - low)
+        n_rows = high - low
+        part = pairs.slice(low, n_rows)
         v = verdicts.from_table(part, ids=False)
-        columns = consistency.row_columns(v, settings.agree_on, settings.min_confidence)
-        table = pa.table({"pair_id": part["pair_id"], **columns})
-        return Part(table, high - low, Counter())
+        columns = {"pair_id": part["pair_id"]}
+        columns |= consistency.row_columns(v, settings.agree_on, settings.min_confidence)
+        return Part(pa.table(columns), n_rows, Counter())
 
     def summarize(written: Dataset) -> Json:
         return _summary(pairs, settings)
@@ -91,34 +95,52 @@ def _write(pairs: Dataset, plan: Json, settings: CheckConsistencySettings) -> Js
 def _summary(pairs: Dataset, settings: CheckConsistencySettings) -> Json:
     """The figures of all pairs: agreement, biases, and notes on the data."""
     v, sides = _load_verdicts(pairs, settings)
-    summary = consistency.summary(v, settings.agree_on, settings.min_confidence)
-    summary["biases"] = bias.biases(v, sides)
-
-    notes = consistency.data_notes(v, _count_repeated(pairs))
+    biases = bias.biases(v, sides)
+    n_repeated = _count_repeated(pairs)
+    notes = consistency.data_notes(v, n_repeated)
     author = settings.judge_author
-    if author and not _has_self_preference(summary["biases"]):
+    if author and not _has_self_preference(biases):
         notes.append(f"no pair has one response by '{author}' and one by another known author")
+
+    summary = consistency.summary(v, settings.agree_on, settings.min_confidence)
+    summary["biases"] = biases
     summary["notes"] = notes
     return summary
 
 
 def _count_repeated(pairs: Dataset) -> int:
-    """The number of rows with the pair_id of an earlier row."""
-    hashes = [hashing.hash_texts(table["pair_id"]) for table in pairs.tables()]
-    return len(hashing.later_duplicates(np.concatenate(hashes)[None]))
+    """The number of rows with the pair_id of an earlier row.
+
+    Only hashes of the ids are in memory.
+    """
+    parts = []
+    for table in pairs.tables():
+        parts.append(hashing.hash_texts(table["pair_id"]))
+    hashes = np.concatenate(parts)
+    return len(hashing.later_duplicates(hashes[None]))
 
 
 def _has_self_preference(biases: dict[str, Json]) -> bool:
-    """True if some pair has one response by the judge's author and one by another author."""
+    """True if some pair has one response by the judge's author and one by another author.
+
+    biases: reward model -> figures; those of the first model are read
+    """
     first_model: Json = next(iter(biases.values()), {})
-    return bool(first_model.get("own", {}).get("pairs"))
+    self_preference = first_model.get("own", {})
+    return bool(self_preference.get("pairs"))
 
 
 def _check(rate: float | None, least: float, path: Path) -> None:
-    """Raises CheckFailed if the agreement rate is undefined or below `least`."""
+    """Raises CheckFailed if the agreement rate is undefined or below `least`.
+
+    path: of the judged dataset, for the message
+    """
     if rate is not None and rate >= least:
         return
-    shown = "undefined (no pair has all verdicts)" if rate is None else f"{rate:.3f}"
+
+    shown = "undefined (no pair has all verdicts)"
+    if rate is not None:
+        shown = f"{rate:.3f}"
     raise CheckFailed(
         f"the agreement rate of {path} is {shown}, below --fail-under {least}; "
         "the dataset is written"
@@ -126,6 +148,7 @@ def _check(rate: float | None, least: float, path: Path) -> None:
 
 
 def _open_judged(path: Path) -> Dataset:
+    """A dataset with verdicts; raises DataError for another kind."""
     return dataset.open_dataset(path, "judged", "preferences")
 
 
@@ -134,6 +157,7 @@ def _load_verdicts(
 ) -> tuple[Verdicts, dict[str, Side]]:
     """The verdicts on all pairs, and the properties that they should not depend on.
 
+    -> verdicts, and for each property (longer, lists, …) an array (pairs,)
     At most one part's texts are in memory at a time.
     """
     author = settings.judge_author or judge_of(to_path(settings.input))
@@ -143,13 +167,20 @@ def _load_verdicts(
         v = verdicts.from_table(table, ids=False)
         parts.append(v)
         sides.append(bias.properties(v, table, author))
-    joined = {name: np.concatenate([side[name] for side in sides]) for name in sides[0]}
+
+    joined = {}
+    for name in sides[0]:
+        joined[name] = np.concatenate([side[name] for side in sides])
     return verdicts.join(parts), joined
 
 
 def judge_of(path: Path) -> str | None:
-    """The weights key of the model that judged a dataset, from its plan; None if unknown."""
-    model = files.read_json(path / "plan.json").get("model")
+    """The weights key of the model that judged a dataset, from its plan.
+
+    None if the plan has none.
+    """
+    plan = files.read_json(path / "plan.json")
+    model = plan.get("model")
     return model if isinstance(model, str) else None
 
 
@@ -158,9 +189,13 @@ def _by_subset(pairs: Dataset, settings: CheckConsistencySettings) -> Json:
     v, sides = _load_verdicts(pairs, settings)
     by_subset = consistency.by_subset(v, settings.agree_on, settings.min_confidence)
     figures: Json = dict(by_subset)
-    for name, rows in verdicts.subset_rows(v.subset).items():
-        subset_sides = {side: values[rows] for side, values in sides.items()}
-        figures[name]["biases"] = bias.biases(v.take(rows), subset_sides)
+    subsets = verdicts.subset_rows(v.subset)
+    for name, rows in subsets.items():
+        subset_sides = {}
+        for side, values in sides.items():
+            subset_sides[side] = values[rows]
+        subset_verdicts = v.take(rows)
+        figures[name]["biases"] = bias.biases(subset_verdicts, subset_sides)
     return figures
 
 
@@ -182,17 +217,29 @@ def _compare(table: pa.Table, settings: CheckConsistencySettings) -> Json:
         comparisons.append(_comparison(spec, v, other, codes, settings))
         runs.append(other)
 
-    shared = set(v.pair_ids).intersection(*(run.pair_ids for run in runs[1:]))
     unanimous = None
+    shared = set(v.pair_ids).intersection(*(run.pair_ids for run in runs[1:]))
     if len(runs) > 2 and shared:
-        ids = [pair for pair in dict.fromkeys(v.pair_ids) if pair in shared]
-        aligned = [run.take(stability.common_rows(ids, run.pair_ids)[1]) for run in runs]
-        unanimous = stability.unanimous_rate(aligned)
+        unanimous = _unanimous_rate(runs, shared)
     return {
         "against": comparisons,
         "unanimous": unanimous,
         "unanimous_pairs": len(shared) if unanimous else 0,
     }
+
+
+def _unanimous_rate(runs: list[Verdicts], shared: set[str]) -> Json:
+    """For each reward model, the rate of pairs with the same verdict in all datasets.
+
+    runs: verdicts of each dataset, in which pairs have any order
+    shared: ids of the pairs that all of them hold
+    """
+    ids = [pair for pair in dict.fromkeys(runs[0].pair_ids) if pair in shared]
+    aligned = []
+    for run in runs:
+        _, rows, _ = stability.common_rows(ids, run.pair_ids)
+        aligned.append(run.take(rows))
+    return stability.unanimous_rate(aligned)
 
 
 def _comparison(

@@ -98,10 +98,14 @@ def run(settings: EvalMtBenchSettings) -> Json:
         path = settings.output_dir / "answers.jsonl"
         write_answers(path, answers, settings.answers or settings.model)
         rows = grade(questions, answers, judge, settings.max_tokens_per_pack)
-        return Part(rows, n_turns, +Counter(not_answered=n_turns - len(rows)))
+        n_missing = n_turns - len(rows)
+        return Part(rows, n_turns, +Counter(not_answered=n_missing))
 
     def summarize(written: dataset.Dataset) -> Json:
-        return summary([row for table in written.tables() for row in table.to_pylist()])
+        rows = []
+        for table in written.tables():
+            rows += table.to_pylist()
+        return summary(rows)
 
     manifest = dataset.write_dataset(
         settings.output_dir,
@@ -128,10 +132,14 @@ def _model_and_judge(settings: EvalMtBenchSettings) -> tuple[LazyPolicy | None, 
 
     They are one object if the model grades its own answers: it is hashed and loaded once.
     """
-    model = LazyPolicy(settings, settings.model) if settings.model else None
-    if model and settings.judge in (None, settings.model):
-        return model, model
-    return model, LazyPolicy(settings, settings.judge or settings.model)
+    model = None
+    if settings.model:
+        model = LazyPolicy(settings, settings.model)
+        if settings.judge in (None, settings.model):
+            return model, model
+
+    judge = LazyPolicy(settings, settings.judge or settings.model)
+    return model, judge
 
 
 # ------------------------------------------------------------------------ questions and answers
@@ -146,11 +154,14 @@ def load_questions(spec: str, limit: int | None) -> tuple[list[Row], Counter[str
     """
     questions: dict[str, Row] = {}
     dropped: Counter[str] = Counter()
-    for number, row in enumerate(_lines(spec)[:limit], 1):
+    rows = _lines(spec)[:limit]
+    for number, row in enumerate(rows, 1):
         turns: Any = row.get("turns")
         reference: Any = row.get("reference") or []
-        is_complete = _is_texts(turns) and row.get("question_id") is not None
-        if not is_complete or (reference and not _is_texts(reference)):
+        has_turns = _is_texts(turns)
+        has_id = row.get("question_id") is not None
+        is_reference = not reference or _is_texts(reference)
+        if not (has_turns and has_id and is_reference):
             raise DataError(
                 f"{spec}, row {number}: expected 'question_id', and 'turns' (and any 'reference') "
                 f"as lists of texts; it has {', '.join(row)}"
@@ -193,11 +204,15 @@ def load_answers(spec: str) -> Answers:
 
 def _lines(spec: str) -> list[Row]:
     """The objects of a JSON lines file; raises DataError for any other file."""
+    rows = []
     try:
-        lines = Path(spec).read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line.strip()]
+        text = Path(spec).read_text(encoding="utf-8")
+        for line in text.split("\n"):
+            if line.strip():
+                rows.append(json.loads(line))
     except (OSError, ValueError) as error:
         raise DataError(f"{spec} is not readable JSON lines ({error})") from error
+
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{spec} should hold one JSON object per line")
     return rows
@@ -205,7 +220,9 @@ def _lines(spec: str) -> list[Row]:
 
 def _is_texts(value: Any) -> bool:
     """True for a list of one or more texts."""
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(text, str) for text in value)
 
 
 def write_answers(path: Path, answers: Answers, model: str) -> None:
@@ -220,6 +237,10 @@ def write_answers(path: Path, answers: Answers, model: str) -> None:
             }
         )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _write_text(path, text)
+
+
+def _write_text(path: Path, text: str) -> None:
     with files.atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -230,18 +251,15 @@ def answer(questions: list[Row], settings: EvalMtBenchSettings, model: LazyPolic
     If a turn's prompt does not fit into the context, its question has no further answers.
     """
     answers: Answers = {question["id"]: [] for question in questions}
-    for turn in range(max(len(question["turns"]) for question in questions)):
-        by_temperature: dict[float, list[Row]] = {}
-        for question in questions:
-            if turn < len(question["turns"]) and len(answers[question["id"]]) == turn:
-                temperature = _temperature(question, settings)
-                by_temperature.setdefault(temperature, []).append(question)
-
+    n_turns = max(len(question["turns"]) for question in questions)
+    for turn in range(n_turns):
+        by_temperature = _questions_of_turn(questions, answers, turn, settings)
         for temperature, group in by_temperature.items():
             conversations = {}
             for question in group:
-                messages = dialogue(question, answers[question["id"]], turn)
-                conversations[question["id"]] = messages[:-1]
+                name = question["id"]
+                messages = dialogue(question, answers[name], turn)
+                conversations[name] = messages[:-1]
 
             responses = _sample(
                 list(conversations.values()),
@@ -256,6 +274,20 @@ def answer(questions: list[Row], settings: EvalMtBenchSettings, model: LazyPolic
     return answers
 
 
+def _questions_of_turn(
+    questions: list[Row], answers: Answers, turn: int, settings: EvalMtBenchSettings
+) -> dict[float, list[Row]]:
+    """Sampling temperature -> the questions with this turn and answers to all earlier turns."""
+    by_temperature: dict[float, list[Row]] = {}
+    for question in questions:
+        has_turn = turn < len(question["turns"])
+        n_answers = len(answers[question["id"]])
+        if has_turn and n_answers == turn:
+            temperature = _temperature(question, settings)
+            by_temperature.setdefault(temperature, []).append(question)
+    return by_temperature
+
+
 def _temperature(question: Row, settings: EvalMtBenchSettings) -> float:
     """--temperature, else FastChat's for the question's category."""
     if settings.temperature is not None:
@@ -268,9 +300,12 @@ def dialogue(question: Row, answers: list[str], turn: int) -> list[Row]:
 
     An answer that does not exist yet is empty.
     """
-    missing = [""] * (turn + 1 - len(answers))
+    n_turns = turn + 1
+    missing = [""] * (n_turns - len(answers))
+    replies = [*answers, *missing]
+    turns = question["turns"][:n_turns]
     messages = []
-    for text, reply in zip(question["turns"][: turn + 1], [*answers, *missing], strict=False):
+    for text, reply in zip(turns, replies, strict=False):
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": reply})
     return messages
@@ -287,8 +322,7 @@ def _sample(
     folder = settings.output_dir
     prompts = folder / f"{name}.jsonl"
     text = "".join(json.dumps({"messages": messages}) + "\n" for messages in conversations)
-    with files.atomic_write(prompts) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _write_text(prompts, text)
     changes = {
         "input": str(prompts),
         "output_dir": folder / name,
@@ -300,13 +334,19 @@ def _sample(
     # Sampling puts the system message first; the keys are without it.
     n_system = 1 if settings.system_prompt else 0
     responses = {}
-    for row in dataset.read_dataset(folder / name, "candidates").to_pylist():
-        responses[_key(row["messages"][n_system:])] = row["response"]
+    candidates = dataset.read_dataset(folder / name, "candidates")
+    for row in candidates.to_pylist():
+        messages = row["messages"][n_system:]
+        responses[_key(messages)] = row["response"]
     return responses
 
 
 def _key(messages: list[Row]) -> str:
-    return hashing.digest_json([[m["role"], m["content"]] for m in messages])
+    """A digest of the roles and contents of messages."""
+    turns = []
+    for message in messages:
+        turns.append([message["role"], message["content"]])
+    return hashing.digest_json(turns)
 
 
 # ------------------------------------------------------------------------ grades
@@ -319,37 +359,56 @@ class _Answer(NamedTuple):
     turn: int
     branches: list[Branch]
 
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the longest branch."""
+        return max(len(branch.ids) for branch in self.branches)
+
 
 def grade(questions: list[Row], answers: Answers, judge: LazyPolicy, max_tokens: int) -> list[Row]:
     """One score row per answer; null if the conversation exceeds the judge's context.
 
     max_tokens: per forward pass
     """
-    graded = []
+    to_grade = _answers_to_grade(questions, answers, judge.chat)
+    groups = []
+    for item in to_grade:
+        if item.n_tokens <= judge.context_length:
+            groups.append(item.branches)
+    scores = iter(_grade_groups(groups, judge, max_tokens))
+
+    rows = []
+    for item in to_grade:
+        fits = item.n_tokens <= judge.context_length
+        value, mass = next(scores) if fits else (None, None)
+        rows.append(_score_row(item, value, mass))
+    return rows
+
+
+def _answers_to_grade(questions: list[Row], answers: Answers, chat: Chat) -> list[_Answer]:
+    """Every answer with its branches, in the order of questions and turns."""
+    to_grade = []
     for question in questions:
         replies = answers.get(question["id"], [])
-        for turn in range(min(len(question["turns"]), len(replies))):
+        n_answered = min(len(question["turns"]), len(replies))
+        for turn in range(n_answered):
             conversation = dialogue(question, replies, turn)
             reference = question["reference"][turn : turn + 1]
-            prompts = branches(judge.chat, conversation, reference)
-            graded.append(_Answer(question, turn, prompts))
+            prompts = branches(chat, conversation, reference)
+            to_grade.append(_Answer(question, turn, prompts))
+    return to_grade
 
-    fits = [max(len(b.ids) for b in item.branches) <= judge.context_length for item in graded]
-    groups = [item.branches for item, fit in zip(graded, fits, strict=True) if fit]
-    scores = iter(_grade_groups(groups, judge, max_tokens))
-    rows = []
-    for item, fit in zip(graded, fits, strict=True):
-        value, mass = next(scores) if fit else (None, None)
-        rows.append(
-            {
-                "example_id": item.question["id"],
-                "subset": item.question["category"],
-                "metric": f"turn {item.turn + 1}",
-                "value": value,
-                "detail": json.dumps({"turn": item.turn + 1, "mass": mass}),
-            }
-        )
-    return rows
+
+def _score_row(item: _Answer, value: float | None, mass: float | None) -> Row:
+    """A row of the scores dataset.  value: the grade; mass: of the judge's probabilities"""
+    turn = item.turn + 1
+    return {
+        "example_id": item.question["id"],
+        "subset": item.question["category"],
+        "metric": f"turn {turn}",
+        "value": value,
+        "detail": json.dumps({"turn": turn, "mass": mass}),
+    }
 
 
 def _grade_groups(
@@ -358,8 +417,10 @@ def _grade_groups(
     """The expected grade and the probability mass of each group of ten branches."""
     scores = []
     with progress("grading", len(groups)) as advance:
+        # The judge is not loaded if there is nothing to grade.
         if groups:
-            for logps in judge.load().score(groups, max_tokens):
+            policy = judge.load()
+            for logps in policy.score(groups, max_tokens):
                 scores.append(expected_grade(logps))
                 advance(1)
     return scores
@@ -371,10 +432,17 @@ def branches(chat: Chat, conversation: list[Row], reference: list[str]) -> list[
     A branch has the grade's digits and the end of the turn, which separates 1 from 10.
     reference: the reference answer to the last question, or empty
     """
-    preamble = f"A reference answer to the last question: {reference[0]}\n\n" if reference else ""
+    preamble = ""
+    if reference:
+        preamble = f"A reference answer to the last question: {reference[0]}\n\n"
     text = fill(GRADE, reference=preamble, conversation=question_text(conversation))
     prompt = chat.prompt_ids(text)
-    return [continuation(prompt, chat.response_ids(text, str(grade))) for grade in GRADES]
+
+    scored = []
+    for number in GRADES:
+        reply = chat.response_ids(text, str(number))
+        scored.append(continuation(prompt, reply))
+    return scored
 
 
 def expected_grade(logps: torch.Tensor) -> tuple[float, float]:
@@ -394,21 +462,18 @@ def summary(rows: list[Row]) -> Json:
 
     A question's grade is the mean over its turns; the intervals are over questions.
     """
-    by_turn: dict[str, list[Row]] = {}
-    by_category: dict[Any, list[Row]] = {}
+    masses = []
     for row in rows:
-        by_turn.setdefault(row["metric"], []).append(row)
-        by_category.setdefault(row["subset"], []).append(row)
+        mass = json.loads(row["detail"])["mass"]
+        if mass is not None:
+            masses.append(mass)
 
-    masses = [json.loads(row["detail"])["mass"] for row in rows]
-    masses = [mass for mass in masses if mass is not None]
     figures = {
         "all": _mean_grade(rows),
-        "turns": {turn: _mean_grade(part) for turn, part in by_turn.items()},
-        "categories": {str(name): _mean_grade(part) for name, part in by_category.items()},
+        "turns": _mean_grades(rows, "metric"),
+        "categories": _mean_grades(rows, "subset"),
         "mean_mass": float(np.mean(masses)) if masses else math.nan,
     }
-
     notes = []
     n_too_long = sum(row["value"] is None for row in rows)
     if n_too_long:
@@ -416,12 +481,27 @@ def summary(rows: list[Row]) -> Json:
     return rounded_json(figures) | {"notes": notes}
 
 
+def _mean_grades(rows: list[Row], column: str) -> Json:
+    """`_mean_grade` for each value of a column, in order of first appearance."""
+    parts: dict[Any, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(row[column], []).append(row)
+
+    figures = {}
+    for value, part in parts.items():
+        figures[str(value)] = _mean_grade(part)
+    return figures
+
+
 def _mean_grade(rows: list[Row]) -> Json:
     """The number of grades, and the mean over questions with its interval."""
     by_question: dict[str, list[float]] = {}
+    n_grades = 0
     for row in rows:
-        if row["value"] is not None:
-            by_question.setdefault(row["example_id"], []).append(row["value"])
-    means = np.array([np.mean(grades) for grades in by_question.values()])
-    n_grades = sum(len(grades) for grades in by_question.values())
-    return {"grades": n_grades, **mean_interval("grade", means)}
+        value = row["value"]
+        if value is not None:
+            n_grades += 1
+            by_question.setdefault(row["example_id"], []).append(value)
+
+    means = [np.mean(grades) for grades in by_question.values()]
+    return {"grades": n_grades, **mean_interval("grade", np.array(means))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,22 +91,34 @@ def run(settings: EvalRewardsSettings) -> Json:
 def _judge(settings: EvalRewardsSettings, scorer: Scorer, digest: str) -> Json:
     """Writes OUT/judged; returns the dropped input rows by reason."""
     table, dropped = readers.open_pairs(settings.input, settings.limit, settings.score_column)
-    folder = settings.output_dir / "judged"
-    inner = settings.model_copy(update={"output_dir": folder, "overwrite": False})
     bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
     pairs = PairInput(table, bounds, dropped, digest)
-    drops: Json = write_judged_dataset("eval rewards", inner, scorer, pairs)["drops"]
+
+    changes = {
+        "output_dir": settings.output_dir / "judged",
+        "overwrite": False,
+    }
+    inner = settings.model_copy(update=changes)
+    manifest = write_judged_dataset("eval rewards", inner, scorer, pairs)
+    drops: Json = manifest["drops"]
     return drops
 
 
 def _scores(judged: Path, source: str, drops: Json) -> Part:
-    """The part with all score rows; raises DataError if no labelled pair has a verdict."""
-    v = verdicts.from_table(dataset.read_dataset(judged, *JUDGED))
+    """The part with all score rows.
+
+    source: the input, for messages
+    drops: input rows by reason, for messages
+    Raises DataError if no labelled pair has a verdict.
+    """
+    pairs = dataset.read_dataset(judged, *JUDGED)
+    v = verdicts.from_table(pairs)
     rows = _accuracy_rows(v)
     if all(row["value"] is None for row in rows):
-        labelled = int((~np.isnan(v.gold)).sum())
+        n_pairs = len(v.gold)
+        n_labelled = n_pairs - int(np.isnan(v.gold).sum())
         raise DataError(
-            f"{source} leaves no labelled pair with a verdict ({labelled} of {len(v.gold)} pairs "
+            f"{source} leaves no labelled pair with a verdict ({n_labelled} of {n_pairs} pairs "
             f"have a gold label; dropped: {drops or 'none'})"
         )
     return Part(rows, len(rows))
@@ -115,13 +128,13 @@ def _summary(judged: Path) -> Json:
     """The figures of a judged dataset: agreement, accuracy, curves and benchmark scores."""
     pairs = dataset.read_dataset(judged, *JUDGED)
     v = verdicts.from_table(pairs)
-    summary = consistency.summary(v)
     by_subset = consistency.by_subset(v)
+    n_repeated = len(v.pair_ids) - len(set(v.pair_ids))
+
+    summary = consistency.summary(v)
     summary["by_subset"] = by_subset
     summary["curves"] = consistency.curves(v)
     summary["benchmark"] = _benchmark(pairs, v, by_subset)
-
-    n_repeated = len(v.pair_ids) - len(set(v.pair_ids))
     summary["notes"] = consistency.data_notes(v, n_repeated)
     return summary
 
@@ -152,6 +165,7 @@ def _accuracy_rows(v: Verdicts) -> list[Row]:
 
 
 def _number_or_none(value: float) -> float | None:
+    """None for NaN: a missing number is null in the dataset."""
     return None if math.isnan(value) else float(value)
 
 
@@ -175,22 +189,40 @@ def _benchmark(pairs: pa.Table, v: Verdicts, by_subset: Json) -> Json | None:
     """
     listed = _listed_pairs(pairs)
     if listed and len(listed) == len(v.pair_ids):
-        scores = {}
-        for k, name in enumerate(v.names):
-            margins = _margins(listed, v, v.log_odds[k])
-            scores[name] = reward_bench.reward_bench_2(margins)
-        return {"name": "RewardBench 2", "models": scores}
+        return {"name": "RewardBench 2", "models": _reward_bench_2(listed, v)}
 
     subsets = set(by_subset)
-    if subsets - {"(none)"} and subsets <= reward_bench.KNOWN:
-        scores = {}
-        for name in v.names:
-            accuracy = {}
-            for subset, figures in by_subset.items():
-                accuracy[subset] = figures["models"].get(name, {}).get("accuracy")
-            scores[name] = reward_bench.reward_bench(accuracy)
-        return {"name": "RewardBench", "models": scores}
+    has_subsets = bool(subsets - {"(none)"})
+    if has_subsets and subsets <= reward_bench.KNOWN:
+        return {"name": "RewardBench", "models": _reward_bench(v.names, by_subset)}
     return None
+
+
+def _reward_bench(names: Sequence[str], by_subset: Json) -> Json:
+    """The scores of each reward model in RewardBench.
+
+    by_subset: subset -> figures, with those of each reward model under "models"
+    """
+    scores = {}
+    for name in names:
+        accuracy = {}
+        for subset, figures in by_subset.items():
+            of_model = figures["models"].get(name, {})
+            accuracy[subset] = of_model.get("accuracy")
+        scores[name] = reward_bench.reward_bench(accuracy)
+    return scores
+
+
+def _reward_bench_2(listed: list[ListedPair], v: Verdicts) -> Json:
+    """The scores of each reward model in RewardBench 2.
+
+    listed: one per pair of `v`
+    """
+    scores = {}
+    for k, name in enumerate(v.names):
+        margins = _margins(listed, v, v.log_odds[k])
+        scores[name] = reward_bench.reward_bench_2(margins)
+    return scores
 
 
 def _listed_pairs(pairs: pa.Table) -> list[ListedPair]:
@@ -199,21 +231,24 @@ def _listed_pairs(pairs: pa.Table) -> list[ListedPair]:
     second_ids = pc.struct_field(pairs["second"], "candidate_id").to_pylist()
     listed = []
     for first, second in zip(first_ids, second_ids, strict=True):
-        matches = [CANDIDATE_ID.fullmatch(name or "") for name in (first, second)]
-        by_side = {match[2]: match for match in matches if match}
+        by_side = {}
+        for candidate_id in (first, second):
+            match = CANDIDATE_ID.fullmatch(candidate_id or "")
+            if match:
+                by_side[match[2]] = match
         if len(by_side) < 2:
             continue
+
         chosen = by_side["chosen"]
         rejected = by_side["rejected"]
-        listed.append(
-            ListedPair(
-                example_id=chosen[1],
-                chosen=int(chosen[3]),
-                rejected=int(rejected[3]),
-                n_chosen=int(chosen[4]),
-                n_rejected=int(rejected[4]),
-            )
+        pair = ListedPair(
+            example_id=chosen[1],
+            chosen=int(chosen[3]),
+            rejected=int(rejected[3]),
+            n_chosen=int(chosen[4]),
+            n_rejected=int(rejected[4]),
         )
+        listed.append(pair)
     return listed
 
 
@@ -227,8 +262,11 @@ def _margins(
     """
     margins: dict[tuple[str, str], Array] = {}
     for row, pair in enumerate(listed):
-        key = (v.subset[row] or "(none)", pair.example_id)
+        subset = v.subset[row] or "(none)"
+        key = (subset, pair.example_id)
         if key not in margins:
-            margins[key] = np.full((pair.n_chosen, pair.n_rejected), np.nan)
+            shape = (pair.n_chosen, pair.n_rejected)
+            margins[key] = np.full(shape, np.nan)
+        # log_odds are for the first response; the gold label is 1 if it is the chosen one, else -1.
         margins[key][pair.chosen, pair.rejected] = log_odds[row] * v.gold[row]
     return margins

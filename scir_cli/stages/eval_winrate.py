@@ -41,6 +41,9 @@ Row = dict[str, Any]
 
 NO_SKLEARN = f"needs scikit-learn: {install_hint('eval')}"
 
+#: Columns of AlpacaEval's annotations that must hold text.
+ANNOTATION_TEXTS = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
+
 #: Columns of AlpacaEval's df_gamed.csv that are read.
 GAMED_COLUMNS = ("index", "preference", "std_delta_len", "instruction_difficulty")
 
@@ -62,9 +65,10 @@ class Match:
     @property
     def lengths(self) -> Array:
         """Lengths of the model's and the other's responses.  -> (2, rows) characters"""
-        ours = [len(row["output"]) for row in self.rows]
-        others = [len(row["other_output"]) for row in self.rows]
-        return np.array([ours, others], dtype=np.float64)
+        lengths = []
+        for column in ("output", "other_output"):
+            lengths.append([len(row[column]) for row in self.rows])
+        return np.array(lengths, dtype=np.float64)
 
 
 def run(settings: EvalWinrateSettings) -> Json:
@@ -73,7 +77,11 @@ def run(settings: EvalWinrateSettings) -> Json:
     digests = [readers.digest(spec) for spec in inputs]
     scorer = None if settings.annotations else Scorer(settings)
     gamed = read_gamed(settings.gamed_baselines) if settings.gamed_baselines else None
-    plan: Json = {"stage": "eval winrate", "settings": settings.plan(), "inputs": digests}
+    plan: Json = {
+        "stage": "eval winrate",
+        "settings": settings.plan(),
+        "inputs": digests,
+    }
     if scorer:
         plan |= scorer.keys
     if settings.gamed_baselines:
@@ -84,20 +92,27 @@ def run(settings: EvalWinrateSettings) -> Json:
     else:
         matches, dropped = from_responses(settings)
     if settings.dry_run:
-        n = sum(len(match.rows) for match in matches)
-        return {"dry_run": True, "plan": plan, "rows_in": n + dropped.total()}
+        n_kept = sum(len(match.rows) for match in matches)
+        return {
+            "dry_run": True,
+            "plan": plan,
+            "rows_in": n_kept + dropped.total(),
+        }
 
     def make(low: int, high: int) -> Part:
         scored = matches
         if scorer:
-            scored = _judged(matches, settings, scorer, hashing.digest_json(digests))
-            annotations = [row for match in scored for row in _annotation_rows(match)]
-            write_json(settings.output_dir / "annotations.json", annotations)
-        rows = [row for match in scored for row in _score_rows(match)]
+            digest = hashing.digest_json(digests)
+            scored = _judged(matches, settings, scorer, digest)
+            _write_annotations(settings.output_dir / "annotations.json", scored)
+        rows = []
+        for match in scored:
+            rows += _score_rows(match)
         return Part(rows, len(rows))
 
     def summarize(written: dataset.Dataset) -> Json:
-        return summary(_with_scores(matches, written), dropped, gamed, settings.seed)
+        scored = _with_scores(matches, written)
+        return summary(scored, dropped, gamed, settings.seed)
 
     manifest = dataset.write_dataset(
         settings.output_dir,
@@ -108,7 +123,10 @@ def run(settings: EvalWinrateSettings) -> Json:
         overwrite=settings.overwrite,
         dropped_before=dropped,
         summarise=summarize,
-        inputs={"inputs": ", ".join(inputs), "model": settings.model},
+        inputs={
+            "inputs": ", ".join(inputs),
+            "model": settings.model,
+        },
     )
     html.write_for("eval winrate", settings)
     return manifest
@@ -116,8 +134,10 @@ def run(settings: EvalWinrateSettings) -> Json:
 
 def _response_specs(settings: EvalWinrateSettings) -> list[str]:
     """The files of responses, the baseline's last."""
-    baseline = [settings.baseline] if settings.baseline else []
-    return [*settings.responses, *baseline]
+    specs = [*settings.responses]
+    if settings.baseline:
+        specs.append(settings.baseline)
+    return specs
 
 
 # ------------------------------------------------------------------------ responses
@@ -126,29 +146,38 @@ def _response_specs(settings: EvalWinrateSettings) -> list[str]:
 def from_responses(settings: EvalWinrateSettings) -> tuple[list[Match], Counter[str]]:
     """Each file of responses against the baseline, and the dropped instructions by reason.
 
-    Without a baseline, every pair of files is compared.
+    Without a baseline, every pair of files is compared. The preferences are NaN: nothing is
+    judged here.
     Raises DataError if two files have no instruction with different responses.
     """
     dropped: Counter[str] = Counter()
     specs = _response_specs(settings)
     files = [load_responses(spec, dropped, settings.limit) for spec in specs]
     names = _model_names(specs, files)
-    if settings.baseline:
-        baseline = len(specs) - 1
-        pairs = [(i, baseline) for i in range(baseline)]
-    else:
-        pairs = list(itertools.combinations(range(len(specs)), 2))
-
     matches = []
-    for i, j in pairs:
+    for i, j in _compared(len(specs), has_baseline=bool(settings.baseline)):
         rows = _common(files[i], files[j], dropped)
         if not rows:
+            reasons = dict(+dropped) or "both are empty"
             raise DataError(
                 f"{specs[i]} and {specs[j]} have no instruction in common with two different "
-                f"answers ({dict(+dropped) or 'both are empty'})"
+                f"answers ({reasons})"
             )
-        matches.append(Match(names[i], names[j], rows, np.full(len(rows), np.nan)))
+        no_verdicts = np.full(len(rows), np.nan)
+        matches.append(Match(names[i], names[j], rows, no_verdicts))
     return matches, +dropped
+
+
+def _compared(n_files: int, *, has_baseline: bool) -> list[tuple[int, int]]:
+    """The pairs of files to compare, by their indices.
+
+    has_baseline: the last file is the baseline, and all others are compared with it alone
+    """
+    pairs = list(itertools.combinations(range(n_files), 2))
+    if not has_baseline:
+        return pairs
+    last = n_files - 1
+    return [pair for pair in pairs if pair[1] == last]
 
 
 def _model_names(specs: list[str], files: list[dict[str, Row]]) -> list[str]:
@@ -158,9 +187,15 @@ def _model_names(specs: list[str], files: list[dict[str, Row]]) -> list[str]:
     """
     names = []
     for spec, file in zip(specs, files, strict=True):
-        generators = (row["generator"] for row in file.values() if row["generator"])
-        names.append(next(generators, Path(spec).stem))
-    return names if len(set(names)) == len(names) else specs
+        name = Path(spec).stem
+        for row in file.values():
+            if row["generator"]:
+                name = row["generator"]
+                break
+        names.append(name)
+
+    is_unique = len(set(names)) == len(names)
+    return names if is_unique else specs
 
 
 def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -> dict[str, Row]:
@@ -176,8 +211,14 @@ def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -
 
 
 def _from_candidates(path: Path, limit: int | None) -> dict[str, Row]:
+    """The first response to each prompt in a candidates dataset, by instruction.
+
+    limit: number of prompts
+    """
     responses: dict[str, Row] = {}
-    for row in dataset.read_dataset(path, "candidates").to_pylist():
+    candidates = dataset.read_dataset(path, "candidates")
+    for row in candidates.to_pylist():
+        instruction = prompts.question_text(row["messages"])
         response = {
             "messages": row["messages"],
             "output": row["response"],
@@ -188,11 +229,15 @@ def _from_candidates(path: Path, limit: int | None) -> dict[str, Row]:
             "subset": row["subset"],
             "extra": row["extra"],
         }
-        responses.setdefault(prompts.question_text(row["messages"]), response)
+        responses.setdefault(instruction, response)
     return dict(itertools.islice(responses.items(), limit))
 
 
 def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> dict[str, Row]:
+    """The responses of an AlpacaEval file, by instruction; repeated ones are dropped.
+
+    limit: number of rows
+    """
     responses: dict[str, Row] = {}
     rows = _json_list(spec, ("instruction", "output"))[:limit]
     for i, row in enumerate(rows):
@@ -200,9 +245,13 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
         if instruction in responses:
             dropped["duplicate_instruction"] += 1
             continue
-        generator = row["generator"] if isinstance(row.get("generator"), str) else None
+
+        generator = row.get("generator")
+        if not isinstance(generator, str):
+            generator = None
+        message = {"role": "user", "content": instruction}
         responses[instruction] = {
-            "messages": [{"role": "user", "content": instruction}],
+            "messages": [message],
             "output": row["output"],
             "generator": generator,
             "author": generator,
@@ -215,48 +264,67 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
 
 
 def _json_list(spec: str, texts: Sequence[str]) -> list[Row]:
-    """A JSON list of objects; raises DataError if an object has no text in one of `texts`."""
+    """The objects of a JSON list.
+
+    texts: the columns that each object must have, with text
+    Raises DataError if the file holds something else.
+    """
     try:
-        rows = json.loads(Path(spec).read_text(encoding="utf-8"))
+        content = Path(spec).read_text(encoding="utf-8")
+        rows = json.loads(content)
     except (OSError, ValueError) as error:
         raise DataError(f"{spec} is not a readable JSON file ({error})") from error
-    expected = f"a JSON list of objects with {', '.join(map(repr, texts))}"
+
+    columns = ", ".join(map(repr, texts))
+    expected = f"a JSON list of objects with {columns}"
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{spec} should be {expected}, and not empty")
-
     for number, row in enumerate(rows, 1):
-        columns = row if isinstance(row, dict) else {}
-        missing = [name for name in texts if not isinstance(columns.get(name), str)]
-        if missing:
+        missing = _missing_text(row, texts)
+        if missing is not None:
             shown = ", ".join(row) if isinstance(row, dict) else repr(row)[:60]
             raise DataError(
-                f"{spec}, row {number}: no text in '{missing[0]}' (it has {shown}); "
+                f"{spec}, row {number}: no text in '{missing}' (it has {shown}); "
                 f"expected {expected}"
             )
     return rows
 
 
+def _missing_text(row: Any, texts: Sequence[str]) -> str | None:
+    """The first of the columns `texts` in which a row has no text; None if it has all of them."""
+    columns = row if isinstance(row, dict) else {}
+    for name in texts:
+        if not isinstance(columns.get(name), str):
+            return name
+    return None
+
+
 def _common(responses: dict[str, Row], others: dict[str, Row], dropped: Counter[str]) -> list[Row]:
-    """The instructions with two different responses; counts all others in `dropped`."""
+    """The instructions with two different responses; counts all others in `dropped`.
+
+    responses, others: of two models, by instruction
+    """
     rows = []
     for instruction, row in responses.items():
         other = others.get(instruction)
         if other is None:
             dropped["not_in_baseline"] += 1
-        elif row["output"] == other["output"]:
+            continue
+        texts = (row["output"], other["output"])
+        if texts[0] == texts[1]:
             dropped["identical_responses"] += 1
-        elif not row["output"].strip() or not other["output"].strip():
+        elif not all(text.strip() for text in texts):
             dropped["empty_response"] += 1
         else:
-            rows.append(
-                {
-                    "instruction": instruction,
-                    "other_output": other["output"],
-                    "other_author": other["author"],
-                    **row,
-                }
-            )
-    dropped["not_in_responses"] += len(set(others) - set(responses))
+            match = {
+                "instruction": instruction,
+                "other_output": other["output"],
+                "other_author": other["author"],
+            }
+            rows.append(match | row)
+
+    unanswered = set(others) - set(responses)
+    dropped["not_in_responses"] += len(unanswered)
     return rows
 
 
@@ -272,29 +340,18 @@ def from_annotations(
     stay: they are draws.
     Raises DataError if a file holds annotations of several annotators.
     """
-    dropped: Counter[str] = Counter()
     by_pair: dict[tuple[str, str], list[Row]] = {}
-    fields = ("instruction", "output_1", "output_2", "generator_1", "generator_2")
     for spec in specs:
-        rows = _json_list(spec, fields)[:limit]
-        annotators = sorted({str(row.get("annotator")) for row in rows})
-        if len(annotators) > 1:
-            raise DataError(
-                f"{spec} holds annotations of {len(annotators)} annotators "
-                f"({', '.join(annotators)}); give one file for each"
-            )
-        for number, row in enumerate(rows, 1):
-            annotation = {
-                "instruction": row["instruction"],
-                "output": row["output_2"],
-                "other_output": row["output_1"],
-                "position": (number - 1, len(rows)),
-                "index": row.get("index"),
-                "subset": row.get("dataset"),
-                "preference": _preference(row, spec, number),
-            }
-            by_pair.setdefault((row["generator_2"], row["generator_1"]), []).append(annotation)
+        rows = _json_list(spec, ANNOTATION_TEXTS)[:limit]
+        _check_one_annotator(spec, rows)
+        for i, row in enumerate(rows):
+            pair = (row["generator_2"], row["generator_1"])
+            annotation = _annotation(row)
+            annotation["position"] = (i, len(rows))
+            annotation["preference"] = _preference(row, spec, i + 1)
+            by_pair.setdefault(pair, []).append(annotation)
 
+    dropped: Counter[str] = Counter()
     matches = []
     for (model, other), rows in by_pair.items():
         dropped["duplicate_annotation"] += _drop_duplicates(rows)
@@ -303,31 +360,58 @@ def from_annotations(
     return matches, +dropped
 
 
+def _annotation(row: Row) -> Row:
+    """A row of `Match` from an AlpacaEval annotation, in which the model is the second one."""
+    return {
+        "instruction": row["instruction"],
+        "output": row["output_2"],
+        "other_output": row["output_1"],
+        "index": row.get("index"),
+        "subset": row.get("dataset"),
+    }
+
+
+def _check_one_annotator(spec: str, rows: list[Row]) -> None:
+    """Raises DataError if a file holds annotations of several annotators."""
+    annotators = sorted({str(row.get("annotator")) for row in rows})
+    if len(annotators) > 1:
+        names = ", ".join(annotators)
+        raise DataError(
+            f"{spec} holds annotations of {len(annotators)} annotators ({names}); "
+            "pass one file for each"
+        )
+
+
 def _drop_duplicates(rows: list[Row]) -> int:
     """Removes repeated annotations of the same two outputs in place; returns their number."""
-    before = len(rows)
+    n_dropped = 0
     seen: set[tuple[str, str, str]] = set()
     for row in list(rows):
         key = (row["instruction"], row["output"], row["other_output"])
         if key in seen:
+            n_dropped += 1
             rows.remove(row)
         seen.add(key)
-    return before - len(rows)
+    return n_dropped
 
 
 def _preference(row: Row, spec: str, number: int) -> float:
     """P(output_2 is better) in an annotation; NaN for null.
 
+    spec, number: file and row (from 1), for messages
     AlpacaEval 2 writes 1 + P; AlpacaEval 1 wrote 1, 2, and 0 or 1.5 for a draw.
     Raises DataError if the value is missing or none of these.
     """
     if "preference" not in row:
+        columns = ", ".join(row)
         raise DataError(
-            f"{spec}, row {number}: no 'preference' (it has {', '.join(row)}); "
+            f"{spec}, row {number}: no 'preference' (it has {columns}); "
             "expected AlpacaEval's annotations"
         )
     value = row["preference"]
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None:
+        return math.nan
+    if isinstance(value, float) and math.isnan(value):
         return math.nan
 
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -347,7 +431,9 @@ def _judged(
 ) -> list[Match]:
     """The matches with the preferences of the first reward model; writes OUT/judged.
 
-    digest: of all inputs
+    scorer: the judge, with its reward models
+    digest: of all inputs, which the plan of OUT/judged records
+    A pair without a verdict has the preference NaN.
     """
     # A pair that occurs in several matches is judged once.
     pairs = {}
@@ -356,25 +442,46 @@ def _judged(
             pair = _pair(row)
             pairs[pair["pair_id"]] = pair
     table = schemas.to_table("judged", pairs.values())
+    bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
+    inputs = PairInput(table, bounds, Counter(), digest)
 
     folder = settings.output_dir / "judged"
-    inner = settings.model_copy(update={"output_dir": folder, "overwrite": False})
-    bounds = dataset.part_bounds(table.num_rows, settings.rows_per_part)
-    write_judged_dataset("eval winrate", inner, scorer, PairInput(table, bounds, Counter(), digest))
+    changes = {
+        "output_dir": folder,
+        "overwrite": False,
+    }
+    inner = settings.model_copy(update=changes)
+    write_judged_dataset("eval winrate", inner, scorer, inputs)
 
-    v = from_table(dataset.read_dataset(folder, "judged"))
-    first_model = v.names.index(next(iter(scorer.models)))
-    log_odds_of = dict(zip(v.pair_ids, v.log_odds[first_model], strict=True))
+    log_odds_of = _log_odds(folder, next(iter(scorer.models)))
     judged = []
     for match in matches:
-        log_odds = np.array([log_odds_of.get(_pair_id(row), math.nan) for row in match.rows])
-        sigmoid = np.exp(-np.logaddexp(0, -log_odds))
-        judged.append(replace(match, preference=sigmoid))
+        log_odds = []
+        for row in match.rows:
+            pair_id = _pair_id(row)
+            log_odds.append(log_odds_of.get(pair_id, math.nan))
+        preference = _sigmoid(np.array(log_odds))
+        judged.append(replace(match, preference=preference))
     return judged
 
 
+def _log_odds(folder: Path, reward_model: str) -> dict[str, float]:
+    """pair_id -> log-odds (nats) of one reward model in a judged dataset."""
+    judged = dataset.read_dataset(folder, "judged")
+    v = from_table(judged)
+    k = v.names.index(reward_model)
+    return dict(zip(v.pair_ids, v.log_odds[k], strict=True))
+
+
+def _sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)), which does not overflow.  (rows,) -> (rows,)"""
+    return np.exp(-np.logaddexp(0, -x))
+
+
 def _pair_id(row: Row) -> str:
-    return hashing.digest_json([row["messages"], row["output"], row["other_output"]])[:16]
+    """The id of a pair: a digest of the conversation and both responses."""
+    content = [row["messages"], row["output"], row["other_output"]]
+    return hashing.digest_json(content)[:16]
 
 
 def _pair(row: Row) -> Row:
@@ -394,6 +501,7 @@ def _pair(row: Row) -> Row:
 
 
 def _response(text: str, author: str | None) -> Row:
+    """A response in the form of a judged dataset."""
     return {
         "candidate_id": None,
         "text": text,
@@ -404,32 +512,43 @@ def _response(text: str, author: str | None) -> Row:
 
 
 def _example_id(row: Row) -> str:
-    return hashing.digest_json([row["instruction"], row["output"], row["other_output"]])[:16]
+    """The id of a row of the scores dataset: a digest of the instruction and both responses."""
+    content = [row["instruction"], row["output"], row["other_output"]]
+    return hashing.digest_json(content)[:16]
 
 
 def _with_scores(matches: list[Match], scores: dataset.Dataset) -> list[Match]:
     """The matches with their preferences from a scores dataset.
 
     The join is by the names of both models and the example's id, not by the order of rows.
+    The figures of a resumed run are computed from the dataset, as those of a new run are.
     """
-    preferences: dict[tuple[str, str, str], float] = {}
+    preferences: dict[tuple[str, str, str], float | None] = {}
     for table in scores.tables():
-        for row in table.select(["example_id", "value", "detail"]).to_pylist():
+        columns = table.select(["example_id", "value", "detail"])
+        for row in columns.to_pylist():
             names = json.loads(row["detail"])
             key = (names["model"], names["other"], row["example_id"])
-            preferences[key] = math.nan if row["value"] is None else row["value"]
+            preferences[key] = row["value"]
 
     joined = []
     for match in matches:
-        keys = [(match.model, match.other, _example_id(row)) for row in match.rows]
-        values = np.array([preferences[key] for key in keys])
-        joined.append(replace(match, preference=values))
+        values = []
+        for row in match.rows:
+            key = (match.model, match.other, _example_id(row))
+            value = preferences[key]
+            values.append(math.nan if value is None else value)
+        joined.append(replace(match, preference=np.array(values)))
     return joined
 
 
 def _score_rows(match: Match) -> list[Row]:
     """One row of the scores dataset per instruction; the value is null without a verdict."""
-    detail = json.dumps({"model": match.model, "other": match.other}, ensure_ascii=False)
+    names = {
+        "model": match.model,
+        "other": match.other,
+    }
+    detail = json.dumps(names, ensure_ascii=False)
     rows = []
     for row, value in zip(match.rows, match.preference, strict=True):
         rows.append(
@@ -442,6 +561,14 @@ def _score_rows(match: Match) -> list[Row]:
             }
         )
     return rows
+
+
+def _write_annotations(path: Path, matches: list[Match]) -> None:
+    """Writes the preferences of all matches in AlpacaEval's form."""
+    annotations = []
+    for match in matches:
+        annotations += _annotation_rows(match)
+    write_json(path, annotations)
 
 
 def _annotation_rows(match: Match) -> list[Row]:
@@ -470,7 +597,8 @@ def _annotation_rows(match: Match) -> list[Row]:
 def summary(matches: list[Match], dropped: Counter[str], gamed: Gamed | None, seed: int) -> Json:
     """The win rates of each match, one scale for all models, and notes on their reliability.
 
-    dropped: instructions by reason; gamed: AlpacaEval's baselines for its length-controlled rate
+    dropped: instructions by reason
+    gamed: AlpacaEval's baselines for its length-controlled rate
     """
     notes: list[str] = []
     unmatched = dropped["not_in_baseline"] + dropped["not_in_responses"]
@@ -485,18 +613,24 @@ def summary(matches: list[Match], dropped: Counter[str], gamed: Gamed | None, se
         match_figures, match_notes = _figures(match, gamed, seed)
         figures.append(match_figures)
         notes += [f"{match.model} against {match.other}: {note}" for note in match_notes]
-    if gamed is None and any(m["length_controlled_win_rate"] is not None for m in figures):
+    has_controlled = any(m["length_controlled_win_rate"] is not None for m in figures)
+    if gamed is None and has_controlled:
         notes.append(
             "without --gamed-baselines, length-controlled rates are not AlpacaEval's: "
             "the regression has no difficulty and no regularization to baselines"
         )
 
-    scale = _bradley_terry(matches, seed, notes) if win_rates.sklearn_available() else None
+    scale = None
+    if win_rates.sklearn_available():
+        scale = _bradley_terry(matches, seed, notes)
     return {"matches": figures, "bradley_terry": scale, "notes": notes}
 
 
 def _figures(match: Match, gamed: Gamed | None, seed: int) -> tuple[Json, list[str]]:
-    """The win rates of one match, and notes on their reliability."""
+    """The win rates of one match, and notes on their reliability.
+
+    The length-controlled rate is null, with a reason, if it cannot be computed.
+    """
     lengths = match.lengths
     plain = win_rates.win_rate(match.preference)
     if win_rates.sklearn_available():
@@ -540,24 +674,29 @@ def _figures(match: Match, gamed: Gamed | None, seed: int) -> tuple[Json, list[s
 def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | None:
     """The strength of each model in nats above the last one, the strongest first.
 
-    Each has its win rate over the last model; both also with style controlled, if models and
-    style can be separated (else a note is added). None without any verdict.
+    Each model also has its win rate over the last one. Both figures also exist with style
+    controlled, if the data separate models and style; otherwise a note is added to `notes`.
+    None if there is no verdict.
     """
-    models = list(dict.fromkeys([m.model for m in matches] + [m.other for m in matches]))
+    names = [match.model for match in matches] + [match.other for match in matches]
+    models = list(dict.fromkeys(names))
     preference = np.concatenate([match.preference for match in matches])
     if np.isnan(preference).all():
         return None
 
+    def fitted(matrix: Array) -> dict[str, Array]:
+        return win_rates.bradley_terry(matrix, preference, groups, len(models), seed=seed)
+
     design, groups = _style_design(matches, models)
     without_style = design[:, : len(models) - 1]
-    fits = {"": win_rates.bradley_terry(without_style, preference, groups, len(models), seed=seed)}
+    fits = {"": fitted(without_style)}
     style_weights = None
     condition = win_rates.condition_number(design)
     if condition <= win_rates.MAX_CONDITION:
-        fit = win_rates.bradley_terry(design, preference, groups, len(models), seed=seed)
-        fits["style_controlled_"] = fit
-        if len(fit["style"]):
-            style_weights = dict(zip(win_rates.STYLE, fit["style"].tolist(), strict=True))
+        fits["style_controlled_"] = fitted(design)
+        weights = fits["style_controlled_"]["style"].tolist()
+        if weights:
+            style_weights = dict(zip(win_rates.STYLE, weights, strict=True))
     else:
         notes.append(
             "no style-controlled rates: the models' style differs too regularly to separate it "
@@ -570,10 +709,13 @@ def _bradley_terry(matches: list[Match], seed: int, notes: list[str]) -> Json | 
         for prefix, fit in fits.items():
             row |= _strength(prefix, fit, i)
         rows.append(row)
-    return {
-        "models": sorted(rows, key=lambda row: -row["strength"]),
-        "style_weights": style_weights,
-    }
+    rows.sort(key=_strongest_first)
+    return {"models": rows, "style_weights": style_weights}
+
+
+def _strongest_first(row: Row) -> float:
+    strength: float = row["strength"]
+    return -strength
 
 
 def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[str]]:
@@ -586,18 +728,28 @@ def _style_design(matches: list[Match], models: list[str]) -> tuple[Array, list[
     other_counts = []
     instructions = []
     for match in matches:
-        pair = (models.index(match.model), models.index(match.other))
+        model = models.index(match.model)
+        other = models.index(match.other)
+        pair = (model, other)
         for row in match.rows:
             indices.append(pair)
             counts.append(win_rates.markdown_counts(row["output"]))
             other_counts.append(win_rates.markdown_counts(row["other_output"]))
             instructions.append(row["instruction"])
-    style = win_rates.style_differences(np.array(counts, float), np.array(other_counts, float))
-    return win_rates.design_matrix(np.array(indices), len(models), style), instructions
+
+    style = win_rates.style_differences(
+        np.array(counts, float),
+        np.array(other_counts, float),
+    )
+    matrix = win_rates.design_matrix(np.array(indices), len(models), style)
+    return matrix, instructions
 
 
 def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
-    """Strength of model i (nats) and win rate over the last model, with their intervals."""
+    """Strength of model i (nats) and win rate over the last model, with their intervals.
+
+    prefix: of the names of the figures
+    """
     strength = float(fit["strength"][i])
     low = float(fit["low"][i])
     high = float(fit["high"][i])
@@ -605,10 +757,15 @@ def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
         f"{prefix}strength": strength,
         f"{prefix}low": low,
         f"{prefix}high": high,
-        f"{prefix}win_rate": 1 / (1 + math.exp(-strength)),
-        f"{prefix}win_rate_low": 1 / (1 + math.exp(-low)),
-        f"{prefix}win_rate_high": 1 / (1 + math.exp(-high)),
+        f"{prefix}win_rate": _probability(strength),
+        f"{prefix}win_rate_low": _probability(low),
+        f"{prefix}win_rate_high": _probability(high),
     }
+
+
+def _probability(log_odds: float) -> float:
+    """The probability that log-odds (nats) stand for."""
+    return 1 / (1 + math.exp(-log_odds))
 
 
 # ------------------------------------------------------------------------ gamed baselines
@@ -617,17 +774,19 @@ def _strength(prefix: str, fit: dict[str, Array], i: int) -> dict[str, float]:
 def read_gamed(path: Path) -> Gamed:
     """AlpacaEval's df_gamed.csv; raises DataError if a column or a number is missing."""
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+    rows = list(csv.DictReader(text.splitlines()))
+    columns = list(rows[0]) if rows else []
     expected = ", ".join(GAMED_COLUMNS)
-    if not rows or set(GAMED_COLUMNS) - set(rows[0]):
-        shown = ", ".join(rows[0]) if rows else "no rows"
+    if set(GAMED_COLUMNS) - set(columns):
+        shown = ", ".join(columns) or "no rows"
         raise DataError(
             f"{path} should be AlpacaEval's df_gamed.csv with the columns {expected}; "
             f"it has {shown}"
         )
-
     try:
         index = [int(float(row["index"])) for row in rows]
         preference = _csv_numbers(rows, "preference")
@@ -635,14 +794,26 @@ def read_gamed(path: Path) -> Gamed:
         difficulty = _csv_numbers(rows, "instruction_difficulty")
     except ValueError as error:
         raise DataError(f"{path}: {error}; expected numbers in {expected}") from error
-    # Reversed, so that the first row of each instruction is the one that stays.
-    of_index = dict(zip(index[::-1], difficulty[::-1].tolist(), strict=True))
-    return Gamed(preference, std_delta_len, difficulty, of_index)
+
+    # An instruction has one row per model; the difficulty of its first row is used.
+    of_index: dict[int, float] = {}
+    for i, value in zip(index, difficulty.tolist(), strict=True):
+        of_index.setdefault(i, value)
+    return Gamed(
+        preference=preference,
+        std_delta_len=std_delta_len,
+        difficulty=difficulty,
+        of_index=of_index,
+    )
 
 
 def _csv_numbers(rows: list[dict[str, str]], column: str) -> Array:
     """A column of numbers, NaN if a cell is empty.  -> (rows,)"""
-    return np.array([float(row[column] or math.nan) for row in rows])
+    numbers = []
+    for row in rows:
+        cell = row[column]
+        numbers.append(float(cell or math.nan))
+    return np.array(numbers)
 
 
 def difficulties(match: Match, gamed: Gamed) -> Array:
@@ -657,11 +828,14 @@ def difficulties(match: Match, gamed: Gamed) -> Array:
     no_index = 0
     for row in match.rows:
         index = row["index"]
-        if index is None and row["position"] and row["position"][1] == n_instructions:
-            index = row["position"][0]
+        position = row["position"]
+        if index is None and position:
+            number, n_rows = position
+            index = number if n_rows == n_instructions else None
+
         if index is None:
             no_index += 1
-        values.append(math.nan if index is None else gamed.of_index.get(index, math.nan))
+        values.append(gamed.of_index.get(index, math.nan))
     if no_index:
         raise DataError(
             f"{no_index} of {len(values)} rows have no 'index', and their file does not hold all "

@@ -40,7 +40,7 @@ def check_steps(steps: list[Step], where: str) -> None:
         if problem:
             problems.append(f"{where}: {step.stage}: {problem}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(*problems)
 
 
 def _problem(settings: StageSettings) -> str | None:

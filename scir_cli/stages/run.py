@@ -9,16 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from scir_cli import registry
 from scir_cli.data import files
 from scir_cli.data.files import Json
 from scir_cli.data.storage import to_path
-from scir_cli.errors import StageFailed
+from scir_cli.errors import StageFailed, print_line
 from scir_cli.processes import exit_with_parent
 from scir_cli.recipe import Step
 from scir_cli.report import html, tables
+from scir_cli.report.console import PlainConsole
 
 
 def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> Json:
@@ -29,10 +28,8 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
     page: file for the HTML report of the whole run, if any.
     Raises StageFailed if a stage ends with an error.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     for index, step in enumerate(steps, start=1):
-        console.print(f"[bold]\\[{index}/{len(steps)}][/bold] ", end="")
-        console.print(step.shell_command(), markup=False)
+        print_line(f"[{index}/{len(steps)}] {step.shell_command()}")
         _run_in_child(step, quiet)
 
     summaries = {}
@@ -59,7 +56,7 @@ def show(result: Json) -> None:
     rows = []
     for name, summary in summaries.items():
         rows.append((name[prefix_length:], summary))
-    console = Console(markup=False)
+    console = PlainConsole()
     console.print(tables.iterations_table(rows))
 
 

@@ -31,6 +31,13 @@ ONE_VOTER = 0.98
 #: A rank correlation of labels and length beyond this is warned about [ours].
 LONG_LABELS = 0.5
 
+#: A rank correlation of labels and length this far from that on the calibration pairs is warned
+#: about [ours].
+LENGTH_DRIFT = 0.3
+
+#: A temperature whose interval spans more than this factor is warned about [ours].
+UNCERTAIN_TEMPERATURE = 3.0
+
 #: A mean certainty outside of these is warned about: hard labels in disguise, or none [ours].
 CERTAINTY = (0.55, 0.99)
 
@@ -236,10 +243,32 @@ def guards(figures: Json, pooled: Array) -> list[str]:
     if (np.sign(known) == np.sign(known[0])).all():
         place = "first" if known[0] > 0 else "second"
         lines.append(f"all {len(known)} labels prefer the {place} response of the pair")
-    if (figures["calibration"] or {}).get("one_sided"):
+    return lines + calibration_guards(figures)
+
+
+def calibration_guards(figures: Json) -> list[str]:
+    """Warnings about the temperature, and about labels that differ from the pairs it is from."""
+    calibration = figures["calibration"]
+    if calibration is None:
+        return []
+    lines = []
+    if calibration["one_sided"]:
         lines.append(
             "all gold labels of --calibrate-on are on one side: "
             "a voter that prefers that side looks accurate"
+        )
+    low, high = calibration["low"], calibration["high"]
+    if high > UNCERTAIN_TEMPERATURE * low:
+        lines.append(
+            f"the temperature is uncertain: {calibration['temperature']:.3g}, "
+            f"95 % interval {low:.3g} to {high:.3g}; "
+            "calibrate on more pairs or on harder ones"
+        )
+    length, before = figures["length_correlation"], calibration["length_correlation"]
+    if None not in (length, before) and abs(length - before) > LENGTH_DRIFT:
+        lines.append(
+            "the pool has drifted in length: rank correlation with length "
+            f"{before:+.2f} on the calibration pairs, {length:+.2f} on these"
         )
     return lines
 

@@ -41,7 +41,7 @@ from scir_cli.rewards.pairs import Pair
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, dry_run, fitting, objectives, trackers
-from scir_cli.training.consensus import Consensus
+from scir_cli.training.consensus import Consensus, warn_of_hard_labels
 from scir_cli.training.examples import encode_examples, load_labelled_rows, load_training_rows
 from scir_cli.training.model_folder import write_model_folder
 from scir_cli.training.objectives import Example, Metrics, Objective
@@ -216,9 +216,12 @@ class TrainJob:
     def _encode_input(self) -> tuple[list[Example], Counter[str]]:
         # SCIR makes labels of its own, unless its target is the consensus that the data hold.
         labelled = self.settings.objective != "scir" or self.settings.learns_consensus
-        return encode_examples(
+        examples, drops = encode_examples(
             self.rows, self.objective, self.policy, self.settings.input, labelled=labelled
         )
+        if self.settings.learns_consensus and self.ranks.is_main:
+            warn_of_hard_labels(examples)
+        return examples, drops
 
     def _encode_labelled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
         if spec is None:

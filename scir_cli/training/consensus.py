@@ -23,12 +23,22 @@ import torch
 from torch import Tensor
 
 from scir_cli.engine.trees import Branch
+from scir_cli.errors import warn
 from scir_cli.rewards.log_odds import RewardOutput, average_orders
 from scir_cli.training import losses
 from scir_cli.training.objectives import CollapseWarning, Dpo, Example, Metrics, dpo_metrics
 
 #: Branches of a pair: its two responses, then verdicts A and B in both orders.
 RESPONSES, VERDICTS = slice(0, 2), slice(2, 6)
+
+
+def warn_of_hard_labels(examples: Sequence[Example]) -> None:
+    """Warns if every label counts as certain, so that the judge is pulled without bound."""
+    if all(example.label_probability == 1.0 for example in examples):
+        warn(
+            "target consensus: every label of the input counts as certain; "
+            "write soft labels with `scir filter --rule consensus`"
+        )
 
 
 class Consensus(Dpo):

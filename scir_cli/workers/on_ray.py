@@ -14,14 +14,13 @@ import multiprocessing
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from scir_cli.data import storage
 from scir_cli.data.dataset import PartTask
-from scir_cli.errors import ConfigError, EngineError, ScirError
+from scir_cli.errors import ConfigError, EngineError, ScirError, print_line
 from scir_cli.processes import exit_with_parent
 from scir_cli.settings import BackendSettings
 from scir_cli.workers import pool
@@ -174,7 +173,7 @@ class Actors:
             result = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             # stderr is the log.
-            print(error, file=sys.stderr, flush=True)
+            print_line(error)
             # Ray retries a check-in as long as the cluster exists, so the cluster is lost.
             # `ray.shutdown` may hang on a lost cluster.
             if part is None:
