@@ -28,7 +28,6 @@ from typing import Any
 from common import ENDS, HERE, Json, Meter, child, make_model, make_pairs, make_tokenizer
 from common import random_model as make_random_model
 
-STARTED = time.monotonic()
 #: Lengths of prompts and responses in tokens, and pairs per step.
 LENGTHS: dict[str, tuple[tuple[int, int], tuple[int, int], int]] = {
     "short": ((128, 256), (64, 256), 8),
@@ -48,12 +47,13 @@ class Part:
 
     def __init__(self, path: Path, options: Json) -> None:
         self.path = path
+        self.started = time.monotonic()
         self.tiny = bool(options.get("tiny"))
         self.seconds = float(options.get("seconds", 600))
 
     def record(self, **values: Any) -> None:
         """Appends a record to the file."""
-        line = json.dumps({"at_seconds": round(time.monotonic() - STARTED, 1), **values})
+        line = json.dumps({"at_seconds": round(time.monotonic() - self.started, 1), **values})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line[:400], flush=True)
@@ -61,7 +61,7 @@ class Part:
     @property
     def over(self) -> bool:
         """Whether nothing new should be started: a sixth of the time is kept for what runs."""
-        return time.monotonic() - STARTED > self.seconds * 5 / 6
+        return time.monotonic() - self.started > self.seconds * 5 / 6
 
     def attempt(self, name: str, work: Callable[[], Json], **labels: Any) -> None:
         """Records what `work` returns, or the end of its traceback; skipped when time is over."""

@@ -348,17 +348,21 @@ def run_cell(
 
 
 def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
-    """A column `score` of the candidates.
+    """A column `score` of the candidates, and the digests of the manifest that go with it.
 
     Gold for the oracle, gold and noise for the external reward model.
     """
     from study.world import Draw
 
-    for path in sorted(candidates.glob("data-*.arrow")):
+    manifest = files.read_json(candidates / "manifest.json")
+    if manifest.get("scores") == purpose:
+        return
+    for part in manifest["parts"]:
+        path = candidates / part["file"]
         with pa.ipc.open_stream(path) as stream:
             table = stream.read_all()
-        if "score" in table.column_names:
-            continue
+        if "score" in table.column_names:  # of a run that was stopped before the manifest
+            table = table.drop_columns(["score"])
         with gold.purpose(purpose):
             scores = quality_of_rows(gold, table.to_pylist())
         if purpose == "external":
@@ -375,6 +379,11 @@ def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
             pa.ipc.new_stream(file, table.schema) as writer,
         ):
             writer.write_table(table)
+        part["digest"] = hashing.digest_part(path)
+    digest = hashing.digest_json([part["digest"] for part in manifest["parts"]])
+    files.write_json(
+        candidates / "manifest.json", {**manifest, "digest": digest, "scores": purpose}
+    )
 
 
 # ------------------------------ an experiment
