@@ -47,10 +47,20 @@ class TreeScorer(nn.Module):
         self.core = core
 
     @property
+    def text(self) -> nn.Module:
+        """The part of the model that reads and writes text; not a vision tower beside it."""
+        tower: nn.Module = self.core.get_decoder()
+        return tower
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        """The layers of the model: its longest list of modules."""
-        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
-        return max(lists, key=len)
+        """The layers of the model: the longest list of modules in its text tower.
+
+        Lists inside another one are parts of a layer: experts, for example.
+        """
+        lists = {n: m for n, m in self.text.named_modules() if isinstance(m, nn.ModuleList)}
+        inner = {n for n in lists if any(n.startswith(f"{outer}.") for outer in lists)}
+        return max((lists[n] for n in lists if n not in inner), key=len)
 
     def forward(
         self,

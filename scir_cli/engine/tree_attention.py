@@ -214,10 +214,10 @@ def _attend(
     out = scores.softmax(-1).to(v.dtype) @ v
     if options.sinks is None:
         return out
-    return _with_sinks(out, scores.logsumexp(-1), options.sinks)
+    return with_sinks(out, scores.logsumexp(-1), options.sinks)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Attention with a sink per head, from attention without.
 
     A sink takes the share exp(sink) / (exp(sink) + exp(lse)) of the weights and has no value.
@@ -308,7 +308,7 @@ def flex_tree_attention(
     if options.sinks is None:
         return result.transpose(1, 2)
     out, other = result
-    return _with_sinks(out, other.lse, options.sinks).transpose(1, 2)
+    return with_sinks(out, other.lse, options.sinks).transpose(1, 2)
 
 
 def _log_sum_exp() -> Any:
