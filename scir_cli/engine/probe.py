@@ -123,7 +123,9 @@ def _first_exact(policy: Policy, config: Any) -> str:
             if _is_close(tree, plain):
                 return name
         # SDPA has been compared in fp32; experts that rounding selects would only add noise here.
-        elif (exact is not None and name == SDPA) or _rms(tree - (plain if exact is None else exact)) <= _limit(noise):
+        elif (exact is not None and name == SDPA) or _rms(
+            tree - (plain if exact is None else exact)
+        ) <= _limit(noise):
             return name
         worst = (tree - plain).abs().max().item()
         reason = f"a token tree and its paths differ by up to {worst:.2g} nats per token"
