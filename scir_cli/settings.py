@@ -5,6 +5,7 @@ The help texts are read at 80 columns. docs/method.md has the reasons for the de
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from contextlib import suppress
@@ -144,6 +145,34 @@ class StageSettings(Settings):
     )
 
 
+#: A variable of a chat template, and the texts that are no text there
+TemplateValue = bool | int | float | str | None
+CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
+
+#: Names that transformers' apply_chat_template uses itself
+TEMPLATE_INPUTS = frozenset(
+    [
+        "conversation",
+        "conversations",
+        "messages",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "sanitize_control_tokens",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+    ]
+)
+
+
 class ReportSettings(StageSettings):
     """Settings of a stage that can also write an HTML page."""
 
@@ -249,6 +278,11 @@ class ModelSettings(StageSettings):
     chat_template: Path | None = config.setting(
         None, "Jinja file that replaces the model's chat template.", group=RARE, path=True
     )
+    chat_template_kwargs: dict[str, TemplateValue] | None = config.setting(
+        None,
+        "Variables for the chat template, as enable_thinking=false (separated by commas).",
+        group=RARE,
+    )
     max_tokens_per_pack: Positive = config.setting(
         16384,
         "Maximum number of tokens per forward pass; sequences are packed without padding.",
@@ -256,6 +290,54 @@ class ModelSettings(StageSettings):
         affects_output=False,
         le=MOST_COUNT,
     )
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _template_kwargs(cls, value: Any) -> Any:
+        return template_kwargs(value)
+
+    def plan(self) -> dict[str, Any]:
+        """As of all settings; without chat_template_kwargs if it is not set."""
+        plan = super().plan()
+        if not self.chat_template_kwargs:
+            plan.pop("chat_template_kwargs", None)
+        return plan
+
+
+def template_kwargs(value: Any) -> Any:
+    """The mapping of NAME=VALUE words, with the types of JSON's constants and numbers.
+
+    value: words in a list or separated by commas; a mapping is returned as it is.
+    Raises ValueError for a word that is no NAME=VALUE, and for a name that is not free.
+    """
+    if isinstance(value, str):
+        value = [word.strip() for word in value.split(",") if word.strip()]
+    if isinstance(value, list):
+        parsed = {}
+        for word in value:
+            name, equals, text = str(word).partition("=")
+            if not (name.strip() and equals):
+                raise ValueError(f"expected NAME=VALUE, as enable_thinking=false; got {word!r}")
+            parsed[name.strip()] = _typed(text.strip())
+        value = parsed
+    taken = sorted(TEMPLATE_INPUTS.intersection(value)) if isinstance(value, dict) else []
+    if taken:
+        raise ValueError(f"'{taken[0]}' is no variable of the template alone, and cannot be set")
+    return value
+
+
+def _typed(text: str) -> TemplateValue:
+    """true, false, null, an integer or another number as such; any other text as it is."""
+    if text.lower() in CONSTANTS:
+        return CONSTANTS[text.lower()]
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:
+            continue
+        if math.isfinite(number):
+            return number
+    return text
 
 
 class RewardSettings(ModelSettings):
@@ -291,14 +373,6 @@ class RewardSettings(ModelSettings):
         gt=0,
         le=LARGEST_FACTOR,
     )
-    rubric_scale: float = config.setting(
-        1.0,
-        "Log-odds (nats) per rubric point.",
-        group=RARE,
-        affects_fit=True,
-        gt=0,
-        le=LARGEST_FACTOR,
-    )
     likelihood_scale: float = config.setting(
         1.0,
         "Factor on the mean log-probabilities (nats per token) of the likelihood and pmi "
@@ -329,6 +403,12 @@ class RewardSettings(ModelSettings):
         "{question} and {response}.",
         group=RARE,
         path=True,
+        affects_fit=True,
+    )
+    hide_system: bool = config.setting(
+        False,
+        "Leave system turns out of what the judge, the rubric and the rationale read.",
+        group=RARE,
         affects_fit=True,
     )
     verdict_tokens: tuple[str, str] = config.setting(
@@ -824,12 +904,6 @@ class TrainSettings(RewardSettings, ReportSettings):
         "Pairs per optimizer step, computed in packs of at most --max-tokens-per-pack.",
         group=OPTIMIZER,
         le=1_000_000,
-    )
-    max_tokens_per_step: Positive | None = config.setting(
-        None,
-        "Tokens per optimizer step, instead of --batch-size: as many pairs as fit.",
-        group=RARE,
-        le=MOST_COUNT,
     )
     max_tokens_per_pack: Positive = config.setting(
         8192,

@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import common
+from families import DEPENDS_ON_PROMPT, FAMILIES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = ["--prompt-tokens", "12", "20", "--response-tokens", "6", "12"]
@@ -213,3 +214,20 @@ def test_backends_are_measured_on_the_same_rows(tmp_path: Path):
     )
     for task in (sampled, judged):
         assert 1e-4 < task["cpu_seconds"] < 1.2 * task["wall_seconds"] + 0.1  # one thread
+
+
+def test_the_table_of_chat_templates_has_a_row_per_template(tmp_path: Path):
+    for name, family in FAMILIES.items():
+        (tmp_path / f"{name}.jinja").write_text(family.template, encoding="utf-8")
+    (tmp_path / "depends.jinja").write_text(DEPENDS_ON_PROMPT, encoding="utf-8")
+    (tmp_path / "left_out_training.jinja").write_text("", encoding="utf-8")
+    document = tmp_path / "models.md"
+    rows = run("models.py", tmp_path, "--templates", str(tmp_path), "--write", str(document))
+    plain = {row["template"]: row for row in rows if not row["kwargs"]}
+    assert sorted(plain) == sorted([*FAMILIES, "depends"])
+    assert [name for name, row in plain.items() if row["verdict"] is None] == ["depends"]
+    assert {row["boundary"] for row in plain.values()} == {"sound", "prompt_boundary"}
+    assert all(row["planted"] for name, row in plain.items() if name != "depends")
+    text = document.read_text(encoding="utf-8")
+    assert f"at one token: {len(FAMILIES)} of {len(FAMILIES) + 1}." in text
+    assert "- depends: the chat template of depends renders the answer 'A' differently" in text

@@ -161,8 +161,9 @@ def test_a_think_block_put_before_the_answer_counts_as_the_answer_or_is_an_error
     """
     talk = toy_chat(tmp_path / "tokenizer", template=CLOSING_THINK)
     assert talk.tokenizer.decode(talk.response_ids(USER, "4")) == f"<think>\n\n</think>\n\n4{END}"
-    with pytest.raises(ModelError, match="must be one"):  # and then no verdict is one token
-        talk.answer_token(USER, "A")
+    # and before a verdict it belongs to the prompt
+    answers = talk.verdicts(["A", "B"])
+    assert talk.tokenizer.decode(answers.cue) == "<think>\n\n</think>\n\n"
 
 
 def test_an_answer_that_melts_into_the_prompts_last_token_is_an_error(tmp_path: Path):
@@ -176,24 +177,38 @@ def test_an_answer_that_melts_into_the_prompts_last_token_is_an_error(tmp_path: 
 # ------------------------------ verdicts
 
 
-@pytest.mark.parametrize("word", ["A", "B", "0", "5"])
+@pytest.mark.parametrize("words", [("A", "B"), ("0", "1", "2", "3", "4", "5")])
 def test_a_verdict_is_the_one_token_the_assistant_would_answer(
-    word: str, plain: Chat, with_bos: Chat
+    words: tuple[str, ...], plain: Chat, with_bos: Chat
 ):
     for talk in (plain, with_bos):
-        assert talk.tokenizer.decode([talk.answer_token(USER, word)]) == word
+        answers = talk.verdicts(words)
+        assert [talk.tokenizer.decode(ending) for ending in answers.endings] == list(words)
+        assert answers.prompt_ids(talk.prompt_ids(LONG)) == talk.prompt_ids(LONG)
 
 
 def test_a_verdict_of_several_tokens_is_an_error_that_shows_them(plain: Chat):
     with pytest.raises(ModelError) as error:
-        plain.answer_token(USER, "Zq")
+        plain.verdicts(["Zq", "B"])
     assert "'Zq' is 2 tokens ['Z', 'q']" in one_line(error)
     assert "--verdict-tokens" in str(error.value)
 
 
+def test_what_verdicts_share_goes_into_the_prompt(plain: Chat):
+    answers = plain.verdicts(["Zq", "ZA"])
+    assert plain.tokenizer.decode(answers.cue) == "Z"
+    assert [plain.tokenizer.decode(ending) for ending in answers.endings] == ["q", "A"]
+
+
 def test_an_empty_verdict_is_an_error(plain: Chat):
     with pytest.raises(ModelError, match="'' is 0 tokens"):
-        plain.answer_token(USER, "")
+        plain.verdicts(["", "B"])
+
+
+def test_answers_of_several_tokens_keep_their_ends(plain: Chat):
+    answers = plain.answer_options(["1", "10"])
+    assert plain.tokenizer.decode(answers.cue) == "1"
+    assert [plain.tokenizer.decode(ending) for ending in answers.endings] == [END, f"0{END}"]
 
 
 # ------------------------------ judge prompts

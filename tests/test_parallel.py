@@ -305,15 +305,6 @@ def test_a_pair_too_large_for_the_memory_ends_the_run_with_one_line(
         short.train()
 
 
-def test_steps_by_tokens_hold_every_pair_once_and_no_more_than_they_may(root: Path, tmp_path: Path):
-    limited = trainer(root, tmp_path / "a", max_tokens_per_step=700)
-    sizes = [e.n_tokens for e in limited.examples]
-    assert sorted(i for batch in limited.batches for i in batch) == list(range(15))
-    assert all(sum(sizes[i] for i in batch) <= 700 for batch in limited.batches)
-    assert limited.n_steps < 15
-    assert limited.batches == trainer(root, tmp_path / "a", max_tokens_per_step=700).batches
-
-
 def test_a_plan_counts_what_training_then_computes(root: Path, tmp_path: Path):
     planned = trainer(root, tmp_path / "a", max_tokens_per_pack=400)
     figures = dry_run.estimate(

@@ -21,6 +21,7 @@ from scir_cli.settings import (
     EvalResponsesSettings,
     GenerateSettings,
     JudgeSettings,
+    ModelSettings,
 )
 from scir_cli.stages import overwrite
 from scir_cli.stages.filter import Rule
@@ -299,3 +300,62 @@ def test_a_recipe_with_a_step_that_would_delete_its_input_is_refused_before_anyt
         f"{recipe}: generate: output_dir {tmp_path}/run/prompts is or holds input" in result.stderr
     )
     assert not (tmp_path / "run" / "candidates").exists()
+
+
+# ------------------------------------------------------------------------ template variables
+
+
+def with_template_kwargs(value: Any) -> ModelSettings:
+    layer = {"model": "m", "output_dir": "o", "chat_template_kwargs": value}
+    return config.build(ModelSettings, layer, where="test")
+
+
+def test_template_kwargs_have_the_types_of_their_words():
+    words = "enable_thinking=false,n=3,x=0.5,effort=low,none=null,on=True,eq=a=b,inf=inf"
+    expected = {
+        "enable_thinking": False,
+        "n": 3,
+        "x": 0.5,
+        "effort": "low",
+        "none": None,
+        "on": True,
+        "eq": "a=b",
+        "inf": "inf",
+    }
+    kwargs = with_template_kwargs(words).chat_template_kwargs
+    assert kwargs == expected
+    assert [type(value) for value in kwargs.values()] == [type(v) for v in expected.values()]
+
+
+def test_template_kwargs_of_a_recipe_keep_their_types():
+    given = {"enable_thinking": False, "budget": 1, "scale": 1.0, "effort": "1"}
+    kwargs = with_template_kwargs(given).chat_template_kwargs
+    assert [(type(value), value) for value in kwargs.values()] == [
+        (bool, False),
+        (int, 1),
+        (float, 1.0),
+        (str, "1"),
+    ]
+    assert with_template_kwargs(["a=1", "b=x"]).chat_template_kwargs == {"a": 1, "b": "x"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("enable_thinking", "expected NAME=VALUE, as enable_thinking=false; got 'enable_thinking'"),
+        ("=1", "expected NAME=VALUE"),
+        ("tokenize=true", "'tokenize' is no variable of the template alone"),
+        ({"messages": 1}, "'messages' is no variable of the template alone"),
+        ({"a": [1]}, "chat_template_kwargs"),
+    ],
+)
+def test_a_wrong_template_variable_is_refused_with_its_value(value: Any, expected: str):
+    with pytest.raises(ConfigError) as caught:
+        with_template_kwargs(value)
+    assert expected in str(caught.value)
+
+
+def test_template_kwargs_are_in_the_plan_only_if_they_are_set():
+    plain = with_template_kwargs(None).plan()
+    assert "chat_template_kwargs" not in plain
+    assert with_template_kwargs("a=1").plan() == plain | {"chat_template_kwargs": {"a": 1}}

@@ -9,56 +9,210 @@ Nothing downstream decodes ids and encodes them again.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 
+from scir_cli.engine.text_encoding import TextEncoder
 from scir_cli.errors import DataError, ModelError
 
 Message = Mapping[str, str]
 
+#: Errors of a template that cannot render a conversation
+RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+#: Answers without reasoning that share no first token
+OPENING_ANSWERS = ("Yes.", "No.", "4711", "(b)", "* one")
+
+#: Two short conversations that every chat template renders
+PROBES = (
+    [{"role": "user", "content": "Reply with A or B."}],
+    [{"role": "user", "content": "Which of the two is it, 1 or 2?"}],
+)
+PROBE_ANSWER = {"role": "assistant", "content": "Number 4711"}
+
+ADVICE = (
+    "pass --chat-template-kwargs that its template reads (enable_thinking=false, for example), "
+    "or another template with --chat-template"
+)
+
+
+class Unrenderable(DataError):
+    """A conversation that the chat template cannot render.
+
+    reason: its name among the drops: template_refused, content_missing or prompt_boundary.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """Several answers to one prompt, split at the first token in which they differ.
+
+    What they share after the generation prompt, such as an empty think block, belongs to the
+    prompt.
+    """
+
+    # Tokens at the end of the generation prompt that an answered prompt does not have
+    n_removed: int
+    # Tokens that replace them
+    cue: tuple[int, ...]
+    # Of each answer: its first token that differs from the others, up to the end of its turn
+    endings: tuple[tuple[int, ...], ...]
+
+    @property
+    def changes_prompt(self) -> bool:
+        """Whether `prompt_ids` differs from the generation prompt."""
+        return self.n_removed > 0 or bool(self.cue)
+
+    def prompt_ids(self, generation_prompt: Sequence[int]) -> list[int]:
+        """Token ids of a prompt up to the position where the answers differ."""
+        end = len(generation_prompt) - self.n_removed
+        return [*generation_prompt[:end], *self.cue]
+
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with a chat template, and the token ids that end a turn."""
+    """A tokenizer with a chat template, and the token ids that end a turn.
+
+    template_kwargs: further variables of the template, as enable_thinking.
+    """
 
     tokenizer: Any
     end_ids: frozenset[int]
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     # The last prompt and its ids.
     _last_prompt: dict[Any, list[int]] = field(default_factory=dict, compare=False, repr=False)
+    # (template, answers) -> `answer_options` of them.
+    _options: dict[Any, AnswerOptions] = field(default_factory=dict, compare=False, repr=False)
+    # Template -> whether it reads content as a list of parts.
+    _reads_parts: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self.end_ids)
+
+    @property
+    def _name(self) -> str:
+        """The chat template and its model, for error messages."""
+        return f"the chat template of {self.tokenizer.name_or_path or 'the model'}"
+
+    def check(self, system_prompt: str | None = None) -> None:
+        """Raises an error if the template cannot render a question, or not with its content.
+
+        system_prompt: content of a system turn before every question.
+        Raises ModelError without it, else Unrenderable.
+        """
+        messages = PROBES[0]
+        if system_prompt:
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        self.render(messages, generation=True)
 
     def render(self, messages: Sequence[Message], *, generation: bool) -> list[int]:
         """Token ids of a conversation; `generation` opens the assistant's turn at its end.
 
-        Raises ModelError if the chat template cannot render the conversation.
+        Special tokens inside the content are encoded as text.
+        Raises Unrenderable if the chat template refuses the conversation or drops its content,
+        ModelError if it renders no conversation at all.
         """
-        conversation = [{"role": m["role"], "content": m["content"]} for m in messages]
+        hidden = []
+        for message in messages:
+            content = self.encoder.hide(message["content"])
+            hidden.append({"role": message["role"], "content": content})
+        text = self._text(hidden, generation, self.reads_parts)
+        for index, message in enumerate(hidden):
+            if not _contains(text, message) and self._is_dropped(hidden, index, generation):
+                content = self.encoder.show(message["content"])
+                raise Unrenderable(
+                    f"{self._name} leaves out the {message['role']} turn {content[:40]!r}; "
+                    "pass another template with --chat-template",
+                    "content_missing",
+                )
+        return self.encoder.encode(text)
+
+    def _is_dropped(self, messages: Sequence[Message], index: int, generation: bool) -> bool:
+        """Whether the template writes nothing of a turn's content.
+
+        A template may change a content, and remove the reasoning of an earlier answer.
+        """
+        probe = {"role": messages[index]["role"], "content": PROBE_ANSWER["content"]}
+        probed = [*messages[:index], probe, *messages[index + 1 :]]
+        return not _contains(self._text(probed, generation, self.reads_parts), probe)
+
+    def _text(self, messages: Sequence[Message], generation: bool, parts: bool) -> str:
+        """The conversation as the template renders it; parts: content as a list of parts.
+
+        Raises Unrenderable if the template refuses it, ModelError if it is not Jinja.
+        """
+        conversation: list[dict[str, Any]] = []
+        for message in messages:
+            content: Any = message["content"]
+            if parts:
+                content = [{"type": "text", "text": content}]
+            conversation.append({"role": message["role"], "content": content})
         try:
             text = self.tokenizer.apply_chat_template(
                 conversation,
                 tokenize=False,
                 add_generation_prompt=generation,
+                **self.template_kwargs,
             )
-        except TemplateError as error:
-            # It is no Jinja, or it refuses this conversation (a system turn, for example).
+        except RENDER_ERRORS as error:
+            shown = self.encoder.show(str(conversation))
             reason = " ".join(str(error).split())
-            raise ModelError(
-                f"the chat template fails on the conversation {str(conversation)[:80]}: {reason}; "
+            problem = (
+                f"the chat template fails on the conversation {shown[:80]}: {reason}; "
                 "pass another template with --chat-template"
-            ) from error
-        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False)
-        return list(encoded["input_ids"])
+            )
+            if isinstance(error, TemplateSyntaxError):
+                raise ModelError(problem) from error
+            raise Unrenderable(problem, "template_refused") from error
+        return str(text)
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether the template reads content as a list of parts, and drops plain text.
+
+        Raises ModelError if it renders a short conversation without its content in both forms.
+        """
+        template = str(self.tokenizer.chat_template)
+        if template not in self._reads_parts:
+            self._reads_parts[template] = self._find_content_form()
+        return self._reads_parts[template]
+
+    def _find_content_form(self) -> bool:
+        messages = [*PROBES[0], PROBE_ANSWER]
+        refusal = None
+        for parts in (False, True):
+            try:
+                text = self._text(messages, False, parts)
+            except Unrenderable as error:
+                refusal = refusal or error
+                continue
+            if all(_contains(text, message) for message in messages):
+                return parts
+        if refusal:
+            raise ModelError(str(refusal)) from refusal
+        raise ModelError(
+            f"{self._name} renders conversations without their content, as text and as a list of "
+            "parts; pass another template with --chat-template"
+        )
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids up to the start of the assistant's answer.
 
         Pairs of one prompt are neighbors, so the ids of the last prompt are cached.
-        Raises ModelError if the chat template cannot render the prompt.
+        Raises Unrenderable or ModelError as `render` does.
         """
         turns = [(m["role"], m["content"]) for m in messages]
-        key = (self.tokenizer.chat_template, *turns)
+        key = (str(self.tokenizer.chat_template), *turns)
         if key not in self._last_prompt:
             ids = self.render(messages, generation=True)
             self._last_prompt.clear()
@@ -68,38 +222,112 @@ class Chat:
     def response_ids(self, messages: Sequence[Message], response: str) -> list[int]:
         """Token ids of a finished answer, including its end-of-turn token.
 
-        Raises DataError if the prompt's ids are not a prefix of the ids of prompt + response.
+        Raises Unrenderable if the prompt's ids are not a prefix of the ids of prompt + response,
+        and as `render` does.
         """
         prompt = self.prompt_ids(messages)
-        answer = {"role": "assistant", "content": response}
-        full = self.render([*messages, answer], generation=False)
+        full = self._answered(messages, response)
         if full[: len(prompt)] != prompt:
-            raise DataError(
-                "the chat template does not render prompt + response as a continuation of the "
+            raise Unrenderable(
+                f"{self._name} does not render prompt + response as a continuation of the "
                 "prompt, so the tokens of the answer cannot be separated from those of the prompt "
-                f"(answer: {response[:40]!r}); pass another template with --chat-template"
+                f"(answer: {response[:40]!r}); {ADVICE}",
+                "prompt_boundary",
             )
+        return self._finished(full[len(prompt) :])
 
-        ids = full[len(prompt) :]
+    def labelled_ids(
+        self, messages: Sequence[Message], responses: Sequence[str]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt, and of finished answers to it that no model sampled.
+
+        What the template writes before an answer without reasoning, such as an empty think block,
+        belongs to the prompt: it is not trained.
+        Raises Unrenderable as `response_ids` does.
+        """
+        generation_prompt = self.prompt_ids(messages)
+        answered = [self._answered(messages, response) for response in responses]
+        if self.opening is not None:
+            prompt = self.opening.prompt_ids(generation_prompt)
+            if all(ids[: len(prompt)] == prompt for ids in answered):
+                return prompt, [self._finished(ids[len(prompt) :]) for ids in answered]
+        ids = [self.response_ids(messages, response) for response in responses]
+        return generation_prompt, ids
+
+    @property
+    def opening(self) -> AnswerOptions | None:
+        """The start of an answer without reasoning; its `endings` have no use.
+
+        None if it depends on the prompt, or does not continue the text of the generation prompt.
+        """
+        try:
+            options = self.answer_options(OPENING_ANSWERS)
+        except ModelError:
+            return None
+        prompt = self.prompt_ids(PROBES[0])
+        removed = prompt[len(prompt) - options.n_removed :]
+        cue = self.tokenizer.decode(list(options.cue))
+        return options if cue.startswith(self.tokenizer.decode(removed)) else None
+
+    def _answered(self, messages: Sequence[Message], response: str) -> list[int]:
+        """Token ids of a conversation with the assistant's answer."""
+        answer = {"role": "assistant", "content": response}
+        return self.render([*messages, answer], generation=False)
+
+    def _finished(self, ids: list[int]) -> list[int]:
+        """An answer's token ids up to its end token, which is added if the template has none."""
         end_positions = [index for index, token in enumerate(ids) if token in self.end_ids]
         if not end_positions:
             return [*ids, self.tokenizer.eos_token_id]
         return ids[: end_positions[-1] + 1]
 
-    def answer_token(self, messages: Sequence[Message], word: str) -> int:
-        """The single token with which the assistant answers `word`.
+    def answer_options(self, texts: Sequence[str]) -> AnswerOptions:
+        """These answers, split at the first token in which they differ.
 
-        Raises ModelError if the tokenizer needs several tokens, or none, for the word.
+        Raises ModelError if their position after a prompt depends on the prompt.
         """
-        ids = self.response_ids(messages, word)
-        body = [token for token in ids if token not in self.end_ids]
-        if len(body) != 1:
-            pieces = [self.tokenizer.decode([token]) for token in body]
-            raise ModelError(
-                f"the verdict {word!r} is {len(body)} tokens {pieces} for this tokenizer "
-                "and must be one; choose others with --verdict-tokens"
-            )
-        return body[0]
+        key = (str(self.tokenizer.chat_template), *texts)
+        if key not in self._options:
+            first, second = (self._options_after(probe, texts) for probe in PROBES)
+            if first != second:
+                raise ModelError(
+                    f"{self._name} renders the answer {texts[0]!r} differently after different "
+                    f"prompts, so the position of a verdict is unknown; {ADVICE}"
+                )
+            self._options[key] = first
+        return self._options[key]
+
+    def _options_after(self, messages: Sequence[Message], texts: Sequence[str]) -> AnswerOptions:
+        """These answers to a conversation, split at the first token in which they differ."""
+        prompt = self.prompt_ids(messages)
+        answered = [self._answered(messages, text) for text in texts]
+        shared = n_shared(answered)
+        start = n_shared([prompt, answered[0][:shared]])
+        endings = tuple(tuple(self._finished(ids[shared:])) for ids in answered)
+        return AnswerOptions(len(prompt) - start, tuple(answered[0][start:shared]), endings)
+
+    def verdicts(self, words: Sequence[str]) -> AnswerOptions:
+        """The answers that consist of one of these words, each with one token of its own.
+
+        `endings` holds that token alone.
+        Raises ModelError if a word is several tokens, or none, beside what all words share.
+        """
+        options = self.answer_options(words)
+        tails = [ending[::-1] for ending in options.endings]
+        n_after = n_shared(tails)
+        bodies = []
+        for ending in options.endings:
+            end = len(ending) - n_after
+            bodies.append(tuple(t for t in ending[:end] if t not in self.end_ids))
+        for word, body in zip(words, bodies, strict=True):
+            if len(body) != 1:
+                pieces = [self.tokenizer.decode([token]) for token in body]
+                raise ModelError(
+                    f"the verdict {word!r} is {len(body)} tokens {pieces} for this tokenizer "
+                    f"and must be one (model: {self.tokenizer.name_or_path}); "
+                    "choose others with --verdict-tokens"
+                )
+        return AnswerOptions(options.n_removed, options.cue, tuple(bodies))
 
     def template_digest(self) -> str:
         """A hex digest of everything that determines how text becomes ids."""
@@ -112,4 +340,21 @@ class Chat:
         state = hashlib.blake2b(digest_size=16)
         state.update(encoding.encode())
         state.update(str(self.tokenizer.chat_template).encode())
+        if self.template_kwargs:
+            state.update(json.dumps(dict(self.template_kwargs), sort_keys=True).encode())
         return state.hexdigest()
+
+
+def n_shared(sequences: Sequence[Sequence[int]]) -> int:
+    """The length of the longest common prefix."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def _contains(text: str, message: Message) -> bool:
+    """Whether a rendered conversation contains a message's content, without outer white space."""
+    return message["content"].strip() in text

@@ -12,7 +12,6 @@ from typing import Any
 from transformers import AutoConfig
 
 from scir_cli.engine import loading, model_files, policy
-from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.throughput import Meter
@@ -46,8 +45,7 @@ class LazyPolicy:
         self.cpu_offload = cpu_offload
         self.meter = meter or Meter()
         self.path = model_files.resolve(spec)
-        tokenizer = loading.load_tokenizer(self.path, settings)
-        self.chat = Chat(tokenizer, loading.end_ids(self.path, tokenizer))
+        self.chat = loading.load_chat(self.path, settings)
         self.weights_digest = model_files.digest(self.path)
         self.weights_key = loading.weights_key(self.weights_digest, settings, self.chat)
         self._policy: Policy | None = None

@@ -67,8 +67,7 @@ def load(
     """
     path = model_files.resolve(spec or settings.model)
     if chat is None:
-        tokenizer = load_tokenizer(path, settings)
-        chat = Chat(tokenizer, end_ids(path, tokenizer))
+        chat = load_chat(path, settings)
     if key is None:
         key = weights_key(model_files.digest(path), settings, chat)
 
@@ -181,6 +180,17 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def load_chat(path: Path, settings: ModelSettings) -> Chat:
+    """The tokenizer in a model folder, with its chat template and end tokens.
+
+    Raises ModelError as `load_tokenizer` does, and if the template renders no conversation.
+    """
+    tokenizer = load_tokenizer(path, settings)
+    chat = Chat(tokenizer, end_ids(path, tokenizer), settings.chat_template_kwargs or {})
+    chat.check()
+    return chat
 
 
 def load_tokenizer(path: Path, settings: ModelSettings) -> Any:

@@ -63,7 +63,7 @@ def expected_score(score_logps: Tensor) -> tuple[Tensor, Tensor]:
     return expected, mass
 
 
-def difference(rewards: Tensor, scale: float) -> RewardOutput:
+def difference(rewards: Tensor, scale: float = 1.0) -> RewardOutput:
     """Log-odds from one reward per response (Bradley-Terry).
 
     rewards: (2, pairs) -> a = scale * (r(y1) - r(y2)), (pairs,) nats

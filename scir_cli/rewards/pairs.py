@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from scir_cli.data import schemas
-from scir_cli.engine.chat import Chat, Message
-from scir_cli.errors import DataError
-from scir_cli.rewards.columns import filter_rows, with_column
+from scir_cli.engine.chat import Chat, Message, Unrenderable
+from scir_cli.rewards.columns import with_column
 
 SIDES = ("first", "second")
 PAIR_COLUMNS = ["pair_id", "messages", *SIDES, "rewards", "reference_logps"]
@@ -100,7 +99,8 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
 
     Token ids in the table are used as they are: sampled ids are never encoded again.
     Neighbors with the same prompt share one tuple of its ids.
-    Drops: prompt_boundary (the chat template does not render a response as a continuation of its
+    Drops: template_refused, content_missing (the chat template refuses the conversation, or
+    leaves out a turn), prompt_boundary (it does not render a response as a continuation of its
     prompt).
     """
     sides = [_response_fields(table, side) for side in SIDES]
@@ -112,26 +112,64 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
     # of each side: row -> token ids
     encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]
     prompt_ids: PromptIds = []
-    boundary = np.ones(len(table), bool)
+    opens = chat.opening is not None and chat.opening.changes_prompt
+    rendered = np.ones(len(table), bool)
+    drops: Counter[str] = Counter()
     for row, messages in enumerate(table["messages"].to_pylist()):
-        prompt = tuple(chat.prompt_ids(messages))
+        responses = [
+            side[row] if lacks[row] else None for side, lacks in zip(texts, lacking, strict=True)
+        ]
+        try:
+            opened = _opened(chat, messages, sides, row) if opens else None
+            prompt, answers = opened or _encoded(chat, messages, responses)
+        except Unrenderable as error:
+            rendered[row] = False
+            drops[error.reason] += 1
+            continue
         if prompt_ids and prompt_ids[-1] == prompt:
             prompt = prompt_ids[-1]
         prompt_ids.append(prompt)
-
-        try:
-            for number in range(len(SIDES)):
-                if lacking[number][row]:
-                    encoded[number][row] = chat.response_ids(messages, texts[number][row])
-        except DataError:
-            boundary[row] = False
+        for rows, response, answer in zip(encoded, responses, answers, strict=True):
+            if response is not None:
+                rows[row] = answer
 
     for name, side, rows in zip(SIDES, sides, encoded, strict=True):
         if rows:
             table = with_column(table, name, _with_token_ids(side, rows))
-    table, drops = filter_rows(table, boundary, "prompt_boundary")
-    kept_prompts = [ids for ids, keep in zip(prompt_ids, boundary, strict=True) if keep]
-    return table, kept_prompts, drops
+    return table.filter(pa.array(rendered)), prompt_ids, drops
+
+
+def _encoded(
+    chat: Chat, messages: Sequence[Message], responses: Sequence[str | None]
+) -> tuple[tuple[int, ...], list[list[int]]]:
+    """The ids of a generation prompt, and of each response; none for a response that is None."""
+    prompt = tuple(chat.prompt_ids(messages))
+    answers = []
+    for response in responses:
+        answers.append([] if response is None else chat.response_ids(messages, response))
+    return prompt, answers
+
+
+def _opened(
+    chat: Chat, messages: Sequence[Message], sides: Sequence[Mapping[str, pa.Array]], row: int
+) -> tuple[tuple[int, ...], list[list[int]]] | None:
+    """A labelled row's prompt with the start of an answer without reasoning, and both responses.
+
+    None for a row with a candidate, whose ids follow the prompt that it was sampled after, and for
+    responses that do not start in this way.
+    sides: the fields of the responses, (pairs,) each.
+    """
+    responses = []
+    for side in sides:
+        if side["candidate_id"][row].is_valid:
+            return None
+        responses.append(side["text"][row].as_py())
+    prompt, answers = chat.labelled_ids(messages, responses)
+    for side, answer in zip(sides, answers, strict=True):
+        stored = side["token_ids"][row].as_py()
+        if stored and stored != answer:
+            return None
+    return tuple(prompt), answers
 
 
 def _response_fields(table: pa.Table, side: str) -> dict[str, pa.Array]:

@@ -45,12 +45,12 @@ Response: {response}
 Reply with the score, a single digit from 0 to 5."""
 
 
-def question_text(messages: Sequence[Message]) -> str:
-    """A conversation as a judge reads it, without its system turn.
+def question_text(messages: Sequence[Message], *, system: bool = False) -> str:
+    """A conversation as text: the bare text of a single turn, else each turn with its role.
 
-    The bare text of a single user turn, else each turn with its role.
+    system: with its system turns.
     """
-    turns = [message for message in messages if message["role"] != "system"]
+    turns = [message for message in messages if system or message["role"] != "system"]
     if len(turns) == 1:
         return turns[0]["content"]
 

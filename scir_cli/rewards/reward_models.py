@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from scir_cli import plugins
-from scir_cli.engine.chat import Chat, Message
+from scir_cli.engine.chat import AnswerOptions, Chat, n_shared
 from scir_cli.engine.trees import Branch, continuation, verdict
 from scir_cli.errors import ConfigError, DataError, ModelError, suggest
 from scir_cli.rewards import log_odds
@@ -106,12 +106,12 @@ def _verdict_branches(prompts: Sequence[list[int]], tokens: Sequence[int]) -> li
     return [verdict(prompt, token) for prompt in prompts for token in tokens]
 
 
-def _same_verdicts(words: Sequence[str]) -> ConfigError:
-    return ConfigError(f"the verdicts {words} are the same token; choose two with --verdict-tokens")
-
-
 class Judge(RewardModel):
-    """Pairwise verdict A or B at the first token of the answer, in both orders."""
+    """Pairwise verdict A or B, in both orders.
+
+    It is read at the first token in which the two answers differ: what the chat template writes
+    before both, such as an empty think block, belongs to the prompt.
+    """
 
     n_branches = 4
     reads_verdicts = True
@@ -128,7 +128,7 @@ class Judge(RewardModel):
     def _prompts(self, pair: Pair) -> list[list[int]]:
         """Token ids of the judge's prompt in both orders."""
         first, second = pair.texts
-        question = question_text(pair.messages)
+        question = question_text(pair.messages, system=not self.settings.hide_system)
         prompts = []
         for a, b in ((first, second), (second, first)):
             messages = fill(self.template, question=question, a=a, b=b)
@@ -136,17 +136,18 @@ class Judge(RewardModel):
         return prompts
 
     @cached_property
+    def _answers(self) -> AnswerOptions:
+        """The two verdicts; raises ModelError if they do not differ in one token."""
+        return self.chat.verdicts(self.settings.verdict_tokens)
+
+    @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """Token ids of the two verdicts; raises ConfigError if they are the same token."""
-        request: list[Message] = [{"role": "user", "content": "Reply with A or B."}]
-        words = self.settings.verdict_tokens
-        tokens = tuple(self.chat.answer_token(request, word) for word in words)
-        if len(set(tokens)) == 1:
-            raise _same_verdicts(words)
-        return tokens
+        """Token ids of the two verdicts."""
+        return tuple(ending[0] for ending in self._answers.endings)
 
     def branches(self, pair: Pair) -> list[Branch]:
-        return _verdict_branches(self._prompts(pair), self.tokens)
+        prompts = [self._answers.prompt_ids(prompt) for prompt in self._prompts(pair)]
+        return _verdict_branches(prompts, self.tokens)
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
         return log_odds.average_orders(logps.unflatten(0, (2, 2)))
@@ -166,8 +167,7 @@ class Rationale(Judge):
 
         Raises DataError if the pair holds no rationales.
         """
-        # the same for both verdicts
-        cue = self._verdicts[0][:-1]
+        cue, _ = self._verdicts
         rationales = pair.rationale_token_ids.get("rationale")
         if not rationales:
             raise DataError(
@@ -181,36 +181,40 @@ class Rationale(Judge):
         return _verdict_branches(prompts, self.tokens)
 
     @cached_property
-    def _verdicts(self) -> list[list[int]]:
-        """Token ids of the text after the rationale, up to and including each verdict.
+    def _verdicts(self) -> tuple[list[int], tuple[int, ...]]:
+        """Token ids of the text between a rationale and its verdict, and of each verdict.
 
-        Both are equal except for their last token.
-        Raises ConfigError if the verdicts are the same token, ModelError if they are not one each.
+        Raises ModelError if the verdicts do not differ in one token.
         """
         words = self.settings.verdict_tokens
         endings = [self._encode(f"\n\nVerdict: {word}") for word in words]
-        if endings[0] == endings[1]:
-            raise _same_verdicts(words)
-        if endings[0][:-1] != endings[1][:-1]:
+        length = n_shared(endings)
+        if any(len(ending) != length + 1 for ending in endings):
             quoted = " and ".join(map(repr, words))
             raise ModelError(
                 f"the verdicts {quoted} are not one token each for this tokenizer; "
                 "choose others with --verdict-tokens"
             )
-        return endings
+        return endings[0][:length], tuple(ending[-1] for ending in endings)
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(ending[-1] for ending in self._verdicts)
+        return self._verdicts[1]
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.chat.encoder.encode_content(text)
 
     def _without_verdict(self, rationale: Sequence[int]) -> list[int]:
-        """The rationale up to its own verdict, which is read from probabilities instead."""
+        """The rationale up to its own verdict, which is read from probabilities instead.
+
+        Special tokens that the model wrote, such as a channel header, are kept as they are.
+        """
         content = [token for token in rationale if token not in self.chat.end_ids]
-        text = self.chat.tokenizer.decode(content)
-        return self._encode(text.split("Verdict:")[0].rstrip())
+        specials = set(self.chat.encoder.special_ids.values())
+        positions = [index for index, token in enumerate(content) if token in specials]
+        start = positions[-1] + 1 if positions else 0
+        text = self.chat.tokenizer.decode(content[start:])
+        return [*content[:start], *self._encode(text.split("Verdict:")[0].rstrip())]
 
 
 class Rubric(RewardModel):
@@ -223,11 +227,18 @@ class Rubric(RewardModel):
     def template(self) -> str:
         return load_template(self.settings.rubric_prompt, RUBRIC, ("question", "response"))
 
+    @cached_property
+    def _answers(self) -> AnswerOptions:
+        """The six scores."""
+        return self.chat.verdicts([str(score) for score in range(6)])
+
     def branches(self, pair: Pair) -> list[Branch]:
-        question = question_text(pair.messages)
-        requests = [fill(self.template, question=question, response=text) for text in pair.texts]
-        tokens = [self.chat.answer_token(requests[0], str(score)) for score in range(6)]
-        prompts = [self.chat.prompt_ids(request) for request in requests]
+        question = question_text(pair.messages, system=not self.settings.hide_system)
+        prompts = []
+        for text in pair.texts:
+            request = fill(self.template, question=question, response=text)
+            prompts.append(self._answers.prompt_ids(self.chat.prompt_ids(request)))
+        tokens = [ending[0] for ending in self._answers.endings]
         return _verdict_branches(prompts, tokens)
 
     def odds(self, logps: Tensor, context: Context) -> RewardOutput:
@@ -235,7 +246,7 @@ class Rubric(RewardModel):
         score_logps = logps.unflatten(0, (2, 6)).transpose(0, 1)
         # (2, pairs) each
         scores, mass = log_odds.expected_score(score_logps)
-        output = log_odds.difference(scores, self.settings.rubric_scale)
+        output = log_odds.difference(scores)
         return RewardOutput(output.log_odds, verdict_mass=mass.mean(0))
 
 
@@ -285,6 +296,9 @@ class Pmi(RewardModel):
 
     def branches(self, pair: Pair) -> list[Branch]:
         empty_prompt = self.chat.prompt_ids([{"role": "user", "content": ""}])
+        opening = self.chat.opening
+        if opening and opening.cue and pair.prompt_ids[-len(opening.cue) :] == opening.cue:
+            empty_prompt = opening.prompt_ids(empty_prompt)
         return [
             *_answer_branches(pair.prompt_ids, pair),
             *_answer_branches(empty_prompt, pair),

@@ -436,13 +436,9 @@ def branches(chat: Chat, conversation: list[Row], reference: list[str]) -> list[
     if reference:
         preamble = f"A reference answer to the last question: {reference[0]}\n\n"
     text = fill(GRADE, reference=preamble, conversation=question_text(conversation))
-    prompt = chat.prompt_ids(text)
-
-    scored = []
-    for number in GRADES:
-        reply = chat.response_ids(text, str(number))
-        scored.append(continuation(prompt, reply))
-    return scored
+    answers = chat.answer_options([str(grade) for grade in GRADES])
+    prompt = answers.prompt_ids(chat.prompt_ids(text))
+    return [continuation(prompt, ending) for ending in answers.endings]
 
 
 def expected_grade(logps: torch.Tensor) -> tuple[float, float]:

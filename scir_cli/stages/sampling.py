@@ -16,6 +16,7 @@ from scir_cli.backends import Request, Sampling
 from scir_cli.data import dataset, hashing, readers
 from scir_cli.data.dataset import Part
 from scir_cli.data.files import Json
+from scir_cli.engine.chat import Unrenderable
 from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.errors import DataError
 from scir_cli.report.progress import progress
@@ -42,6 +43,7 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
         reason = dict(dropped) or "it has no rows"
         raise DataError(f"{settings.input} holds no usable prompt ({reason})")
     model = model or LazyPolicy(settings, settings.model)
+    model.chat.check(settings.system_prompt)
     plan = {
         "stage": "generate",
         "settings": settings.plan(),
@@ -133,7 +135,7 @@ class _Sample:
 def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
     """The candidates of these prompts, `n` per prompt, in the order of the prompts.
 
-    Drops, counted in candidates: prompt_too_long.
+    Drops, counted in candidates: as in `_samples`.
     """
     samples, drops = _samples(rows, sampler)
     backend = sampler.backend
@@ -175,7 +177,7 @@ def _samples(rows: list[dict[str, Any]], sampler: Sampler) -> tuple[list[_Sample
     """The responses to sample, `n` for each prompt that fits the context, and the drops.
 
     Adds --system-prompt to the messages of each row, in place.
-    Drops, counted in candidates: prompt_too_long.
+    Drops, counted in candidates: prompt_too_long, template_refused, content_missing.
     """
     model = sampler.model
     settings = sampler.settings
@@ -186,7 +188,11 @@ def _samples(rows: list[dict[str, Any]], sampler: Sampler) -> tuple[list[_Sample
         if settings.system_prompt:
             system = {"role": "system", "content": settings.system_prompt}
             row["messages"] = [system, *row["messages"]]
-        prompt_ids = model.chat.prompt_ids(row["messages"])
+        try:
+            prompt_ids = model.chat.prompt_ids(row["messages"])
+        except Unrenderable as error:
+            drops[error.reason] += settings.n
+            continue
         if len(prompt_ids) + settings.max_new_tokens > max_total_tokens:
             drops["prompt_too_long"] += settings.n
             continue

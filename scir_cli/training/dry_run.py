@@ -42,7 +42,7 @@ def estimate(
     policy: Policy, examples: Sequence[Example], settings: TrainSettings, objective: Objective
 ) -> Json:
     """Steps, pairs, packs, tokens, bytes and seconds of a run on one process."""
-    steps = batches(examples, settings, objective)
+    steps = batches(len(examples), settings)
     branches = [objective.branches(example) for example in examples]
     packs = _all_packs(steps, branches, settings.max_tokens_per_pack)
     sizes = [trees.size(pack) for pack in packs]

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 
 from scir_cli.data import dataset, folders, readers
 from scir_cli.data.storage import to_path
-from scir_cli.engine import trees
 from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.errors import DataError
 from scir_cli.rewards.pairs import encode_pairs
@@ -63,8 +62,7 @@ def encode_examples(
         if longest > policy.context_length:
             drops["too_long"] += 1
             continue
-        n_tokens = trees.size(branches)
-        examples.append(Example(pair, label, probability, n_tokens))
+        examples.append(Example(pair, label, probability))
     if table.num_rows and not examples:
         raise DataError(f"{spec} leaves no pair to train on: {dict(drops)}")
     return examples, drops

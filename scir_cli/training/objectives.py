@@ -53,13 +53,11 @@ class Example:
 
     label: +1 if the first response is better, -1 if the second is, 0 if the pair is unlabelled.
     label_probability: probability that the label is correct.
-    n_tokens: size of the token tree of its branches; 0 if it has not been counted yet.
     """
 
     pair: Pair
     label: int = 0
     label_probability: float = 1.0
-    n_tokens: int = 0
 
 
 class Objective(Protocol):

@@ -138,7 +138,7 @@ class Trainer:
 
         if policy.device.type == "cpu":
             keep_freed_memory()
-        self.batches = batches(examples, settings, objective)
+        self.batches = batches(len(examples), settings)
         self._prepare_model()
         self.params = [p for p in policy.model.parameters() if p.requires_grad]
         self.optimizer = self._make_optimizer()
@@ -602,43 +602,15 @@ class Trainer:
             shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
 
 
-def batches(
-    examples: Sequence[Example], settings: TrainSettings, objective: Objective
-) -> list[list[int]]:
-    """The indices of the examples of each optimizer step.
-
-    A function of the seed, the sizes in tokens and the settings alone.
-    """
-    limit = settings.max_tokens_per_step
-    sizes: list[int] = []
-    if limit:
-        sizes = [
-            example.n_tokens or trees.size(objective.branches(example)) for example in examples
-        ]
+def batches(n_examples: int, settings: TrainSettings) -> list[list[int]]:
+    """The indices of the examples of each optimizer step, a function of the settings alone."""
     steps: list[list[int]] = []
     for epoch in range(settings.num_epochs):
         random = np.random.default_rng([settings.seed, epoch])
-        order = [int(index) for index in random.permutation(len(examples))]
-        if limit:
-            steps += _by_tokens(order, sizes, limit)
-            continue
+        order = [int(index) for index in random.permutation(n_examples)]
         for start in range(0, len(order), settings.batch_size):
             steps.append(order[start : start + settings.batch_size])
     return steps[: settings.max_steps]
-
-
-def _by_tokens(order: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """The indices in steps of at most `limit` tokens; a larger example is a step alone."""
-    steps: list[list[int]] = []
-    # So that the first example starts a step
-    used = limit
-    for index in order:
-        if used + sizes[index] > limit:
-            steps.append([])
-            used = 0
-        steps[-1].append(index)
-        used += sizes[index]
-    return steps
 
 
 def _pack(branches: Sequence[Sequence[Branch]], pairs: Sequence[int], max_tokens: int) -> Packs:
