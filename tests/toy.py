@@ -166,6 +166,73 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    # attention sinks, in every layer
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **COMMON,
+            **GQA,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    # hybrids of attention and a recurrence or a convolution, and a head with a factor
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **COMMON,
+            **GQA,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "lfm2": ("lfm2", {**COMMON, **GQA, "layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **COMMON,
+            **GQA,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "lm_head_multiplier": 0.5,
+        },
+    ),
+    # its sparse attention selects keys by what follows as well
+    "deepseek_v32": (
+        "deepseek_v32",
+        {
+            **COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 8,
+        },
+    ),
     # cannot take trees: positions come from the distance between keys, and from a recurrent state
     "bloom": (
         "bloom",

@@ -257,9 +257,9 @@ class TrainJob:
             )
             settings = settings.model_copy(update={"implicit_scale": scale})
         policy = self.policy.load()
-        if self.policy.sharded and not policy.takes_trees:
+        if self.policy.sharded and not policy.keeps_ranks_in_step:
             raise ConfigError(
-                "--sharding fsdp needs a model that supports token trees; "
+                "--sharding fsdp needs a model that supports token trees or padded batches; "
                 f"{settings.model} does not: use ddp"
             )
         validate = (
