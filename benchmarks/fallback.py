@@ -44,10 +44,21 @@ def make_hybrid(a: Json, folder: Path) -> Path:
     layers = ["linear_attention"] * a["layers"]
     layers[3::4] = ["full_attention"] * len(layers[3::4])
     config = AutoConfig.for_model(
-        "qwen3_5_text", vocab_size=a["vocabulary"], hidden_size=a["width"], num_hidden_layers=a["layers"],
-        intermediate_size=3 * a["width"], num_attention_heads=4, num_key_value_heads=2, head_dim=a["width"] // 4,
-        layer_types=layers, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
-        linear_value_head_dim=16, tie_word_embeddings=True, **ENDS,
+        "qwen3_5_text",
+        vocab_size=a["vocabulary"],
+        hidden_size=a["width"],
+        num_hidden_layers=a["layers"],
+        intermediate_size=3 * a["width"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=a["width"] // 4,
+        layer_types=layers,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        tie_word_embeddings=True,
+        **ENDS,
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
