@@ -296,7 +296,7 @@ class TrainJob:
         """Writes the model folder on the main rank and returns its manifest on every rank."""
         policy = self._unsharded(trainer.policy) if self.policy.sharded else trainer.policy
         manifest = None
-        if policy:
+        if policy and self.ranks.is_main:
             manifest = write_model_folder(
                 trainer.settings,
                 policy,
