@@ -299,6 +299,23 @@ CONSENSUS_REAL = [
 ]
 
 
+#: The same in worlds where a voter misleads, or the judge is weaker.
+CONSENSUS_ELSEWHERE = [
+    m
+    for m in CONSENSUS
+    if m.name
+    in (
+        "srlm",
+        "srlm-soft",
+        "scir",
+        "consensus",
+        "consensus-judge",
+        "consensus without the judge",
+        "oracle",
+    )
+]
+
+
 def with_size(**changes: Any) -> Setup:
     return Setup(size=replace(Size(), **changes))
 
@@ -316,5 +333,8 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "judges": (JUDGES, WITH_JUDGES),
     "real": (REAL, ON_REAL),
     "consensus": (Setup(), CONSENSUS),
+    "consensus-hostile": (with_size(systematic_error=0.75), CONSENSUS_ELSEWHERE),
+    "consensus-length-bias": (with_size(length_bias=0.5), CONSENSUS_ELSEWHERE),
+    "consensus-smaller": (with_size(hidden=64, layers=2), CONSENSUS_ELSEWHERE),
     "consensus-real": (REAL, CONSENSUS_REAL),
 }

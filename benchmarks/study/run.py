@@ -172,17 +172,15 @@ def measure_pairs(judged: Path, gold: Gold) -> Json:
     )
     table = table.set_column(table.schema.get_field_index("gold_label"), "gold_label", labels)
     verdicts = from_table(table)
-    if not {"judge", "implicit"} <= set(verdicts.names):
-        return {}
-    summary = consistency.summary(verdicts, ["judge", "implicit"])
-    return {
-        "own_agreement": summary["agreed"]["rate"],
-        "own_agreed_accuracy": summary["agreed"]["accuracy"],
-        **{
-            f"own_{name}_accuracy": summary["models"][name]["accuracy"]
-            for name in ("judge", "implicit")
-        },
-    }
+    summary = consistency.summary(verdicts)
+    figures = {f"own_{name}_accuracy": of["accuracy"] for name, of in summary["models"].items()}
+    if {"judge", "implicit"} <= set(verdicts.names):
+        agreed = consistency.summary(verdicts, ["judge", "implicit"])["agreed"]
+        figures |= {
+            "own_agreement": agreed["rate"],
+            "own_agreed_accuracy": agreed["accuracy"],
+        }
+    return figures
 
 
 def measure_labels(preferences: Path, gold: Gold) -> Json:

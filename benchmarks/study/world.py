@@ -209,9 +209,13 @@ def of_answers(candidates: Sequence[Json], gold: Gold) -> Json:
 # ------------------------------ responses
 
 
-def noisy_answer(draw: Draw, prompt: str, slips: Sequence[float]) -> str:
+def noisy_answer(
+    draw: Draw, prompt: str, slips: Sequence[float], systematic_error: float = 0.0
+) -> str:
     """A right answer with 0, 1, 2 … slips of the pen, drawn with weights `slips`, behind one of the
     phrases.
+
+    systematic_error: probability that its last letter is written three times.
     """
     family = FAMILIES[prompt.split()[0]]
     letters = list(family.answer(draw, prompt))
@@ -226,6 +230,8 @@ def noisy_answer(draw: Draw, prompt: str, slips: Sequence[float]) -> str:
             letters.insert(place, draw.choice(family.alphabet))
         else:
             letters[place] = draw.choice(family.alphabet)
+    if systematic_error and draw.random() < systematic_error:
+        letters += 2 * letters[-1:]
     return draw.choice(PHRASES) + "".join(letters)
 
 
@@ -247,15 +253,20 @@ def draw_prompts(draw: Draw, n: int, taken: set[str], families: Sequence[str]) -
 
 
 def labeled_pair(
-    draw: Draw, prompt: str, slips: Sequence[float], noise: float = 0.0, length_bias: float = 0.0
+    draw: Draw,
+    prompt: str,
+    slips: Sequence[float],
+    noise: float = 0.0,
+    length_bias: float = 0.0,
+    systematic_error: float = 0.0,
 ) -> Json | None:
     """Two noisy answers of different quality, the better one chosen; None where none was found.
 
     noise: chance that the label is turned round. length_bias: chance that the longer one is chosen
-    whatever its quality.
+    whatever its quality. systematic_error: as in `noisy_answer`.
     """
     for _ in range(20):
-        one, other = (noisy_answer(draw, prompt, slips) for _ in range(2))
+        one, other = (noisy_answer(draw, prompt, slips, systematic_error) for _ in range(2))
         better, worse = quality(prompt, one), quality(prompt, other)
         if one != other and better != worse:
             break
@@ -313,6 +324,8 @@ class Size:
     label_noise: float = 0.0
     length_bias: float = 0.0
     position_bias: float = 0.0  # nats that M_0's judge is given for seat A
+    # share of all answers that have the systematic error, so that the policy finds it likely
+    systematic_error: float = 0.0
     judges: tuple[
         str, ...
     ] = ()  # of PROMPTS: what else M_0 is taught, each by as many of its pairs as a family has
@@ -326,13 +339,14 @@ def write(folder: Path, size: Size, seed: int) -> None:
     draw, taken = Draw(seed), set[str]()
     heldout = draw_prompts(draw, size.n_heldout, taken, size.families)
     test = draw_prompts(draw, size.n_test, taken, size.families)
-    pairs = [labeled_pair(draw, p, size.slips) for p in heldout]
+    error = size.systematic_error
+    pairs = [labeled_pair(draw, p, size.slips, 0, 0, error) for p in heldout]
     seeds = [
-        labeled_pair(draw, p, size.slips, size.label_noise, size.length_bias)
+        labeled_pair(draw, p, size.slips, size.label_noise, size.length_bias, error)
         for p in draw_prompts(draw, size.n_seed, set(taken), size.families)
     ]
     answers = draw_prompts(draw, size.n_base, set(taken), size.families)
-    base = [pair for p in answers if (pair := labeled_pair(draw, p, size.slips))]
+    base = [pair for p in answers if (pair := labeled_pair(draw, p, size.slips, 0, 0, error))]
     kinds = [*["answer"] * len(size.families), *size.judges]
     taught = [(kinds[i % len(kinds)], pair) for i, pair in enumerate(base)]
     rows = {
