@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from toy import make_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -148,6 +149,14 @@ def test_a_job_is_claimed_by_one_process(tmp_path: Path):
     assert [place.claim(Job(30)) for _ in range(2)] == [True, False]
 
 
+def test_after_the_choice_nobody_waits_for_cells_of_the_pilot(tmp_path: Path):
+    place = Place.of("powered-real", tmp_path)
+    pilot, fresh = Job(900, ("srlm",), 0), Job(30, ("srlm",))
+    assert not place.over(pilot)
+    place.choice.write_text("{}", encoding="utf-8")
+    assert place.over(pilot) and not place.over(fresh)
+
+
 def test_pilot_choice_and_cells_of_a_toy_model_leave_results_and_are_not_done_twice(
     size: real.Size, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -155,8 +164,8 @@ def test_pilot_choice_and_cells_of_a_toy_model_leave_results_and_are_not_done_tw
     setup = dataclasses.replace(
         POWERED,
         size=size,
-        dtype="fp32",
-        device="cpu",
+        # On a machine with a GPU this is a rehearsal there.
+        dtype="bf16" if torch.cuda.is_available() else "fp32",
         max_new_tokens=6,
         base=POWERED.base | short,
         tune=POWERED.tune | short,

@@ -317,8 +317,8 @@ POWERED = replace(
     tune=REAL.tune | {"save_every": 1000},
     loop=REAL.loop
     | {
-        "batch_size": 8,
-        "max_steps": 75,
+        "batch_size": 12,
+        "max_steps": 50,
         "max_tokens_per_pack": 4096,
         "save_every": 1000,
     },

@@ -2,7 +2,7 @@
 seeds run all methods, in several processes, until the time is over.
 
     python benchmarks/study/powered.py --experiment powered-real --out /tmp/study --results DIR \\
-        --pilot 900 901 --seeds 30 31 32 33 34 35 36 37 38 39 --processes 10 --minutes 9
+        --pilot 900 901 --seeds 30 31 32 33 34 35 36 37 38 39 --processes 12 --minutes 9
     python benchmarks/study/powered.py --differences DIR/powered-real.json
 
 The power rule, fixed before any seed runs: on each pilot seed `srlm` and `oracle` run with every
@@ -68,6 +68,7 @@ TOGETHER = (
 #: Share of the time after which the pilot decides on what it has.
 PILOT_SHARE = 0.4
 POLL_SECONDS = 0.3
+ATTEMPTS = 3
 
 
 # ------------------------------ the power rule
@@ -210,7 +211,11 @@ class Place:
         return all(path.exists() for path in self.results(job))
 
     def over(self, job: Job) -> bool:
-        """Whether nobody has to do anything for a job: it is done, or it or its M_1 has failed."""
+        """Whether nobody has to do anything for a job: it is done, it or its M_1 has failed, or it
+        is of the pilot and the choice is made.
+        """
+        if job.setting is not None and self.choice.exists():
+            return True
         failed = self.mark("failed", job).exists()
         return failed or self.mark("failed", Job(job.seed)).exists() or self.done(job)
 
@@ -260,7 +265,8 @@ def rehearsal(setup: Setup) -> Setup:
 def work(place: Place, todo: Sequence[Job]) -> None:
     """Does jobs, the first that is free and ready, until all are over.
 
-    A job that fails is written down and not tried again.
+    A job that fails is written down, and tried again only where the processes' shared memory ran
+    out.
     """
     kind, size = WORLDS[place.given.world], place.given.size
     gold = Gold(("evaluation", "oracle", "external"), kind.scorer(size))
@@ -270,11 +276,18 @@ def work(place: Place, todo: Sequence[Job]) -> None:
             time.sleep(POLL_SECONDS)
             continue
         started = time.monotonic()
-        try:
-            do(place, job, gold)
-        except Exception:
-            place.mark("failed", job).write_text(traceback.format_exc(), encoding="utf-8")
-            print(f"failed: {job.name}\n{traceback.format_exc()}", flush=True)
+        for attempt in range(ATTEMPTS):
+            try:
+                do(place, job, gold)
+                break
+            except Exception as error:
+                text = traceback.format_exc()
+                again = "out of memory" in str(error).lower() and attempt + 1 < ATTEMPTS
+            print(f"{'again' if again else 'failed'}: {job.name}\n{text}", flush=True)
+            free_memory()
+            if not again:
+                place.mark("failed", job).write_text(text, encoding="utf-8")
+                break
         print(f"{job.name}: {time.monotonic() - started:.1f} s", flush=True)
 
 
@@ -404,7 +417,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=study.HERE / "results")
     parser.add_argument("--pilot", type=int, nargs="+", default=[900, 901])
     parser.add_argument("--seeds", type=int, nargs="+", default=[*range(30, 54)])
-    parser.add_argument("--processes", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--tiny", action="store_true", help="two steps, few pairs: a rehearsal")
     parser.add_argument("--differences", type=Path, help="print those of this file, and do nothing")
