@@ -134,7 +134,7 @@ def with_british_spelling(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key.replace("labeled", "labeled"): with_british_spelling(entry)
+        key.replace("labeled", "labelled"): with_british_spelling(entry)
         for key, entry in value.items()
     }
 
