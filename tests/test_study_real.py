@@ -235,6 +235,6 @@ def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path:
     assert (
         page.startswith("## A real model")
         and "after 2 steps of 4 pairs" in page.replace("\n", " ")
-        and "flips, unseen" in page
+        and "flips (unseen)" in page
         and "sampled quality" not in page
     )

@@ -598,6 +598,17 @@ share that was cut off at {max_new_tokens} tokens, and the share of three words 
 occurred before.
 Held out: {size[n_heldout]} prompts per seed, each with every kind of damage.""",
     ),
+    "powered-real": (
+        "A real model, with power",
+        """\
+As above, with {size[n_pairs]} prompts of own pairs (each with {size[n_kinds]} kinds of damage, each
+pair once an iteration), {size[n_heldout]} held-out prompts, answers of up to {size[words][1]}
+words, and two iterations; one H100, bf16.
+Forced choice: the share of held-out pairs whose real answer has more log-probability per token
+under the policy than the damaged one.
+Learning rate and beta were chosen on pilot seeds by the distance from `srlm` to `oracle` alone
+(`benchmarks/study/powered.py`).""",
+    ),
 }
 
 

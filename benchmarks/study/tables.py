@@ -52,14 +52,16 @@ FIGURES = {
     "agreement": ("agreement", 1),
     "flip_rate": ("flips", -1),
     "judge_calibration_error": ("judge's calibration error", -1),
+    "forced_choice": ("forced choice", 1),
     "sampled_tokens": ("tokens", 0),
     "sampled_cut": ("cut off", 0),
     "sampled_repetition": ("repetition", 0),
-    "unseen_judge_accuracy": ("judge accuracy, unseen", 1),
-    "unseen_implicit_accuracy": ("implicit accuracy, unseen", 1),
-    "unseen_agreed_accuracy": ("accuracy where agreed, unseen", 1),
-    "unseen_agreement": ("agreement, unseen", 1),
-    "unseen_flip_rate": ("flips, unseen", -1),
+    "unseen_judge_accuracy": ("judge accuracy (unseen)", 1),
+    "unseen_implicit_accuracy": ("implicit accuracy (unseen)", 1),
+    "unseen_agreed_accuracy": ("accuracy where agreed (unseen)", 1),
+    "unseen_agreement": ("agreement (unseen)", 1),
+    "unseen_flip_rate": ("flips (unseen)", -1),
+    "unseen_forced_choice": ("forced choice (unseen)", 1),
 }
 CLAIMED = (
     "sampled_quality",
@@ -73,6 +75,8 @@ CLAIMED = (
     "unseen_judge_accuracy",
     "unseen_implicit_accuracy",
     "unseen_agreement",
+    "forced_choice",
+    "unseen_forced_choice",
 )
 WHY = {
     "own_judge_accuracy": "judge accuracy on own pairs",
