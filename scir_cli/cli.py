@@ -29,6 +29,9 @@ CONTEXT = {
 }
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
 
+#: The program, by name, for the child processes of a recipe
+MAIN = "scir_cli.cli:main"
+
 #: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
 INTERRUPTED = 130
 
@@ -145,20 +148,20 @@ def _run(stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool) -> Non
     settings = config.build(stage.settings, *layers, where=command)
 
     # Imported here, so that --help imports no pyarrow.
-    from scir_cli.stages import overwrite
+    from scir_cli.stages import finished, overwrite
 
     overwrite.check(settings, command)
-    manifest = registry.load(stage.run)(settings)
+    manifest = finished.run(stage, settings)
 
     # With --num-processes, the process that launched the ranks prints.
     is_launched = "SCIR_LAUNCHED" in os.environ
     if is_launched or not _is_first_rank():
         return
-    print_line(tables.summary_line(stage.name, str(settings.output_dir), manifest))
     if as_json:
+        print_line(tables.summary_line(stage.name, str(settings.output_dir), manifest))
         print(json_text(manifest))
     else:
-        tables.print_results(stage, manifest)
+        tables.print_stage(stage, str(settings.output_dir), manifest)
 
 
 def _in_help_order(settings: type[StageSettings], options: dict[str, str]) -> list[tuple[str, str]]:
@@ -350,7 +353,7 @@ def run_recipe(
 
         from scir_cli.stages import run
 
-        result = run.run(steps, quiet=as_json, page=page)
+        result = run.run(steps, MAIN, quiet=as_json, page=page)
         if as_json:
             print(json_text(result))
         else:

@@ -44,6 +44,8 @@ class Stage:
     story: str | None = None
     #: Whether its summary is a row of the table at the end of `scir run`.
     shows_agreement: bool = False
+    #: False for a stage that starts at once: a finished one runs again to print what is asked.
+    needs_torch: bool = True
 
     @property
     def words(self) -> Sequence[str]:
@@ -72,12 +74,14 @@ _ALL = [
         tables="scir_cli.report.tables:verdict_tables",
         page="scir_cli.report.html:consistency_page",
         shows_agreement=True,
+        needs_torch=False,
     ),
     Stage(
         "filter",
         "Label and select pairs for preference optimization.",
         FilterSettings,
         run="scir_cli.stages.filter:run",
+        needs_torch=False,
     ),
     Stage(
         "train",
