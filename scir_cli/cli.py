@@ -360,6 +360,55 @@ def run_recipe(
             run.show(result)
 
 
+# ------------------------------------------------------------------------ scir inspect
+
+Inspected = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE|FOLDER", help="An input file, a hub id, or a folder that scir wrote."
+    ),
+]
+Sort = Annotated[
+    str | None,
+    typer.Option(
+        "--sort",
+        metavar="ORDER",
+        help="Show judged pairs by disagreement, or by confident-mistakes.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, max=10_000, help="Number of examples or pairs to show."),
+]
+InspectAsJson = Annotated[
+    bool, typer.Option("--json", help="Print what was found as JSON on stdout.")
+]
+
+
+@app.command("inspect")
+def inspect_input(
+    path: Inspected,
+    sort: Sort = None,
+    limit: Limit = None,
+    as_json: InspectAsJson = False,
+    traceback: RunTraceback = False,
+) -> None:
+    """Show what an input or a dataset holds; writes nothing.
+
+    Of an input file: layout, columns, first row, and which rows would be dropped and why.
+    Of a folder of scir: rows, drops, digest and examples; judged pairs side by side.
+    """
+    with _reporting(traceback):
+        from scir_cli.report import reading
+        from scir_cli.stages import inspect as inspection
+
+        found = inspection.look(path, sort, limit)
+        if as_json:
+            print(json_text(found))
+        else:
+            reading.show(found)
+
+
 # ------------------------------------------------------------------------ the app
 
 

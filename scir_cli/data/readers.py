@@ -132,6 +132,26 @@ def load_pairs(
     return rows.slice(0, rows.num_rows), drops
 
 
+def raw_rows(spec: str) -> Iterator[Row]:
+    """The rows of an input that is no dataset folder of ours, as they are in it.
+
+    Raises DataError if it cannot be read.
+    """
+    return _read(_resolve_spec(spec))
+
+
+def layout_of(row: Row) -> str:
+    """The layout of an input in words, as `open_pairs` and `open_prompts` read its rows."""
+    prompt = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+    if "chosen" in row and "rejected" in row:
+        if isinstance(row["chosen"], str):
+            is_transcript = prompt is None and HH_TURN.match(row["chosen"]) is not None
+            return "pairs: transcripts of hh-rlhf" if is_transcript else "pairs: prompt and texts"
+        is_lists = _is_text_list(row["chosen"])
+        return "pairs: lists of texts" if is_lists else "pairs: conversations"
+    return "unknown" if prompt is None else f"prompts: {prompt}"
+
+
 def digest(spec: str) -> str:
     """A digest of the content of an input.
 
