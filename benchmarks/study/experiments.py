@@ -7,7 +7,7 @@ changed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from study import real, world
 from study.world import Size
@@ -76,6 +76,9 @@ class Setup:
     world: str = "tasks"  # of WORLDS
     iterations: int = 2
     dtype: str = "fp32"
+    device: str = "cpu"
+    # whether answers are sampled to measure every model, or none before the last iteration's
+    answers: Literal["every", "last"] = "every"
 
 
 RIVALS = [
@@ -299,6 +302,32 @@ CONSENSUS_REAL = [
 ]
 
 
+#: The real model with hundreds of own pairs, each of them once an iteration, and 500 held-out ones;
+#: for a GPU. The loop is the first of POWER_GRID until pilot seeds have chosen (powered.py).
+POWERED = replace(
+    REAL,
+    size=real.Size(
+        words=(12, 90), prompt_words=80, n_seed=56, n_pairs=200, n_kinds=3, n_heldout=100
+    ),
+    iterations=2,
+    max_new_tokens=96,
+    device="auto",
+    answers="last",
+    base=REAL.base | {"save_every": 1000},
+    tune=REAL.tune | {"save_every": 1000},
+    loop=REAL.loop
+    | {
+        "batch_size": 12,
+        "max_steps": 50,
+        "max_tokens_per_pack": 4096,
+        "save_every": 1000,
+    },
+)
+POWER_GRID: list[dict[str, Any]] = [
+    {"learning_rate": rate, "beta": beta} for rate in (3e-5, 1e-4) for beta in (0.1, 0.5)
+]
+
+
 #: The same in worlds where a voter misleads, or the judge is weaker.
 CONSENSUS_ELSEWHERE = [
     m
@@ -337,4 +366,5 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "consensus-length-bias": (with_size(length_bias=0.5), CONSENSUS_ELSEWHERE),
     "consensus-smaller": (with_size(hidden=64, layers=2), CONSENSUS_ELSEWHERE),
     "consensus-real": (REAL, CONSENSUS_REAL),
+    "powered-real": (POWERED, CONSENSUS_REAL),
 }

