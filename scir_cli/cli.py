@@ -76,6 +76,15 @@ Traceback = Annotated[
         rich_help_panel=config.RARE,
     ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Names of columns in the input: prompt=question,chosen=answer_a.",
+        metavar="A=B,…",
+        rich_help_panel=config.INPUT_OUTPUT,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -120,10 +129,11 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         as_json = values.pop("as_json")
         traceback = values.pop("traceback")
         overrides = values.pop("overrides")
+        columns = values.pop("columns", None)
         with _reporting(traceback):
             flags = {options[flat]: value for flat, value in values.items() if value is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
-            _run(stage, layers, as_json)
+            _run(stage, layers, as_json, columns)
 
     parameters = []
     for flat, name in _in_help_order(settings, options):
@@ -134,18 +144,24 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         _keyword("traceback", Traceback, False),
         _keyword("overrides", Overrides, None),
     ]
+    if stage.reads_rows:
+        parameters.append(_keyword("columns", Columns, None))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = stage.about
     return command
 
 
-def _run(stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool) -> None:
+def _run(
+    stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool, columns: str | None = None
+) -> None:
     """Runs a stage and prints its result.
 
-    layers: values of settings; later layers take precedence
+    layers: values of settings; later layers take precedence. columns: of --columns
     """
     command = f"scir {stage.name}"
     settings = config.build(stage.settings, *layers, where=command)
+    if columns:
+        settings = settings.model_copy(update={"input": f"{settings.input}?{columns}"})
 
     # Imported here, so that --help imports no pyarrow.
     from scir_cli.stages import finished, overwrite
@@ -380,6 +396,14 @@ Limit = Annotated[
     int | None,
     typer.Option("--limit", min=1, max=10_000, help="Number of examples or pairs to show."),
 ]
+InspectColumns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="A=B,…",
+        help="Names of columns in the input: prompt=question,chosen=answer_a.",
+    ),
+]
 InspectAsJson = Annotated[
     bool, typer.Option("--json", help="Print what was found as JSON on stdout.")
 ]
@@ -390,6 +414,7 @@ def inspect_input(
     path: Inspected,
     sort: Sort = None,
     limit: Limit = None,
+    columns: InspectColumns = None,
     as_json: InspectAsJson = False,
     traceback: RunTraceback = False,
 ) -> None:
@@ -402,7 +427,7 @@ def inspect_input(
         from scir_cli.report import reading
         from scir_cli.stages import inspect as inspection
 
-        found = inspection.look(path, sort, limit)
+        found = inspection.look(f"{path}?{columns}" if columns else path, sort, limit)
         if as_json:
             print(json_text(found))
         else:

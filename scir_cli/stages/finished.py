@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -153,9 +154,13 @@ def _state(spec: str) -> Any:
     path = to_path(spec)
     if storage.is_remote(path):
         raise ScirError(f"{spec} is on another file system")
-    folder, _, _ = spec.rpartition(":")
-    if not path.exists() and folder and to_path(folder).is_dir():
-        path = to_path(folder)
+    if not path.exists():
+        # The names of columns, or the split of a folder
+        for mark in "?:":
+            shorter, found, _ = spec.rpartition(mark)
+            if found and not to_path(spec).exists():
+                spec = shorter
+        path = to_path(spec)
     if not path.exists():
         return _hub_revisions(spec)
 
@@ -167,8 +172,8 @@ def _hub_revisions(spec: str) -> list[str]:
     """The cached revisions of a repository of the hub, models before data sets."""
     from huggingface_hub import constants
 
-    repository = "/".join(spec.removeprefix("hf://").removeprefix("datasets/").split("/")[:2])
-    name = repository.split(":")[0].replace("/", "--")
+    repository = spec.removeprefix("hf://").removeprefix("datasets/")
+    name = re.split("[:@]", repository)[0].replace("/", "--")
     revisions = []
     for kind in ("models", "datasets"):
         references = Path(constants.HF_HUB_CACHE) / f"{kind}--{name}" / "refs"
