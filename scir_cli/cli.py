@@ -24,7 +24,7 @@ from scir_cli.report import tables
 from scir_cli.settings import StageSettings, report_problem
 
 CONTEXT = {
-    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "token_normalize_func": config.own_name,
     "help_option_names": ["-h", "--help"],
 }
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
@@ -459,12 +459,21 @@ add_stages(app, registry.STAGES.values())
 UsageProblem: Any = typer.BadParameter.__mro__[1]
 
 
+def _usage_message(error: Any) -> str:
+    """The message for a mistake in the command line; of an unknown flag with what to write."""
+    flag = getattr(error, "option_name", None)
+    if flag is None or error.ctx is None or getattr(error, "possibilities", None) is None:
+        return str(error.format_message())
+    known = [name for option in error.ctx.command.params for name in option.opts]
+    return f"there is no {flag}.{config.advice(flag, known)}"
+
+
 def main() -> None:
     """Runs the command line and exits with its status."""
     try:
         status = app(prog_name="scir", standalone_mode=False) or 0
     except UsageProblem as error:
-        message = error.format_message()  # type: ignore[attr-defined]
+        message = _usage_message(error)
         # The message is empty if the help was printed.
         if message:
             print_line(f"scir: error: {message} (scir --help)")

@@ -347,7 +347,7 @@ def test_a_hub_id_may_have_a_revision_a_config_and_a_split(monkeypatch: pytest.M
     asked: list[Any] = []
 
     def load_dataset(name: str, config: str | None, **more: Any) -> datasets.Dataset:
-        asked.append((name, config, more["split"], more["revision"]))
+        asked.append((name, config, more["split"], more.get("revision")))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
