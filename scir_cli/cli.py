@@ -85,6 +85,15 @@ Columns = Annotated[
         rich_help_panel=config.INPUT_OUTPUT,
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        help="Then upload the folder to this repository of the hub; a new one is private.",
+        metavar="ORG/NAME",
+        rich_help_panel=config.INPUT_OUTPUT,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -130,16 +139,18 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         traceback = values.pop("traceback")
         overrides = values.pop("overrides")
         columns = values.pop("columns", None)
+        repository = values.pop("push_to_hub")
         with _reporting(traceback):
             flags = {options[flat]: value for flat, value in values.items() if value is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
-            _run(stage, layers, as_json, columns)
+            _run(stage, layers, as_json, columns, repository)
 
     parameters = []
     for flat, name in _in_help_order(settings, options):
         parameters.append(_parameter(settings, flat, name, fields[name]))
     parameters += [
         _keyword("config", ConfigFile, None),
+        _keyword("push_to_hub", PushToHub, None),
         _keyword("as_json", AsJson, False),
         _keyword("traceback", Traceback, False),
         _keyword("overrides", Overrides, None),
@@ -152,11 +163,16 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
 
 
 def _run(
-    stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool, columns: str | None = None
+    stage: Stage,
+    layers: tuple[dict[str, Any], ...],
+    as_json: bool,
+    columns: str | None,
+    repository: str | None,
 ) -> None:
     """Runs a stage and prints its result.
 
-    layers: values of settings; later layers take precedence. columns: of --columns
+    layers: values of settings; later layers take precedence.
+    columns: of --columns. repository: of --push-to-hub.
     """
     command = f"scir {stage.name}"
     settings = config.build(stage.settings, *layers, where=command)
@@ -164,9 +180,12 @@ def _run(
         settings = settings.model_copy(update={"input": f"{settings.input}?{columns}"})
 
     # Imported here, so that --help imports no pyarrow.
+    from scir_cli.data import hub
     from scir_cli.stages import finished, overwrite
 
     overwrite.check(settings, command)
+    if repository:
+        hub.check(repository, settings.output_dir)
     manifest = finished.run(stage, settings)
 
     # With --num-processes, the process that launched the ranks prints.
@@ -178,6 +197,8 @@ def _run(
         print(json_text(manifest))
     else:
         tables.print_stage(stage, str(settings.output_dir), manifest)
+    if repository and not settings.dry_run:
+        print_line(f"uploaded to {hub.push(settings.output_dir, manifest, repository)}")
 
 
 def _in_help_order(settings: type[StageSettings], options: dict[str, str]) -> list[tuple[str, str]]:

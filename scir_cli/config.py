@@ -422,8 +422,7 @@ OTHER_FLAGS = {
     "model-revision": "--model ORG/NAME@REVISION",
     "deepspeed": "accelerate launch with a DeepSpeed configuration",
     "fsdp": "--sharding fsdp --num-processes N",
-    "push-to-hub": "hf upload ORG/NAME OUT --private",
-    "hub-model-id": "hf upload ORG/NAME OUT --private",
+    "hub-model-id": "--push-to-hub ORG/NAME",
     "precompute-ref-log-probs": "reference log-probabilities are always computed once and kept",
     "padding-free": "sequences are always packed, never padded",
 }

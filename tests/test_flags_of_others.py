@@ -32,7 +32,7 @@ def test_every_alias_is_of_a_flag_and_is_none_itself():
 def test_every_flag_that_an_answer_names_exists():
     for name, answer in config.OTHER_FLAGS.items():
         words = answer.replace(";", " ").replace(",", " ").split()
-        named = {word for word in words if word.startswith("--")} - {"--private"}
+        named = {word for word in words if word.startswith("--")}
         assert named <= OURS, name
 
 
@@ -54,7 +54,7 @@ def test_an_alias_sets_our_setting(
     [
         ("train --per_device_train_batch_size 4", "Here: --batch-size is the number of pairs"),
         ("train --bf16", "Here: --dtype bf16."),
-        ("train --push-to-hub", "Here: hf upload ORG/NAME OUT --private."),
+        ("train --hub-model-id a/b", "Here: --push-to-hub ORG/NAME."),
         ("train --batchsize 4", "Did you mean '--batch-size'?"),
         ("generate --max-tokens 4", "Did you mean '--max-new-tokens'?"),
         ("filter --zzz", "there is no --zzz. (scir --help)"),
