@@ -24,10 +24,13 @@ from scir_cli.report import tables
 from scir_cli.settings import StageSettings, report_problem
 
 CONTEXT = {
-    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "token_normalize_func": config.own_name,
     "help_option_names": ["-h", "--help"],
 }
 SHORT = {"output_dir": "-o", "model": "-m", "input": "-i"}
+
+#: The program, by name, for the child processes of a recipe
+MAIN = "scir_cli.cli:main"
 
 #: Exit status after Ctrl-C, as shells report it: 128 + SIGINT.
 INTERRUPTED = 130
@@ -71,6 +74,24 @@ Traceback = Annotated[
         "--traceback",
         help=TRACEBACK_HELP,
         rich_help_panel=config.RARE,
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help="Names of columns in the input: prompt=question,chosen=answer_a.",
+        metavar="A=B,…",
+        rich_help_panel=config.INPUT_OUTPUT,
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        help="Then upload the folder to this repository of the hub; a new one is private.",
+        metavar="ORG/NAME",
+        rich_help_panel=config.INPUT_OUTPUT,
     ),
 ]
 Overrides = Annotated[
@@ -117,48 +138,67 @@ def _stage_command(stage: Stage) -> Callable[..., None]:
         as_json = values.pop("as_json")
         traceback = values.pop("traceback")
         overrides = values.pop("overrides")
+        columns = values.pop("columns", None)
+        repository = values.pop("push_to_hub")
         with _reporting(traceback):
             flags = {options[flat]: value for flat, value in values.items() if value is not None}
             layers = (recipe.read_yaml(file) if file else {}, flags, _overrides(overrides))
-            _run(stage, layers, as_json)
+            _run(stage, layers, as_json, columns, repository)
 
     parameters = []
     for flat, name in _in_help_order(settings, options):
         parameters.append(_parameter(settings, flat, name, fields[name]))
     parameters += [
         _keyword("config", ConfigFile, None),
+        _keyword("push_to_hub", PushToHub, None),
         _keyword("as_json", AsJson, False),
         _keyword("traceback", Traceback, False),
         _keyword("overrides", Overrides, None),
     ]
+    if stage.reads_rows:
+        parameters.append(_keyword("columns", Columns, None))
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__doc__ = stage.about
     return command
 
 
-def _run(stage: Stage, layers: tuple[dict[str, Any], ...], as_json: bool) -> None:
+def _run(
+    stage: Stage,
+    layers: tuple[dict[str, Any], ...],
+    as_json: bool,
+    columns: str | None,
+    repository: str | None,
+) -> None:
     """Runs a stage and prints its result.
 
-    layers: values of settings; later layers take precedence
+    layers: values of settings; later layers take precedence.
+    columns: of --columns. repository: of --push-to-hub.
     """
     command = f"scir {stage.name}"
     settings = config.build(stage.settings, *layers, where=command)
+    if columns:
+        settings = settings.model_copy(update={"input": f"{settings.input}?{columns}"})
 
     # Imported here, so that --help imports no pyarrow.
-    from scir_cli.stages import overwrite
+    from scir_cli.data import hub
+    from scir_cli.stages import finished, overwrite
 
     overwrite.check(settings, command)
-    manifest = registry.load(stage.run)(settings)
+    if repository:
+        hub.check(repository, settings.output_dir)
+    manifest = finished.run(stage, settings)
 
     # With --num-processes, the process that launched the ranks prints.
     is_launched = "SCIR_LAUNCHED" in os.environ
     if is_launched or not _is_first_rank():
         return
-    print_line(tables.summary_line(stage.name, str(settings.output_dir), manifest))
     if as_json:
+        print_line(tables.summary_line(stage.name, str(settings.output_dir), manifest))
         print(json_text(manifest))
     else:
-        tables.print_results(stage, manifest)
+        tables.print_stage(stage, str(settings.output_dir), manifest)
+    if repository and not settings.dry_run:
+        print_line(f"uploaded to {hub.push(settings.output_dir, manifest, repository)}")
 
 
 def _in_help_order(settings: type[StageSettings], options: dict[str, str]) -> list[tuple[str, str]]:
@@ -350,11 +390,69 @@ def run_recipe(
 
         from scir_cli.stages import run
 
-        result = run.run(steps, quiet=as_json, page=page)
+        result = run.run(steps, MAIN, quiet=as_json, page=page)
         if as_json:
             print(json_text(result))
         else:
             run.show(result)
+
+
+# ------------------------------------------------------------------------ scir inspect
+
+Inspected = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE|FOLDER", help="An input file, a hub id, or a folder that scir wrote."
+    ),
+]
+Sort = Annotated[
+    str | None,
+    typer.Option(
+        "--sort",
+        metavar="ORDER",
+        help="Show judged pairs by disagreement, or by confident-mistakes.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, max=10_000, help="Number of examples or pairs to show."),
+]
+InspectColumns = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        metavar="A=B,…",
+        help="Names of columns in the input: prompt=question,chosen=answer_a.",
+    ),
+]
+InspectAsJson = Annotated[
+    bool, typer.Option("--json", help="Print what was found as JSON on stdout.")
+]
+
+
+@app.command("inspect")
+def inspect_input(
+    path: Inspected,
+    sort: Sort = None,
+    limit: Limit = None,
+    columns: InspectColumns = None,
+    as_json: InspectAsJson = False,
+    traceback: RunTraceback = False,
+) -> None:
+    """Show what an input or a dataset holds; writes nothing.
+
+    Of an input file: layout, columns, first row, and which rows would be dropped and why.
+    Of a folder of scir: rows, drops, digest and examples; judged pairs side by side.
+    """
+    with _reporting(traceback):
+        from scir_cli.report import reading
+        from scir_cli.stages import inspect as inspection
+
+        found = inspection.look(f"{path}?{columns}" if columns else path, sort, limit)
+        if as_json:
+            print(json_text(found))
+        else:
+            reading.show(found)
 
 
 # ------------------------------------------------------------------------ the app
@@ -382,12 +480,21 @@ add_stages(app, registry.STAGES.values())
 UsageProblem: Any = typer.BadParameter.__mro__[1]
 
 
+def _usage_message(error: Any) -> str:
+    """The message for a mistake in the command line; of an unknown flag with what to write."""
+    flag = getattr(error, "option_name", None)
+    if flag is None or error.ctx is None or getattr(error, "possibilities", None) is None:
+        return str(error.format_message())
+    known = [name for option in error.ctx.command.params for name in option.opts]
+    return f"there is no {flag}.{config.advice(flag, known)}"
+
+
 def main() -> None:
     """Runs the command line and exits with its status."""
     try:
         status = app(prog_name="scir", standalone_mode=False) or 0
     except UsageProblem as error:
-        message = error.format_message()  # type: ignore[attr-defined]
+        message = _usage_message(error)
         # The message is empty if the help was printed.
         if message:
             print_line(f"scir: error: {message} (scir --help)")

@@ -10,6 +10,7 @@ the paper's.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -371,3 +372,75 @@ def help_text(info: Any) -> str:
     if words and metavar(info) == "CHOICE":
         return f"{text} One of: {', '.join(words)}."
     return text
+
+
+# ------------------------------------------------------------------------ flags of others
+
+#: Flags of transformers and TRL that mean the same as a flag of ours: accepted, not in the help
+ALIASES = {
+    "model-name-or-path": "model",
+    "dataset-name": "input",
+    "train-file": "input",
+    "num-train-epochs": "num-epochs",
+    "lr": "learning-rate",
+    "lr-scheduler-type": "schedule",
+    "lora-r": "lora-rank",
+    "loss-type": "preference-loss",
+    "max-completion-length": "max-new-tokens",
+    "num-return-sequences": "n",
+    "num-generations": "n",
+    "save-steps": "save-every",
+    "eval-steps": "validation-every",
+    "eval-dataset": "validation",
+    "overwrite-output-dir": "overwrite",
+    "ref-model": "reward-reference",
+    "torch-dtype": "dtype",
+}
+
+#: Flags of others that mean something else here, or nothing: what to write
+OTHER_FLAGS = {
+    "per-device-train-batch-size": "--batch-size is the number of pairs per optimizer step, "
+    "over all devices and packs",
+    "gradient-accumulation-steps": "--batch-size is the number of pairs per optimizer step; "
+    "--max-tokens-per-pack bounds memory",
+    "per-device-eval-batch-size": "--max-tokens-per-pack bounds memory",
+    "max-length": "nothing is truncated; scir filter --max-response-tokens drops long responses",
+    "max-prompt-length": "nothing is truncated; a prompt that does not fit is dropped and counted",
+    "use-peft": "--lora-rank 16 trains LoRA adapters",
+    "lora-dropout": "LoRA has no dropout here; --lora-rank, --lora-alpha, --lora-target-modules",
+    "load-in-4bit": "--quantization 4bit",
+    "load-in-8bit": "only --quantization 4bit",
+    "bf16": "--dtype bf16",
+    "fp16": "--dtype bf16 or --dtype fp32",
+    "optim": "the optimizer is AdamW",
+    "warmup-steps": "--warmup-ratio, a share of all steps",
+    "logging-steps": "every step is in OUT/metrics.jsonl",
+    "attn-implementation": "attention over token trees is chosen when the model is loaded",
+    "run-name": "a run is named after --output-dir, or by WANDB_NAME",
+    "dataset-config": "--input ORG/NAME:CONFIG:SPLIT",
+    "dataset-train-split": "--input ORG/NAME:SPLIT",
+    "model-revision": "--model ORG/NAME@REVISION",
+    "deepspeed": "accelerate launch with a DeepSpeed configuration",
+    "fsdp": "--sharding fsdp --num-processes N",
+    "hub-model-id": "--push-to-hub ORG/NAME",
+    "precompute-ref-log-probs": "reference log-probabilities are always computed once and kept",
+    "padding-free": "sequences are always packed, never padded",
+}
+
+
+def own_name(word: str) -> str:
+    """The name of a flag as ours: kebab case, and our name of an alias."""
+    name = word.replace("_", "-")
+    return ALIASES.get(name, name)
+
+
+def advice(flag: str, known: Iterable[str]) -> str:
+    """The end of a message about a flag that a command does not have.
+
+    flag: as the user wrote it. known: the flags of the command.
+    """
+    name = flag.lstrip("-").replace("_", "-")
+    if name in OTHER_FLAGS:
+        return f" Here: {OTHER_FLAGS[name]}."
+    close = difflib.get_close_matches("--" + name, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

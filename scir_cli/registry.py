@@ -44,6 +44,10 @@ class Stage:
     story: str | None = None
     #: Whether its summary is a row of the table at the end of `scir run`.
     shows_agreement: bool = False
+    #: Whether `input` can be a file of prompts or pairs, whose columns --columns names.
+    reads_rows: bool = False
+    #: False for a stage that starts at once: a finished one runs again to print what is asked.
+    needs_torch: bool = True
 
     @property
     def words(self) -> Sequence[str]:
@@ -57,12 +61,14 @@ _ALL = [
         "Sample N responses per prompt.",
         GenerateSettings,
         run="scir_cli.stages.generate:run",
+        reads_rows=True,
     ),
     Stage(
         "judge",
         "Pair candidates and score each pair with every internal reward model.",
         JudgeSettings,
         run="scir_cli.stages.judge:run",
+        reads_rows=True,
     ),
     Stage(
         "check-consistency",
@@ -72,18 +78,21 @@ _ALL = [
         tables="scir_cli.report.tables:verdict_tables",
         page="scir_cli.report.html:consistency_page",
         shows_agreement=True,
+        needs_torch=False,
     ),
     Stage(
         "filter",
         "Label and select pairs for preference optimization.",
         FilterSettings,
         run="scir_cli.stages.filter:run",
+        needs_torch=False,
     ),
     Stage(
         "train",
         "Train a policy: sft, dpo, or scir.",
         TrainSettings,
         run="scir_cli.stages.train:run",
+        reads_rows=True,
         page="scir_cli.report.html:training_page",
     ),
     Stage(
@@ -91,6 +100,7 @@ _ALL = [
         "Measure the accuracy of each reward model, and of their agreed label, on labeled pairs.",
         EvalRewardsSettings,
         run="scir_cli.stages.eval_rewards:run",
+        reads_rows=True,
         tables="scir_cli.report.tables:verdict_tables",
         page="scir_cli.report.html:rewards_page",
         shows_agreement=True,
@@ -109,6 +119,7 @@ _ALL = [
         "Answer a prompt set in AlpacaEval's format.",
         EvalResponsesSettings,
         run="scir_cli.stages.eval_responses:run",
+        reads_rows=True,
     ),
     Stage(
         "eval mt-bench",

@@ -29,7 +29,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(root / "m0", seed=1)
     make_model(root / "m1", seed=2)
     (root / "ok.jsonl").write_text('{"prompt": "Hi."}\n', encoding="utf-8")
-    (root / "column.jsonl").write_text('{"question": "Hi."}\n', encoding="utf-8")
+    (root / "column.jsonl").write_text('{"sentence": "Hi."}\n', encoding="utf-8")
     (root / "empty.jsonl").write_text("", encoding="utf-8")
     (root / "latin.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     pairs = [{"prompt": "Hi.", "chosen": "Yes.", "rejected": "No."}]

@@ -5,6 +5,7 @@ Rows add up, folders open elsewhere, killed runs end as undisturbed ones, failur
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -602,6 +603,15 @@ def assert_same_training(killed: Path, whole: Path) -> None:
     assert losses[0] == losses[1]
 
 
+def is_locked(folder: Path) -> bool:
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["driver alone", "driver and child"])
 def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(
@@ -630,7 +640,8 @@ def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(
         time.sleep(0.005)
     kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    while subprocess.run(["pgrep", "-f", f"{killed}/c"], capture_output=True).returncode == 0:
+    # The lock of the folder is free as soon as no process writes it.
+    while is_locked(killed / "c"):
         assert time.monotonic() < deadline, "the child outlived its driver"
         time.sleep(0.05)
     assert not (killed / "c" / "manifest.json").exists()

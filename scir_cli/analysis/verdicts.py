@@ -298,3 +298,24 @@ def subset_rows(subset: Sequence[str | None]) -> dict[str, NDArray[np.intp]]:
     for code, name in enumerate(encoded.dictionary.to_pylist()):
         rows[name] = np.flatnonzero(codes == code)
     return rows
+
+
+def surest_disagreement(log_odds: Array) -> Array:
+    """The confidence of the less confident side, min(max a, max -a), nats.
+
+    Above 0 if two reward models disagree.
+    log_odds: (reward models, pairs) nats; NaN: no verdict -> (pairs,)
+    """
+    verdicts = np.where(np.isnan(log_odds), 0.0, log_odds)
+    for_first = verdicts.max(0)
+    for_second = (-verdicts).max(0)
+    return np.minimum(for_first, for_second)
+
+
+def surest_mistake(v: Verdicts) -> Array:
+    """The confidence of the most confident wrong reward model, nats, (pairs,).
+
+    0 if none is wrong or no label exists.
+    """
+    for_wrong = np.nan_to_num(-v.gold * v.log_odds)
+    return for_wrong.max(0).clip(min=0)

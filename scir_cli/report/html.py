@@ -29,7 +29,13 @@ from rich.table import Table
 
 from scir_cli import __version__, registry
 from scir_cli.analysis import consistency, statistics
-from scir_cli.analysis.verdicts import Array, Verdicts, from_table
+from scir_cli.analysis.verdicts import (
+    Array,
+    Verdicts,
+    from_table,
+    surest_disagreement,
+    surest_mistake,
+)
 from scir_cli.data import dataset, folders, hashing
 from scir_cli.data.files import Json, as_store_error, atomic_write, read_json
 from scir_cli.data.folders import is_dataset
@@ -1146,7 +1152,7 @@ def browser(
     table: the pairs of `v`, in the same order
     """
     disagreement = surest_disagreement(v.log_odds)
-    mistake = _mistake(v)
+    mistake = surest_mistake(v)
     chosen = pairs_to_read(disagreement, mistake, most)
     columns = ["pair_id", "messages", "subset", "first", "second", "gold_label"]
     indices = pa.array(chosen, pa.int64())
@@ -1167,27 +1173,6 @@ def browser(
         "the most confident mistakes if labels exist, and others at random."
     )
     return Browser(title, text, pairs)
-
-
-def surest_disagreement(log_odds: Array) -> Array:
-    """The confidence of the less confident side, min(max a, max -a), nats.
-
-    Above 0 if two reward models disagree.
-    log_odds: (reward models, pairs) nats; NaN: no verdict -> (pairs,)
-    """
-    verdicts = np.where(np.isnan(log_odds), 0.0, log_odds)
-    for_first = verdicts.max(0)
-    for_second = (-verdicts).max(0)
-    return np.minimum(for_first, for_second)
-
-
-def _mistake(v: Verdicts) -> Array:
-    """The confidence of the most confident wrong reward model, nats, (pairs,).
-
-    0 if none is wrong or no label exists.
-    """
-    for_wrong = np.nan_to_num(-v.gold * v.log_odds)
-    return for_wrong.max(0).clip(min=0)
 
 
 def pairs_to_read(disagreement: Array, mistake: Array, most: int) -> list[int]:

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from scir_cli import registry
+from scir_cli.errors import print_line
 from scir_cli.registry import Stage
 from scir_cli.report.console import PlainConsole
 
@@ -620,6 +621,15 @@ def _lengths_table(counts: Sequence[tuple[int, int]]) -> Table:
 
 
 # What a stage prints
+
+
+def print_stage(stage: Stage, out: str, manifest: Figures) -> None:
+    """Prints the summary line of a stage on stderr, and its results on stdout.
+
+    out: its output folder.
+    """
+    print_line(summary_line(stage.name, out, manifest))
+    print_results(stage, manifest)
 
 
 def print_results(stage: Stage, manifest: Figures) -> None:

@@ -59,7 +59,8 @@ def _is_or_holds(out: Path, spec: str) -> bool:
     """Whether `spec` names an existing file or folder that is `out` or lies below it."""
     path = to_path(spec).resolve()
     if not path.exists():
-        return False
+        place, found, _ = spec.rpartition("?")
+        return bool(found) and _is_or_holds(out, place)
     return path == out or out in path.parents
 
 

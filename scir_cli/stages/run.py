@@ -1,36 +1,43 @@
 """run: the stages of a recipe, one after the other.
 
-Each stage runs in a child process, so that its memory is free for the next stage.
+A stage that is finished is recognized in this process. Every other runs in a child process, so that
+its memory is free for the next stage.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
-from scir_cli import registry
-from scir_cli.data import files
+from scir_cli import config, registry
+from scir_cli.data import files, without_pandas
 from scir_cli.data.files import Json
 from scir_cli.data.storage import to_path
 from scir_cli.errors import StageFailed, print_line
-from scir_cli.processes import exit_with_parent
 from scir_cli.recipe import Step
-from scir_cli.report import html, tables
+from scir_cli.report import tables
 from scir_cli.report.console import PlainConsole
+from scir_cli.stages import finished
+from scir_cli.stages.children import Stages
 
 
-def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> Json:
+def run(steps: list[Step], main: str, *, quiet: bool = False, page: Path | None = None) -> Json:
     """Runs every step and returns the summaries of the agreement stages by folder.
 
     Prints each step as a shell command on stderr. A finished stage is not computed again.
+    main: the program of a child, as of `children.Stages`.
     quiet: redirect the standard output of the stages to stderr.
     page: file for the HTML report of the whole run, if any.
     Raises StageFailed if a stage ends with an error.
     """
-    for index, step in enumerate(steps, start=1):
-        print_line(f"[{index}/{len(steps)}] {step.shell_command()}")
-        _run_in_child(step, quiet)
+    without_pandas.keep_out()
+    modules = [registry.STAGES[step.stage].run.partition(":")[0] for step in steps]
+    with Stages(main, sorted(set(modules)), quiet) as stages:
+        for index, step in enumerate(steps, start=1):
+            print_line(f"[{index}/{len(steps)}] {step.shell_command()}")
+            if not _show_finished(step, quiet):
+                _check_status(step, stages.run(step.arguments))
 
     summaries = {}
     for step in steps:
@@ -40,6 +47,8 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
             summaries[str(folder)] = manifest["summary"]
 
     if page:
+        from scir_cli.report import html
+
         folders = [(step.stage, to_path(step.settings["output_dir"])) for step in steps]
         html.write(page, html.run_page(folders))
     return {"steps": len(steps), "checked": summaries}
@@ -60,24 +69,23 @@ def show(result: Json) -> None:
     console.print(tables.iterations_table(rows))
 
 
-def _run_in_child(step: Step, quiet: bool) -> None:
-    """Runs one step in a child process. Raises StageFailed if it ends with an error."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scir_cli", *step.arguments],
-        stdout=sys.stderr if quiet else None,
-        preexec_fn=exit_with_parent,
-    )
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # The terminal has interrupted the child as well.
-        process.wait()
-        raise
-    except SystemExit:
-        # SIGTERM reached this process alone.
-        process.terminate()
-        process.wait()
-        raise
+def _show_finished(step: Step, quiet: bool) -> bool:
+    """Prints the result of a step that is finished already; False if it is not.
+
+    quiet: print on stderr.
+    """
+    stage = registry.STAGES[step.stage]
+    settings = config.build(stage.settings, step.settings, where=step.stage)
+    manifest = finished.find(stage, settings)
+    if manifest is None:
+        return False
+    with redirect_stdout(sys.stderr) if quiet else nullcontext():
+        tables.print_stage(stage, str(settings.output_dir), manifest)
+    return True
+
+
+def _check_status(step: Step, code: int) -> None:
+    """Raises StageFailed, with the command that continues, if the exit status is not 0."""
     if code == 0:
         return
     status = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,9 @@ from scir_cli.training import adapters, objectives
 from scir_cli.training.consensus import Consensus
 from scir_cli.training.objectives import Metrics
 from scir_cli.training.trainer import Trainer
+
+#: A model or data set of the hub, with or without a revision
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 
 
 def write_model_folder(
@@ -90,10 +94,7 @@ def _card(settings: TrainSettings, plan: Json, trainer: Trainer) -> str:
     rows = [f"| `{name}` | {value} |" for name, value in plan["settings"].items()]
     reference = settings.reward_reference
     lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [scir, preference-optimization]",
-        "---",
+        *front_matter(settings.model, [settings.input]),
         "",
         f"# A policy trained by scir {__version__}",
         "",
@@ -110,3 +111,25 @@ def _card(settings: TrainSettings, plan: Json, trainer: Trainer) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def front_matter(model: str, inputs: list[str]) -> list[str]:
+    """The YAML block at the top of a model card, which the hub reads.
+
+    A model that was trained from a folder has the base model and the license of that folder's card.
+    model, inputs: as the user named them; those of the hub are named in the card
+    """
+    inherited = {}
+    card = Path(model) / "README.md"
+    if card.is_file():
+        inherited = dict(re.findall(r"^(base_model|license): (.+)$", card.read_text("utf-8"), re.M))
+    first = model.split("|")[0].strip()
+    if not Path(first).exists() and HUB_ID.fullmatch(first):
+        inherited["base_model"] = first.partition("@")[0]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines += [f"{name}: {value}" for name, value in sorted(inherited.items())]
+    names = [spec.split("?")[0].split("@")[0].split(":")[0] for spec in inputs]
+    names = [name for name in names if HUB_ID.fullmatch(name) and not Path(name).exists()]
+    if names:
+        lines.append(f"datasets: [{', '.join(names)}]")
+    return [*lines, "tags: [scir, preference-optimization]", "---"]

@@ -10,6 +10,7 @@ process group that other ranks still need.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -20,6 +21,14 @@ from scir_cli.errors import ConfigError, suggest
 from scir_cli.training import metrics
 
 PROJECT = "scir"
+
+#: Tracker -> its own variables for the project and for the name of a run, which come first
+VARIABLES = {
+    "wandb": ("WANDB_PROJECT", "WANDB_NAME"),
+    "trackio": ("TRACKIO_PROJECT", "TRACKIO_NAME"),
+    "mlflow": ("MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_NAME"),
+    "comet_ml": ("COMET_PROJECT_NAME", ""),
+}
 
 #: Tracker -> its argument for the name of a run
 NAME_AS = {
@@ -61,7 +70,8 @@ def check(names: Sequence[str]) -> None:
 class Trackers:
     """The started trackers of one run.
 
-    names: as --report-to. out: the output folder, which names the run.
+    names: as --report-to. out: the output folder, which names the run unless a variable of the
+        tracker (WANDB_NAME) does.
     plan: settings to store with the run. cpu: whether the run uses no GPU.
     """
 
@@ -77,8 +87,11 @@ class Trackers:
         for name in dict.fromkeys(names):
             kind = LOGGER_TYPE_TO_CLASS[name]
             folder = [str(out)] if kind.requires_logging_directory else []
-            options = {NAME_AS[name]: str(out)} if name in NAME_AS else {}
-            self.trackers.append(kind(PROJECT, *folder, **options))
+            project_variable, name_variable = VARIABLES.get(name, ("", ""))
+            project = os.environ.get(project_variable) or PROJECT
+            run_name = os.environ.get(name_variable) or str(out)
+            options = {NAME_AS[name]: run_name} if name in NAME_AS else {}
+            self.trackers.append(kind(project, *folder, **options))
 
         config = {key: str(value) for key, value in plan.items()}
         # Some trackers print at the start, and stdout is for results.
