@@ -357,7 +357,8 @@ def read_part(path: Path, digest: str | None = None) -> pa.Table:
 def write_columns(path: Path, values: Mapping[str, tuple[float, float]]) -> None:
     """Writes two numbers per pair id to a file beside a dataset.
 
-    The file holds values that can be computed again: it is not in the manifest or the digest.
+    The file holds values that can be computed again: it is not in the manifest, and its digest is
+    in a hidden file beside it.
     """
     pairs = list(values.values())
     columns = {
@@ -368,10 +369,17 @@ def write_columns(path: Path, values: Mapping[str, tuple[float, float]]) -> None
     table = pa.table(columns)
     with atomic_write(path) as temporary:
         _write_stream(temporary, table)
+        folders.record_digest(path, hashing.digest_part(temporary))
 
 
 def read_columns(path: Path) -> dict[str, tuple[float, float]]:
-    """Two numbers per pair id, as `write_columns` wrote them; raises DataError."""
+    """Two numbers per pair id, as `write_columns` wrote them.
+
+    Empty if there is no such file, or if it is damaged.
+    """
+    digest = folders.recorded_digest(path)
+    if digest is None or not folders.is_intact(path, digest):
+        return {}
     table = read_part(path)
     ids = table["pair_id"].to_pylist()
     numbers = zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True)

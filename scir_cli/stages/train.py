@@ -371,9 +371,7 @@ def add_reference_logps(
         else Path(settings.output_dir)
     )
     cache = folder / f"reference_logps-{model.weights_key}.arrow"
-    _fill_from_cache(
-        pairs, model.weights_key, dataset.read_columns(cache) if cache.exists() else {}
-    )
+    _fill_from_cache(pairs, model.weights_key, dataset.read_columns(cache))
     missing = [pair for pair in pairs if model.weights_key not in pair.reference_logps]
     if not ranks.broadcast_from_main(len(missing)):
         return
