@@ -89,7 +89,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(url: str):
 def test_a_url_that_is_not_available_is_one_line(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"^nosuch://x: .*nosuch"):
         storage.to_path("nosuch://x")
-    with pytest.raises(ConfigError, match="datasets may be URLs"):
+    with pytest.raises(ConfigError, match="only datasets may be at URLs"):
         given = {"model": "m", "input": "i", "output_dir": "memory://m", "reward_reference": "r"}
         config.build(settings.TrainSettings, given, where="test")
     monkeypatch.setitem(sys.modules, "upath", None)

@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from study import figures, report, world
+from study import figures, report, summary, world
 from study import run as study
 from study.experiments import EXPERIMENTS, MAIN, WITH_JUDGES, Method, Setup
 
@@ -269,9 +269,20 @@ def test_a_rank_correlation_by_hand_and_each_seed_set_speaks_for_itself():
     assert report.again(rows[:10], ["scir", "srlm"], 1) == ""  # nothing fresh yet
 
 
-def test_the_page_that_is_committed_is_the_one_the_results_give():
+def test_the_pages_that_are_committed_are_those_the_results_give():
     results = {p.stem: json.loads(p.read_text()) for p in (report.HERE / "results").glob("*.json")}
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(results)
+    assert report.PAGE.read_text(encoding="utf-8") == summary.page(results)
+    assert report.APPENDIX.read_text(encoding="utf-8") == report.appendix(results)
+
+
+def test_the_page_says_how_much_of_the_distance_to_gold_labels_is_closed():
+    rows = records(consensus=[0.6, 0.7, 0.8], srlm=[0.5, 0.5, 0.5], oracle=[0.7, 0.9, 1.1])
+    rows += records(scir=[0.5, 0.6, 0.7])
+    for row in rows:
+        row["label_accuracy"] = row["sampled_quality"]
+    sentence = summary.distance_to_gold(rows, 1)
+    assert "consensus labels +0.200 [-0.048, +0.448], 50% of that distance" in sentence
+    assert "70% are correct under `consensus`, 50% under `srlm` and 60%" in sentence
 
 
 # ------------------------------ pictures
@@ -389,8 +400,9 @@ def test_pictures_name_every_method_world_and_cell():
 def test_the_pictures_that_are_committed_are_those_the_page_names_and_the_results_give():
     results = {p.stem: json.loads(p.read_text()) for p in (report.HERE / "results").glob("*.json")}
     committed = {p.stem: p.read_text(encoding="utf-8") for p in report.IMAGES.iterdir()}
-    assert committed == report.pictures(results)
-    assert set(committed) == set(re.findall(r"\]\(study/(\w+)\.svg\)", report.page(results)))
+    assert committed == report.pictures(results) | summary.pictures(results)
+    pages = summary.page(results) + report.appendix(results)
+    assert set(committed) == set(re.findall(r"\]\(study/([\w-]+)\.svg\)", pages))
     assert all(len(svg) < 80_000 for svg in committed.values())
 
 
@@ -398,7 +410,10 @@ def test_without_matplotlib_the_page_is_written_and_one_line_names_the_missing_e
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(report, "PAGE", tmp_path / "study.md")
+    monkeypatch.setattr(report, "APPENDIX", tmp_path / "study_appendix.md")
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'scir-cli\[report\]'"):
         report.main()
-    assert "(study/methods.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert "(study/consensus.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")
+    appendix = (tmp_path / "study_appendix.md").read_text(encoding="utf-8")
+    assert "(study/methods.svg)" in appendix

@@ -1,14 +1,11 @@
-"""docs/study.md from the raw results: tables of means and spreads, paired differences with
-intervals, pictures, and the differences that they establish.
+"""docs/study.md and docs/study_appendix.md from the raw results: tables, pictures, and the
+differences that intervals establish.
 
     python benchmarks/study/report.py
         reads benchmarks/study/results/*.json,
-        writes docs/study.md and docs/study/*.svg (with the extra `report`);
-                                             nothing in the page is typed by hand
+        writes both pages and docs/study/*.svg (with the extra `report`)
 
-A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is
-Student's t at 95 % over the seeds both have, and there is none for fewer than three seeds, or where
-all are alike: those would establish anything.
+No figure in the pages is typed by hand. This module has the appendix; `summary.py` has the page.
 """
 
 from __future__ import annotations
@@ -17,222 +14,38 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from study import summary
 from study.experiments import EXPERIMENTS
 from study.figures import Forest, Heat, Mark, courses, forest, heat_map
+from study.tables import (
+    CLAIMED,
+    COST,
+    FIGURES,
+    WHY,
+    Json,
+    by_seed,
+    differences,
+    interval,
+    last_iteration,
+    means,
+    paired,
+    present,
+    rank_correlation,
+    said,
+    spread,
+    table,
+)
 
 HERE = Path(__file__).parent
-Json = dict[str, Any]
 PAGE = HERE.parent.parent / "docs" / "study.md"
+APPENDIX = PAGE.with_name("study_appendix.md")
 IMAGES = PAGE.with_suffix("")
-
-FEWEST = 3  # seeds that an interval needs
-#: Student's t, 97.5 %, by degrees of freedom 1, 2, …; beyond the table 2 is close enough.
-T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-)
-
-#: Figure -> (heading, does a rise help: +1, -1, or 0 for neither)
-FIGURES = {
-    "sampled_quality": ("sampled quality", 1),
-    "greedy_quality": ("greedy quality", 1),
-    "judge_accuracy": ("judge accuracy", 1),
-    "implicit_accuracy": ("implicit accuracy", 1),
-    "rubric_accuracy": ("rubric accuracy", 1),
-    "rationale_accuracy": ("rationale accuracy", 1),
-    "agreed_accuracy": ("accuracy where agreed", 1),
-    "agreement": ("agreement", 1),
-    "flip_rate": ("flips", -1),
-    "judge_calibration_error": ("judge's calibration error", -1),
-    "sampled_tokens": ("tokens", 0),
-    "sampled_cut": ("cut off", 0),
-    "sampled_repetition": ("repetition", 0),
-    "unseen_judge_accuracy": ("judge accuracy, unseen", 1),
-    "unseen_implicit_accuracy": ("implicit accuracy, unseen", 1),
-    "unseen_agreed_accuracy": ("accuracy where agreed, unseen", 1),
-    "unseen_agreement": ("agreement, unseen", 1),
-    "unseen_flip_rate": ("flips, unseen", -1),
-}
-CLAIMED = (
-    "sampled_quality",
-    "greedy_quality",
-    "judge_accuracy",
-    "implicit_accuracy",
-    "agreement",
-    "flip_rate",
-    "rubric_accuracy",
-    "rationale_accuracy",
-    "unseen_judge_accuracy",
-    "unseen_implicit_accuracy",
-    "unseen_agreement",
-)
-WHY = {
-    "own_judge_accuracy": "judge accuracy on own pairs",
-    "own_implicit_accuracy": "implicit accuracy on own pairs",
-    "own_agreed_accuracy": "accuracy where agreed on own pairs",
-    "mask_rate": "mask rate",
-    "judge_abs": "judge mean abs. a",
-    "implicit_abs": "implicit mean abs. a (s = 1)",
-    "scale": "s",
-    "penalty_weight": "lambda",
-    "gradient_judge": "gradient through judge",
-    "gradient_implicit": "gradient through implicit",
-}
-COST = {"steps": "steps", "tokens": "tokens computed", "train_seconds": "seconds of training"}
-
-
-# ------------------------------ statistics
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n).
-
-    Infinite for fewer than three, and where they are all the same.
-    """
-    n, mean = len(differences), statistics.fmean(differences)
-    if (
-        n < FEWEST or max(differences) - min(differences) < 1e-5
-    ):  # shares of few pairs, written to six digits, may coincide: that is no spread of 0
-        return mean, -math.inf, math.inf
-    half = (T[n - 2] if n - 2 < len(T) else 2.0) * statistics.stdev(differences) / math.sqrt(n)
-    return mean, mean - half, mean + half
-
-
-def present(records: Sequence[Json], figures: Iterable[str]) -> list[str]:
-    """Those of the figures that some record has: what is measured depends on the world."""
-    return [figure for figure in figures if any(r.get(figure) is not None for r in records)]
-
-
-def by_seed(records: Sequence[Json], method: str, iteration: int, figure: str) -> dict[int, float]:
-    return {
-        r["seed"]: r[figure]
-        for r in records
-        if r["method"] == method and r["iteration"] == iteration and r.get(figure) is not None
-    }
-
-
-def last_iteration(records: Sequence[Json]) -> int:
-    return max((r["iteration"] for r in records), default=1)
-
-
-def paired(
-    records: Sequence[Json], method: str, other: str, iteration: int, figure: str
-) -> list[float]:
-    """method less other on each seed that both have."""
-    a, b = (by_seed(records, name, iteration, figure) for name in (method, other))
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-
-
-# ------------------------------ tables
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """mean, and the standard deviation over seeds where there are two."""
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def means(
-    records: Sequence[Json], methods: Sequence[str], iteration: int, figures: dict[str, str]
-) -> str:
-    """A row a method, a column a figure: mean ± standard deviation over seeds."""
-    rows, figures = [], {figure: figures[figure] for figure in present(records, figures)}
-    for method in methods:
-        columns = [list(by_seed(records, method, iteration, figure).values()) for figure in figures]
-        n = max(map(len, columns), default=0)
-        if n:
-            digits = [0 if figure in ("tokens", "steps") else 3 for figure in figures]
-            rows.append(
-                [method, str(n), *(spread(c, d) for c, d in zip(columns, digits, strict=True))]
-            )
-    return table(["method", "seeds", *figures.values()], rows)
-
-
-def differences(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> str:
-    """A row a method.
-
-    Its mean difference to `other` with its interval; ** where the interval does not hold 0.
-    """
-    rows, claimed = [], present(records, CLAIMED)
-    for method in methods:
-        if (
-            method == other
-            or not claimed
-            or not paired(records, method, other, iteration, claimed[0])
-        ):
-            continue
-        cells = []
-        for figure in claimed:
-            mean, low, high = interval(paired(records, method, other, iteration, figure))
-            mark = "**" if low > 0 or high < 0 else ""
-            cells.append(
-                f"{mark}{mean:+.3f}{mark} [{low:+.3f}, {high:+.3f}]"
-                if math.isfinite(low)
-                else f"{mean:+.3f}"
-            )
-        rows.append(
-            [method, str(len(paired(records, method, other, iteration, claimed[0]))), *cells]
-        )
-    return table([f"less {other}", "seeds", *(FIGURES[f][0] for f in claimed)], rows)
-
-
-def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> list[str]:
-    """One sentence per method: the differences from `other` that the intervals establish."""
-    sentences, claimed = [], present(records, CLAIMED)
-    for method in methods:
-        if (
-            method == other
-            or not claimed
-            or len(paired(records, method, other, iteration, claimed[0])) < FEWEST
-        ):
-            continue
-        better, worse = [], []
-        for figure in claimed:
-            _, low, high = interval(paired(records, method, other, iteration, figure))
-            heading, sign = FIGURES[figure]
-            if low > 0 or high < 0:
-                (better if (low > 0) == (sign > 0) else worse).append(heading)
-        verdict = "; ".join(
-            f"{word} in {', '.join(names)}"
-            for word, names in (("better", better), ("worse", worse))
-            if names
-        )
-        sentences.append(
-            f"- `{method}` against `{other}`: {verdict or 'no difference is established'}."
-        )
-    return sentences
 
 
 def sweep(
@@ -361,12 +174,6 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
             alike,
         ]
     )
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks; equal values have the lowest of theirs."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
-    return statistics.correlation(*ranks)
 
 
 def why(results: dict[str, Json], iteration: int) -> str:
@@ -657,7 +464,7 @@ def pictures(results: dict[str, Json]) -> dict[str, str]:
 # ------------------------------ the page
 
 
-def page(results: dict[str, Json]) -> str:
+def appendix(results: dict[str, Json]) -> str:
     ordered = {name: results[name] for name in EXPERIMENTS if name in results}
     parts = [
         INTRODUCTION,
@@ -675,9 +482,10 @@ def page(results: dict[str, Json]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-INTRODUCTION = """# Does it help? A study with gold labels
+INTRODUCTION = """# The study's appendix: every experiment
 
-`python benchmarks/study/report.py` writes this page from `benchmarks/study/results/`.
+[study.md](study.md) is the page to read first.
+`python benchmarks/study/report.py` writes both from `benchmarks/study/results/`.
 It computes every figure from those records; failed attempts are in [log.md](log.md).
 
 **The world** (`benchmarks/study/world.py`).
@@ -864,15 +672,16 @@ def main() -> None:
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((HERE / "results").glob("*.json"))
     }
-    PAGE.write_text(page(results), encoding="utf-8")
-    print(PAGE)
+    PAGE.write_text(summary.page(results), encoding="utf-8")
+    APPENDIX.write_text(appendix(results), encoding="utf-8")
+    print(PAGE, APPENDIX, sep="\n")
     if find_spec("matplotlib") is None:
         sys.exit(
-            "the page is written, but not its pictures: they need the package matplotlib, pip "
+            "the pages are written, but not their pictures: they need the package matplotlib, pip "
             "install 'scir-cli[report]'"
         )
     IMAGES.mkdir(exist_ok=True)
-    for name, svg in pictures(results).items():
+    for name, svg in (pictures(results) | summary.pictures(results)).items():
         (IMAGES / f"{name}.svg").write_text(svg, encoding="utf-8")
     print(IMAGES)
 

@@ -390,6 +390,7 @@ class Chat:
         return self._markers[template]
 
     def _find_markers(self, template: str) -> Markers | None:
+        """The markers, from what the template renders of an answer with reasoning and without."""
         answer = {**PROBE_ANSWER, **dict.fromkeys(reasoning.KEYS, PROBE_REASONING)}
         generation = plain = reasoned = ""
         try:
