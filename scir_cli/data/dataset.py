@@ -37,8 +37,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scir_cli import __version__
-from scir_cli.data import dataset_card, folders, hashing, schemas, storage
-from scir_cli.data.files import Json, as_store_error, atomic_write, read_json, write_json
+from scir_cli.data import dataset_card, folders, hashing, manifests, schemas, storage
+from scir_cli.data.files import Json, as_store_error, atomic_write, write_json
 from scir_cli.errors import DataError, redact
 
 #: Key of a part's counts, as JSON, in its Arrow metadata.
@@ -296,7 +296,7 @@ def _write_documents(out: Path, plan: Json, manifest: Json, written: Dataset) ->
 
     with atomic_write(out / "README.md") as temporary:
         temporary.write_text(dataset_card.render(plan, manifest), encoding="utf-8")
-    write_json(out / "manifest.json", manifest)
+    manifests.write(out, manifest)
 
 
 def count_nulls(table: pa.Table) -> Counter[str]:
@@ -488,7 +488,7 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
     needed = " or ".join(repr(kind) for kind in kinds)
     _check_finished(path, needed)
 
-    manifest = read_json(path / "manifest.json")
+    manifest = manifests.read(path)
     kind = manifest.get("kind", "unknown")
     if kinds and kind not in kinds:
         raise DataError(_wrong_kind(path, manifest, needed))

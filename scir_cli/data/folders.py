@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from scir_cli.data import file_lists, hashing, schemas, storage
+from scir_cli.data import file_lists, hashing, manifests, schemas, storage
 from scir_cli.data.files import Json, atomic_write, disk_error, read_json, write_json
 from scir_cli.errors import DataError, PlanMismatch, StoreError, warn
 
@@ -194,7 +194,14 @@ def _finished_manifest(out: Path) -> Json | None:
     path = out / "manifest.json"
     if not path.exists():
         return None
-    manifest = read_json(path)
+    try:
+        manifest = manifests.read(out)
+    except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        warn(f"{error}. It is written again")
+        path.unlink()
+        return None
     parts = {out / part["file"]: part["digest"] for part in manifest.get("parts", [])}
     intact = [part for part, digest in parts.items() if is_intact(part, digest)]
     damaged = [part.name for part in parts if part not in intact]

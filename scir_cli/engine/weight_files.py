@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from scir_cli.data import file_lists, folders, hashing
+from scir_cli.data import file_lists, folders, hashing, manifests
 from scir_cli.data.files import Json, read_json
 from scir_cli.errors import DataError, ModelError
 
@@ -141,7 +141,7 @@ def _listed_files(path: Path) -> list[Json]:
     if (path / BASE_DIGEST_FILE).is_file():
         entries = read_json(path / BASE_DIGEST_FILE).get("files", [])
     elif folders.is_dataset(path) and (path / "manifest.json").is_file():
-        entries = read_json(path / "manifest.json").get("files", [])
+        entries = manifests.read(path).get("files", [])
     else:
         entries = []
     # An adapter in a folder of its own is not a part of the model beside it.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from scir_cli import registry
-from scir_cli.data import files
+from scir_cli.data import manifests
 from scir_cli.data.files import Json
 from scir_cli.data.storage import to_path
 from scir_cli.errors import StageFailed, print_line
@@ -36,7 +36,7 @@ def run(steps: list[Step], *, quiet: bool = False, page: Path | None = None) -> 
     for step in steps:
         if registry.STAGES[step.stage].shows_agreement:
             folder = step.settings["output_dir"]
-            manifest = files.read_json(to_path(folder) / "manifest.json")
+            manifest = manifests.read(to_path(folder))
             summaries[str(folder)] = manifest["summary"]
 
     if page:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from scir_cli import __version__
-from scir_cli.data import dataset, file_lists, files, hashing
+from scir_cli.data import dataset, file_lists, files, hashing, manifests
 from scir_cli.data.files import Json
 from scir_cli.engine import model_files
 from scir_cli.engine.policy import Policy
@@ -66,7 +66,7 @@ def write_model_folder(
         }
     elif isinstance(trainer.objective, Consensus):
         manifest["fitted"] = {"penalty_weight": trainer.objective.penalty_weight}
-    files.write_json(out / "manifest.json", manifest)
+    manifests.write(out, manifest)
     trainer.finish()
     return manifest
 
