@@ -9,17 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from helpers import run, train
 from safetensors.torch import load_file, save_file
 from toy import make_adapter, make_model
 
-from scir_cli.data import dataset, files
+from scir_cli import config, registry
+from scir_cli.data import dataset, files, folders, readers
 from scir_cli.data.files import read_json
 from scir_cli.engine.lazy_policy import LazyPolicy
-from scir_cli.errors import ModelError, ScirError, TrainingError
+from scir_cli.errors import ConfigError, DataError, ModelError, ScirError, TrainingError
 from scir_cli.settings import ModelSettings
+from scir_cli.stages import overwrite
 from scir_cli.training import checkpoints
 from scir_cli.training.trainer import Trainer
 
@@ -475,3 +478,64 @@ def test_an_overwrite_removes_a_link_to_a_folder_and_not_the_folder(world: Path,
     run("check-consistency", input=judged, output_dir=tmp_path / "o", overwrite=True)
     assert (tmp_path / "mine" / "file").read_text(encoding="utf-8") == "mine"
     assert not (tmp_path / "o" / "link").exists()
+
+
+# ------------------------------------------------------------------ files that are read
+
+
+def test_damaged_offsets_of_a_saved_folder_are_refused_before_they_are_used(tmp_path: Path):
+    datasets.Dataset.from_list(
+        [{"prompt": f"Say {number}."} for number in range(2000)]
+    ).save_to_disk(str(tmp_path / "saved"))
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    content = bytearray(file.read_bytes())
+    place = content.index(b"Say 0.Say 1.") - 4000
+    content[place : place + 64] = b"\x7f" * 64
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="saved cannot be read"):
+        readers.open_prompts(str(tmp_path / "saved"))
+
+
+def test_a_link_that_names_itself_is_one_line(tmp_path: Path):
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    settings = config.build(
+        registry.STAGES["filter"].settings,
+        {"input": str(tmp_path / "loop.jsonl"), "output_dir": tmp_path / "o"},
+        where="test",
+    )
+    overwrite.check(settings, "test")
+    with pytest.raises(ScirError):
+        run("filter", input=str(tmp_path / "loop.jsonl"), output_dir=tmp_path / "o")
+
+
+def test_an_overwrite_of_the_model_behind_two_adapters_is_refused(tmp_path: Path):
+    make_model(tmp_path / "base")
+    first = make_adapter(tmp_path / "first", tmp_path / "base")
+    second = make_adapter(tmp_path / "second", tmp_path / "base")
+    text = (second / "adapter_config.json").read_text(encoding="utf-8")
+    text = text.replace(str(tmp_path / "base"), str(first))
+    (second / "adapter_config.json").write_text(text, encoding="utf-8")
+    for name in ("first", "base"):
+        settings = ModelSettings(model=str(second), output_dir=tmp_path / name)
+        with pytest.raises(ConfigError, match="is or holds the base model of model"):
+            overwrite.check(settings, "test")
+
+
+def test_what_lies_in_the_place_of_a_part_a_digest_or_a_checkpoint_is_no_exception(tmp_path: Path):
+    out = tmp_path / "o"
+    out.mkdir()
+    (out / "data").mkdir()
+    assert not folders.is_intact(out / "data", "0" * 32)
+    folders.record_digest(out / "x", "0" * 32)
+    (out / ".x.xxh3").write_bytes(b"\xff\xfe")
+    assert not folders.is_intact(out / "x", folders.recorded_digest(out / "x") or "")
+    (out / ".x.xxh3").unlink()
+    (out / ".x.xxh3").mkdir()
+    assert folders.recorded_digest(out / "x") is None
+    folders.forget_digest(out / "x")
+    assert not (out / ".x.xxh3").exists()
+    checkpoints.save(out, 1, {"step": 1})
+    (out / "checkpoints" / "step-00000002.pt").mkdir()
+    newest = checkpoints.newest(out)
+    assert newest
+    assert newest.name == "step-00000001.pt"

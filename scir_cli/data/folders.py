@@ -218,10 +218,21 @@ def _finished_manifest(out: Path) -> Json | None:
 
 
 def is_intact(part: Path, digest: str) -> bool:
-    """Whether a part exists and, on this machine, has this digest."""
+    """Whether a part exists and, on this machine, has this digest.
+
+    Raises StoreError if it may not be read.
+    """
     if not part.exists():
         return False
-    return storage.is_remote(part) or hashing.digest_part(part) == digest
+    if storage.is_remote(part):
+        return True
+    try:
+        return hashing.digest_part(part) == digest
+    except PermissionError as error:
+        raise disk_error(error, part) from error
+    except OSError:
+        # A folder in its place, or a disk that cannot read it.
+        return False
 
 
 def _digest_path(part: Path) -> Path:
@@ -236,15 +247,19 @@ def record_digest(part: Path, digest: str) -> None:
 
 
 def recorded_digest(part: Path) -> str | None:
-    """The digest that was kept of a part; None if there is none."""
-    path = _digest_path(part)
-    return path.read_text(encoding="ascii") if path.exists() else None
+    """The digest that was kept of a part; None if there is none that can be read."""
+    try:
+        return _digest_path(part).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
 
 
 def forget_digest(part: Path) -> None:
     """Removes the digest that was kept of a part."""
     path = _digest_path(part)
-    if path.exists():
+    if path.is_dir():
+        storage.remove(path)
+    elif path.exists():
         path.unlink()
 
 

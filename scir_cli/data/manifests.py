@@ -12,6 +12,9 @@ from scir_cli.errors import DataError
 NAME = "manifest.json"
 CHECKSUM = "checksum"
 
+#: What every manifest holds.
+REQUIRED = {"kind", "digest", "rows_in", "rows_out", "drops"}
+
 
 def write(out: Path, manifest: Json) -> None:
     """Writes the manifest of a folder; raises StoreError as `files.write_json` does."""
@@ -31,6 +34,11 @@ def read(out: Path) -> Json:
     if checksum is not None and checksum != hashing.digest_json(manifest):
         raise DataError(
             f"{out / NAME} is damaged: its checksum is not that of its content; "
+            "run the command that wrote its folder again"
+        )
+    if not set(manifest) >= REQUIRED:
+        raise DataError(
+            f"{out / NAME} is damaged: it is no manifest; "
             "run the command that wrote its folder again"
         )
     return manifest

@@ -658,6 +658,8 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
 def _mapped_rows(data: Any) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`, of which ROWS_AT_A_TIME are in memory."""
     for table in data.with_format("arrow").iter(ROWS_AT_A_TIME):
+        # Before an offset is used: a damaged one would end the process.
+        table.validate(full=True)
         yield from table.to_pylist()
 
 

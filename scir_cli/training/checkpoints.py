@@ -74,5 +74,9 @@ def remove(out: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Removes a checkpoint with its digest."""
-    path.unlink()
+    with files.as_store_error(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     folders.forget_digest(path)
