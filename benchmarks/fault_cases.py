@@ -572,7 +572,8 @@ def recipes(world: Path, times: int) -> Iterator[Case]:
 
 
 VALUES = [
-    "inf", "-inf", "nan", "1e39", "1e400", "-1", "0", "²", "٣", "1_0", "", "null", "none", "\x1b[2J",
+    "inf", "-inf", "nan", "1e39", "1e400", "-1", "0", "²", "٣", "1_0", "", "null", "none",
+    "\x1b[2J",
     "999999999999999999999", "0x10", "1,,2", "[", "🙂", "a=b",
 ]  # fmt: skip
 

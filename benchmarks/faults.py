@@ -97,6 +97,7 @@ def start(words: Sequence[str], folder: Path, before: Callable[[], Any] | None) 
     if process:
         return process
     status = ESCAPED
+    began = False
     try:
         for number, name in ((1, "stdout"), (2, "stderr")):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -108,10 +109,13 @@ def start(words: Sequence[str], folder: Path, before: Callable[[], Any] | None) 
             before()
         from scir_cli import cli
 
+        began = True
         cli.main()
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not began:
+            os._exit(130)
         traceback.print_exc()
     with contextlib.suppress(BaseException):
         sys.stdout.flush()
