@@ -499,6 +499,10 @@ def main() -> None:
         if message:
             print_line(f"scir: error: {message} (scir --help)")
         status = 2
+    except (KeyboardInterrupt, typer.Abort):
+        # Before the command begins; while it runs, `_reporting` says more.
+        print_line("scir: interrupted")
+        status = INTERRUPTED
     if "WORLD_SIZE" in os.environ:
         # A rank's work is on disk. gloo's threads may still release tensors, which aborts an
         # interpreter that is closing.

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from scir_cli import config
+from scir_cli.data.storage import real_path
 from scir_cli.errors import ConfigError, is_visible, redact, suggest
 from scir_cli.registry import STAGES
 
@@ -138,9 +139,9 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if "extends" not in recipe:
         return recipe
 
-    chain = (*above, path.resolve())
+    chain = (*above, real_path(path))
     base_path = path.parent / recipe["extends"]
-    if base_path.resolve() in chain:
+    if real_path(base_path) in chain:
         raise ConfigError(f"{path}: 'extends' leads back to {base_path}")
     if len(chain) > MOST_EXTENDED:
         raise ConfigError(f"{path}: more than {MOST_EXTENDED} recipes extend one another")

@@ -42,7 +42,7 @@ from scir_cli.config import (
     WORKERS,
     Settings,
 )
-from scir_cli.data.storage import is_remote, to_path
+from scir_cli.data.storage import is_remote, real_path, to_path
 from scir_cli.errors import install_hint, suggest
 
 REWARD_MODELS = ("judge", "implicit", "rubric", "rationale", "likelihood", "pmi", "external")
@@ -194,8 +194,8 @@ class ReportSettings(StageSettings):
     def _report_is_beside_the_output(self) -> ReportSettings:
         if self.report is None or is_remote(self.output_dir):
             return self
-        report = self.report.resolve()
-        out = self.output_dir.resolve()
+        report = real_path(self.report)
+        out = real_path(self.output_dir)
         if report == out or report in out.parents:
             raise ValueError(f"report {self.report} is or holds output_dir {self.output_dir}")
         return self

@@ -15,7 +15,7 @@ import pytest
 from helpers import run_command
 from toy import make_model
 
-from scir_cli import config, settings
+from scir_cli import cli, config, settings
 from scir_cli.data import files
 from scir_cli.errors import ConfigError, StoreError
 from scir_cli.report import tables
@@ -236,3 +236,14 @@ def test_the_story_is_whole_at_eighty_columns():
     text = console.export_text()
     assert "…" not in text
     assert all(word in text for word in ("implicit", "10000", "m1-consistency", "-0.55"))
+
+
+def test_an_interrupt_before_the_command_begins_is_a_line_and_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def interrupted(**options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    assert run_command(["filter"], monkeypatch) == 130
+    assert capsys.readouterr().err == "scir: interrupted\n"

@@ -108,7 +108,9 @@ def test_train_reads_the_policy_and_the_reward_reference_once(
     }
     run("train", root, tmp_path / "trained", **data, max_steps=1, lora={"rank": lora})
     assert reads.tokenizers == reads.weights == Counter(policy=1, base=1)
-    assert reads.hashed == Counter(policy=1, base=1, trained=1)  # its own weights, for the manifest
+    # Its own weights for the manifest; the adapter's for base.json as well.
+    written = Counter(trained=1, adapter=2) if lora else Counter(trained=1)
+    assert reads.hashed == Counter(policy=1, base=1) + written
 
 
 def test_mt_bench_reads_a_model_once_for_all_turns_and_temperatures(

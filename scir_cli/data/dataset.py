@@ -37,8 +37,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scir_cli import __version__
-from scir_cli.data import dataset_card, folders, hashing, schemas, storage
-from scir_cli.data.files import Json, as_store_error, atomic_write, read_json, write_json
+from scir_cli.data import dataset_card, folders, hashing, manifests, schemas, storage
+from scir_cli.data.files import Json, as_store_error, atomic_write, write_json
 from scir_cli.errors import DataError, redact
 
 #: Key of a part's counts, as JSON, in its Arrow metadata.
@@ -296,7 +296,7 @@ def _write_documents(out: Path, plan: Json, manifest: Json, written: Dataset) ->
 
     with atomic_write(out / "README.md") as temporary:
         temporary.write_text(dataset_card.render(plan, manifest), encoding="utf-8")
-    write_json(out / "manifest.json", manifest)
+    manifests.write(out, manifest)
 
 
 def count_nulls(table: pa.Table) -> Counter[str]:
@@ -357,7 +357,8 @@ def read_part(path: Path, digest: str | None = None) -> pa.Table:
 def write_columns(path: Path, values: Mapping[str, tuple[float, float]]) -> None:
     """Writes two numbers per pair id to a file beside a dataset.
 
-    The file holds values that can be computed again: it is not in the manifest or the digest.
+    The file holds values that can be computed again: it is not in the manifest, and its digest is
+    in a hidden file beside it.
     """
     pairs = list(values.values())
     columns = {
@@ -368,10 +369,17 @@ def write_columns(path: Path, values: Mapping[str, tuple[float, float]]) -> None
     table = pa.table(columns)
     with atomic_write(path) as temporary:
         _write_stream(temporary, table)
+        folders.record_digest(path, hashing.digest_part(temporary))
 
 
 def read_columns(path: Path) -> dict[str, tuple[float, float]]:
-    """Two numbers per pair id, as `write_columns` wrote them; raises DataError."""
+    """Two numbers per pair id, as `write_columns` wrote them.
+
+    Empty if there is no such file, or if it is damaged.
+    """
+    digest = folders.recorded_digest(path)
+    if digest is None or not folders.is_intact(path, digest):
+        return {}
     table = read_part(path)
     ids = table["pair_id"].to_pylist()
     numbers = zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True)
@@ -480,7 +488,7 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
     needed = " or ".join(repr(kind) for kind in kinds)
     _check_finished(path, needed)
 
-    manifest = read_json(path / "manifest.json")
+    manifest = manifests.read(path)
     kind = manifest.get("kind", "unknown")
     if kinds and kind not in kinds:
         raise DataError(_wrong_kind(path, manifest, needed))

@@ -51,10 +51,11 @@ def atomic_write(path: Path, drafts: Path | None = None) -> Iterator[Path]:
             storage.upload_atomically(temporary, path)
         return
 
+    # The name is new, so that two processes do not share a file, and nobody can plant a link.
     if drafts:
         temporary = drafts / f"{path.name}.{uuid.uuid4().hex}"
     else:
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
     with as_store_error(path):
         try:

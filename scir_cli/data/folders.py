@@ -10,12 +10,13 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from scir_cli.data import hashing, schemas, storage
+from scir_cli.data import file_lists, hashing, manifests, schemas, storage
 from scir_cli.data.files import Json, atomic_write, disk_error, read_json, write_json
 from scir_cli.errors import DataError, PlanMismatch, StoreError, warn
 
@@ -94,7 +95,9 @@ def _locked(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        # A link is not followed: it could name a file of the user.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.fdopen(os.open(out / ".lock", flags, 0o666), "rb+")
     except OSError as error:
         raise disk_error(error, out) from error
 
@@ -122,7 +125,7 @@ def _clear(out: Path) -> None:
     folder of scir, which the same command continues and --overwrite deletes.
     """
     for path in sorted(out.iterdir(), key=_clearing_order):
-        if path.is_dir():
+        if path.is_dir() and (storage.is_remote(path) or not path.is_symlink()):
             storage.remove(path)
         elif path.name != ".lock":
             path.unlink()
@@ -139,6 +142,10 @@ def _start(out: Path, plan: Json) -> Json | None:
     Raises PlanMismatch if the folder holds another plan; StoreError if it holds other files.
     """
     path = out / "plan.json"
+    if not storage.is_remote(out) and not (out / "manifest.json").exists():
+        # What a process that was killed left behind. We hold the lock.
+        for draft in out.glob(".*.tmp"):
+            draft.unlink()
     if not path.exists():
         _check_empty(out)
         write_json(path, plan)
@@ -179,22 +186,31 @@ def _check_same_plan(out: Path, old: Json, plan: Json) -> None:
 
 
 def _finished_manifest(out: Path) -> Json | None:
-    """The manifest of a finished folder; None if there is none, or if a part is damaged.
+    """The manifest of a finished folder; None if there is none, or if a file is damaged.
 
     In that case the folder becomes an unfinished one, of which the other parts are kept.
-    Parts on another file system only have to exist.
+    Parts on another file system only have to exist. A model's files are in the list "files".
     """
     path = out / "manifest.json"
     if not path.exists():
         return None
-    manifest = read_json(path)
+    try:
+        manifest = manifests.read(out)
+    except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        warn(f"{error}. It is written again")
+        path.unlink()
+        return None
     parts = {out / part["file"]: part["digest"] for part in manifest.get("parts", [])}
     intact = [part for part, digest in parts.items() if is_intact(part, digest)]
-    if len(intact) == len(parts):
+    damaged = [part.name for part in parts if part not in intact]
+    problem = f"{out}: {', '.join(damaged[:3])} is damaged or missing" if damaged else None
+    problem = problem or file_lists.damage(out, manifest.get("files", []))
+    if problem is None:
         return manifest
 
-    damaged = [part.name for part in parts if part not in intact]
-    warn(f"{out}: {', '.join(damaged[:3])} is damaged or missing; it is written again")
+    warn(f"{problem}; it is written again")
     for part in intact:
         record_digest(part, parts[part])
     path.unlink()
@@ -202,10 +218,21 @@ def _finished_manifest(out: Path) -> Json | None:
 
 
 def is_intact(part: Path, digest: str) -> bool:
-    """Whether a part exists and, on this machine, has this digest."""
+    """Whether a part exists and, on this machine, has this digest.
+
+    Raises StoreError if it may not be read.
+    """
     if not part.exists():
         return False
-    return storage.is_remote(part) or hashing.digest_part(part) == digest
+    if storage.is_remote(part):
+        return True
+    try:
+        return hashing.digest_part(part) == digest
+    except PermissionError as error:
+        raise disk_error(error, part) from error
+    except OSError:
+        # A folder in its place, or a disk that cannot read it.
+        return False
 
 
 def _digest_path(part: Path) -> Path:
@@ -220,15 +247,19 @@ def record_digest(part: Path, digest: str) -> None:
 
 
 def recorded_digest(part: Path) -> str | None:
-    """The digest that was kept of a part; None if there is none."""
-    path = _digest_path(part)
-    return path.read_text(encoding="ascii") if path.exists() else None
+    """The digest that was kept of a part; None if there is none that can be read."""
+    try:
+        return _digest_path(part).read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
 
 
 def forget_digest(part: Path) -> None:
     """Removes the digest that was kept of a part."""
     path = _digest_path(part)
-    if path.exists():
+    if path.is_dir():
+        storage.remove(path)
+    elif path.exists():
         path.unlink()
 
 

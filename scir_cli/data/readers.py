@@ -816,6 +816,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 def _mapped_rows(data: Any) -> Iterator[Row]:
     """The rows of a `datasets.Dataset`, of which ROWS_AT_A_TIME are in memory."""
     for table in data.with_format("arrow").iter(ROWS_AT_A_TIME):
+        # Before an offset is used: a damaged one would end the process.
+        table.validate(full=True)
         yield from table.to_pylist()
 
 

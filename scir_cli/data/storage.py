@@ -5,6 +5,7 @@ A URL may name any file system that fsspec supports, and has the same methods as
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -48,6 +49,11 @@ def to_path(spec: str | Path) -> Any:
     except ValueError as error:
         raise ConfigError(f"{spec}: {error}") from error
     return path
+
+
+def real_path(path: Any) -> Any:
+    """The path without links, also where a link leads to itself (pathlib raises then)."""
+    return path.resolve() if is_remote(path) else Path(os.path.realpath(path))
 
 
 def is_remote(path: Any) -> bool:

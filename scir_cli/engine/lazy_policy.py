@@ -9,8 +9,6 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
-from transformers import AutoConfig
-
 from scir_cli.engine import loading, model_files, policy
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.policy import Policy
@@ -59,9 +57,7 @@ class LazyPolicy:
     def context_length(self) -> int:
         """The number of positions of the model, from its config."""
         base = model_files.base_model_path(self.path)
-        trust = self.settings.trust_remote_code
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust)
-        return policy.context_length(config)
+        return policy.context_length(loading.load_config(base, self.settings))
 
     @property
     def loaded(self) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +27,7 @@ from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.probe import select_batching, select_tree_attention
 from scir_cli.engine.throughput import Meter
-from scir_cli.errors import ConfigError, ModelError, install_hint, warn
+from scir_cli.errors import ConfigError, ModelError, ScirError, install_hint, warn
 from scir_cli.settings import ModelSettings, SplitSettings
 
 #: What the user reads about a model that takes no trees, by its batching.
@@ -39,6 +39,9 @@ _SLOWER: dict[Batching, str] = {
     "alone": "cannot score token trees ({reason}), and batches change its results; it is scored "
     "one branch at a time: same results, much slower",
 }
+
+#: Tensors that an error names.
+N_NAMED = 3
 
 #: A text that a tokenizer must decode to itself.
 ROUND_TRIP_TEXT = "Is 2 + 2 = 4?\nYes, it's so."
@@ -103,9 +106,11 @@ def load_model(path: Path, settings: ModelSettings, device: str, *, empty: bool 
             model = load_model(base, settings, device, empty=empty)
             return model if empty else _merge_adapter(model, path, settings)
         model = _load_whole_model(path, settings, device, empty)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the model in {path} cannot be loaded: {reason}") from error
+    except ScirError:
+        raise
+    # A damaged config or file can make transformers raise anything.
+    except Exception as error:
+        raise ModelError(f"the model in {path} cannot be loaded: {first_line(error)}") from error
 
     # A quantized model is loaded onto its device.
     if settings.quantization == "none":
@@ -123,11 +128,25 @@ def load_model(path: Path, settings: ModelSettings, device: str, *, empty: bool 
     return model
 
 
+def load_config(path: Path, settings: ModelSettings) -> Any:
+    """The config in a folder that holds no adapter. Raises ModelError if it is damaged."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{path / 'config.json'} cannot be read: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The class of a library's error and the first line of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
 def _load_whole_model(path: Path, settings: ModelSettings, device: str, empty: bool) -> Any:
     """The model in a folder that holds no adapter, as transformers loads it."""
     dtype = resolve_dtype(settings.dtype, settings.device)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **options)
+    config = load_config(path, settings)
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # The SDPA attention of transformers 5.17 ignores the cap without an error.
         options["attn_implementation"] = "eager"
@@ -135,7 +154,13 @@ def _load_whole_model(path: Path, settings: ModelSettings, device: str, empty: b
         options["quantization_config"] = nf4_config(dtype)
         options["device_map"] = {"": device}
     if not empty:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, config=config, **options)
+        options["output_loading_info"] = True
+        result: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, config=config, **options
+        )
+        model, loaded = result
+        _check_no_tensor_is_missing(path, loaded)
+        return model
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
@@ -143,10 +168,24 @@ def _load_whole_model(path: Path, settings: ModelSettings, device: str, empty: b
     return model
 
 
+def _check_no_tensor_is_missing(path: Path, loaded: dict[str, Any]) -> None:
+    """Raises ModelError if transformers filled tensors with random numbers.
+
+    loaded: what `from_pretrained` says about loading.
+    """
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - N_NAMED} more" if len(missing) > N_NAMED else ""
+        raise ModelError(
+            f"the weights in {path} lack {', '.join(missing[:N_NAMED])}{more}; "
+            "download or write the model again"
+        )
+
+
 def _merge_adapter(model: Any, adapter: Path, settings: ModelSettings) -> Any:
     """The model with a LoRA adapter added into its weights.
 
-    Raises ConfigError if the model is quantized or peft is missing.
+    Raises ConfigError if the model is quantized or peft is missing, ModelError if a tensor is.
     """
     if settings.quantization != "none":
         raise ConfigError(
@@ -159,7 +198,14 @@ def _merge_adapter(model: Any, adapter: Path, settings: ModelSettings) -> Any:
         raise ConfigError(
             f"the adapter {adapter} needs the package peft: {install_hint('lora')}"
         ) from error
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    with warnings.catch_warnings():
+        # peft only warns about tensors that it fills with new ones.
+        warnings.filterwarnings("error", message="(?s).*missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, adapter)
+        except UserWarning as warning:
+            raise ModelError(f"the adapter {adapter} is incomplete: {warning}") from warning
+    merged = adapted.merge_and_unload()
     # An adapter trained on this model refers to it by this name.
     merged.name_or_path = str(adapter)
     return merged.eval()
@@ -207,9 +253,11 @@ def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
     trust = settings.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
+    # The Rust library of tokenizers raises plain exceptions.
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {path} cannot be loaded: {first_line(error)}"
+        ) from error
 
     if settings.chat_template is not None:
         tokenizer.chat_template = _read_chat_template(settings.chat_template)

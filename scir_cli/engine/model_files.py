@@ -25,13 +25,9 @@ from safetensors import SafetensorError, safe_open
 
 from scir_cli.data import hashing
 from scir_cli.data.files import read_json
+from scir_cli.engine import weight_files
+from scir_cli.engine.weight_files import ADAPTER, ADAPTER_WEIGHTS, BASE_DIGEST_FILE
 from scir_cli.errors import ModelError, install_hint, print_line
-
-ADAPTER = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-#: Written by this package beside an adapter: the digest of its base model.
-BASE_DIGEST_FILE = "base.json"
 
 
 def resolve(spec: str) -> Path:
@@ -71,23 +67,18 @@ def _resolve_one(spec: str) -> Path:
 
 
 def _check_folder(path: Path) -> None:
-    """Raises ModelError if a folder holds neither a finished model nor an adapter."""
+    """Raises ModelError if a folder holds no finished model or adapter, or a damaged one."""
     if (path / "plan.json").is_file() and not (path / "manifest.json").is_file():
         raise ModelError(
             f"the model in {path} is not finished (no manifest.json); "
             "run the train command that writes it again"
         )
-    if (path / ADAPTER).is_file():
-        return
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} is not a model folder: it has no config.json")
-    if not _weight_files(path):
-        raise ModelError(f"the model folder {path} has no weights (*.safetensors)")
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files with weights in a model folder, sorted."""
-    return sorted([*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")])
+    if not (path / ADAPTER).is_file():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is not a model folder: it has no config.json")
+        if not weight_files.weight_files(path):
+            raise ModelError(f"the model folder {path} has no weights (*.safetensors)")
+    weight_files.check(path)
 
 
 def _from_hub(repo: str) -> Path:
@@ -196,9 +187,10 @@ def digest(path: Path) -> str:
     """The digest of the weights in a model folder, whatever the folder's name.
 
     The digest of an adapter includes that of its base model.
-    Raises ModelError if the base model has changed since the adapter was trained.
+    Raises ModelError if the weights are damaged, or the base model has changed since the adapter
+    was trained.
     """
-    digests = [hashing.digest_file(file) for file in _weight_files(path)]
+    digests = weight_files.digests(path)
     base = base_model_path(path)
     if base != path:
         base_digest = digest(base)
@@ -238,9 +230,9 @@ def base_model_path(path: Path) -> Path:
             f"{error}"
         ) from error
     try:
-        mismatch = _shape_mismatch(path / WEIGHTS, base)
+        mismatch = _shape_mismatch(path / ADAPTER_WEIGHTS, base)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"the adapter {path / WEIGHTS} cannot be read: {error}") from error
+        raise ModelError(f"the adapter {path / ADAPTER_WEIGHTS} cannot be read: {error}") from error
     if mismatch:
         raise ModelError(f"the adapter {path} is for another base model than {base}: {mismatch}")
     return base

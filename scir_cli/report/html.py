@@ -36,7 +36,7 @@ from scir_cli.analysis.verdicts import (
     surest_disagreement,
     surest_mistake,
 )
-from scir_cli.data import dataset, folders, hashing
+from scir_cli.data import dataset, folders, hashing, manifests
 from scir_cli.data.files import Json, as_store_error, atomic_write, read_json
 from scir_cli.data.folders import is_dataset
 from scir_cli.data.storage import to_path
@@ -292,7 +292,7 @@ def _checked_pairs(out: Path, judged: Path) -> pa.Table:
     Under --limit, `check-consistency` reads the first rows only.
     """
     table = dataset.read_dataset(judged, "judged", "preferences")
-    manifest = read_json(out / "manifest.json")
+    manifest = manifests.read(out)
     if manifest["kind"] == "consistency":
         return table.slice(0, manifest["rows_out"])
     return table
@@ -381,7 +381,7 @@ def _plan_and_manifest(out: Path) -> tuple[Json, Json]:
     Raises DataError if the folder has another schema version.
     """
     plan = read_json(out / "plan.json")
-    manifest = read_json(out / "manifest.json")
+    manifest = manifests.read(out)
     if manifest["kind"] != "model":
         folders.check_version(out, folders.version_of(manifest))
     return plan, manifest

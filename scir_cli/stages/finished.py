@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from scir_cli import __version__, config, registry
-from scir_cli.data import files, folders, schemas, storage, without_pandas
+from scir_cli.data import files, folders, manifests, schemas, storage, without_pandas
 from scir_cli.data.files import Json
 from scir_cli.data.storage import to_path
 from scir_cli.engine import model_files
-from scir_cli.errors import ScirError
+from scir_cli.errors import DataError, ScirError
 from scir_cli.registry import Stage
 from scir_cli.settings import StageSettings
 
@@ -68,7 +68,11 @@ def find(stage: Stage, settings: StageSettings) -> Json | None:
 
     if not stage.needs_torch and _asks_for_more(settings):
         return dict(registry.load(stage.run)(settings))
-    manifest = files.read_json(out / "manifest.json")
+    try:
+        manifest = manifests.read(out)
+    except DataError:
+        # The stage itself writes a damaged manifest again.
+        return None
     _write_page(stage, settings, manifest)
     return {**manifest, "reused": True}
 

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from scir_cli.analysis import verdicts
-from scir_cli.data import dataset, files, folders, readers, schemas, storage, without_pandas
+from scir_cli.data import (
+    dataset,
+    files,
+    folders,
+    manifests,
+    readers,
+    schemas,
+    storage,
+    without_pandas,
+)
 from scir_cli.data.files import Json
 from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
@@ -52,8 +61,7 @@ def look(spec: str, sort: str | None = None, limit: int | None = None) -> Json:
 def _look_at_ours(path: Path, sort: str | None, limit: int | None) -> Json:
     """What a folder that a stage wrote holds."""
     plan = files.read_json(path / "plan.json")
-    manifest_file = path / "manifest.json"
-    manifest = files.read_json(manifest_file) if manifest_file.is_file() else {}
+    manifest = manifests.read(path) if (path / manifests.NAME).is_file() else {}
     found: Json = {
         "path": str(path),
         "written by": f"scir {plan.get('stage')}",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scir_cli import config, registry
-from scir_cli.data.storage import to_path
+from scir_cli.data.storage import real_path, to_path
 from scir_cli.engine import model_files
 from scir_cli.errors import ConfigError
 from scir_cli.recipe import Step
@@ -45,19 +45,29 @@ def check_steps(steps: list[Step], where: str) -> None:
 
 def _problem(settings: StageSettings) -> str | None:
     """Returns the error message for the first input in the output folder, or None."""
-    out = settings.output_dir.resolve()
+    out = real_path(settings.output_dir)
     for name, spec in _inputs(settings):
-        base = model_files.base_model_name(to_path(spec))
         if _is_or_holds(out, spec):
             return _message(settings, name, spec)
-        if base and _is_or_holds(out, base):
-            return _message(settings, f"the base model of {name} {spec},", base)
+        for base in _base_models(spec):
+            if _is_or_holds(out, base):
+                return _message(settings, f"the base model of {name} {spec},", base)
     return None
+
+
+def _base_models(spec: str) -> list[str]:
+    """The model behind an adapter, and if that is an adapter too, the one behind it, and so on."""
+    bases: list[str] = []
+    base = model_files.base_model_name(to_path(spec))
+    while base and base not in bases:
+        bases.append(base)
+        base = model_files.base_model_name(to_path(base))
+    return bases
 
 
 def _is_or_holds(out: Path, spec: str) -> bool:
     """Whether `spec` names an existing file or folder that is `out` or lies below it."""
-    path = to_path(spec).resolve()
+    path = real_path(to_path(spec))
     if not path.exists():
         place, found, _ = spec.rpartition("?")
         return bool(found) and _is_or_holds(out, place)

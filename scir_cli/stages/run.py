@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from scir_cli import config, registry
-from scir_cli.data import files, without_pandas
+from scir_cli.data import manifests, without_pandas
 from scir_cli.data.files import Json
 from scir_cli.data.storage import to_path
 from scir_cli.errors import StageFailed, print_line
@@ -43,7 +43,7 @@ def run(steps: list[Step], main: str, *, quiet: bool = False, page: Path | None 
     for step in steps:
         if registry.STAGES[step.stage].shows_agreement:
             folder = step.settings["output_dir"]
-            manifest = files.read_json(to_path(folder) / "manifest.json")
+            manifest = manifests.read(to_path(folder))
             summaries[str(folder)] = manifest["summary"]
 
     if page:

@@ -25,7 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from scir_cli import config
-from scir_cli.data import dataset, files, folders, readers
+from scir_cli.data import dataset, folders, manifests, readers
 from scir_cli.data.files import Json
 from scir_cli.data.storage import is_remote, to_path
 from scir_cli.engine import distributed, loading
@@ -78,7 +78,7 @@ def _launch(settings: TrainSettings) -> Json:
     values.pop("num_processes")
     step = Step("train", config.flatten(values, config.fields(TrainSettings)))
     distributed.launch(step.arguments, settings.num_processes)
-    return files.read_json(settings.output_dir / "manifest.json")
+    return manifests.read(settings.output_dir)
 
 
 def run_rank(settings: TrainSettings, ranks: DistributedContext) -> Json:
@@ -371,9 +371,7 @@ def add_reference_logps(
         else Path(settings.output_dir)
     )
     cache = folder / f"reference_logps-{model.weights_key}.arrow"
-    _fill_from_cache(
-        pairs, model.weights_key, dataset.read_columns(cache) if cache.exists() else {}
-    )
+    _fill_from_cache(pairs, model.weights_key, dataset.read_columns(cache))
     missing = [pair for pair in pairs if model.weights_key not in pair.reference_logps]
     if not ranks.broadcast_from_main(len(missing)):
         return

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from scir_cli.data import files
+from scir_cli.data import file_lists, files
 from scir_cli.engine import loading
-from scir_cli.engine.model_files import BASE_DIGEST_FILE
 from scir_cli.engine.policy import Policy
+from scir_cli.engine.weight_files import BASE_DIGEST_FILE
 from scir_cli.errors import ConfigError, install_hint
 from scir_cli.settings import TrainSettings
 
@@ -43,12 +43,14 @@ def add_adapters(model: Any, settings: TrainSettings) -> Any:
 
 
 def save_adapter(policy: Policy, folder: Path, weights_digest: str) -> None:
-    """Writes the policy's adapters and the digest of the weights they were trained on."""
+    """Writes the policy's adapters, their digests, and that of the weights they belong to."""
     with warnings.catch_warnings():
         # peft looks for the config of the base model, and an adapter's folder has none.
         warnings.filterwarnings("ignore", message="Could not find a config file")
         policy.model.save_pretrained(folder)
-    files.write_json(folder / BASE_DIGEST_FILE, {"digest": weights_digest})
+    written = [file for file in folder.iterdir() if file.name != "README.md"]
+    entries = file_lists.describe(folder, written)
+    files.write_json(folder / BASE_DIGEST_FILE, {"digest": weights_digest, "files": entries})
 
 
 def merge_adapter(policy: Policy, settings: TrainSettings, adapter: Path) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from scir_cli import config
 from scir_cli.analysis import verdicts
-from scir_cli.data import files
+from scir_cli.data import files, manifests
 from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.errors import warn
 from scir_cli.rewards import reward_models
@@ -56,7 +56,7 @@ def load_fitted_values(
     if not same or earlier.get("reward_reference") != reward_key:
         return {}
 
-    fitted = files.read_json(manifest).get("fitted", {})
+    fitted = manifests.read(model).get("fitted", {})
     values = {}
     for name in requested:
         if name in fitted and before.get(name) == FITTED[name]:

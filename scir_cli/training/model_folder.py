@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from scir_cli import __version__
-from scir_cli.data import dataset, files, hashing
+from scir_cli.data import dataset, file_lists, files, hashing, manifests
 from scir_cli.data.files import Json
 from scir_cli.engine import model_files
 from scir_cli.engine.policy import Policy
+from scir_cli.errors import TrainingError
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, objectives
 from scir_cli.training.consensus import Consensus
@@ -20,6 +25,11 @@ from scir_cli.training.trainer import Trainer
 
 #: A model or data set of the hub, with or without a revision
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+#: The hidden folder in which a model is written.
+DRAFT = ".draft-model"
+
+#: The model card, which users edit: it is not among the files with digests.
+CARD = "README.md"
 
 
 def write_model_folder(
@@ -33,6 +43,7 @@ def write_model_folder(
 ) -> Json:
     """Writes the model to settings.output_dir and returns its manifest.
 
+    The files are written in a hidden folder and moved when they are on disk.
     The checkpoints are removed last.
     policy: the trained model, unsharded. weights_digest: of the model that training started from.
     metrics: the last figures, for the manifest's "summary".
@@ -40,11 +51,17 @@ def write_model_folder(
     Raises StoreError if the folder cannot be written.
     """
     out = Path(settings.output_dir)
+    draft = out / DRAFT
     with files.as_store_error(out):
-        _write_weights(settings, policy, weights_digest, out)
-        card = _card(settings, plan, trainer)
-        (out / "README.md").write_text(card, encoding="utf-8")
-    manifest = _manifest(out, trainer, metrics, drops)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        _write_weights(settings, policy, weights_digest, draft)
+        written = [file for file in draft.rglob("*") if file.is_file()]
+        moved = _move(written, draft, out)
+        entries = file_lists.describe(out, [file for file in moved if file.name != CARD])
+        with files.atomic_write(out / CARD) as temporary:
+            temporary.write_text(_card(settings, plan, trainer), encoding="utf-8")
+    manifest = _manifest(entries, trainer, metrics, drops)
     if isinstance(trainer.objective, objectives.Scir):
         manifest["fitted"] = {
             "implicit_scale": settings.implicit_scale,
@@ -52,9 +69,31 @@ def write_model_folder(
         }
     elif isinstance(trainer.objective, Consensus):
         manifest["fitted"] = {"penalty_weight": trainer.objective.penalty_weight}
-    files.write_json(out / "manifest.json", manifest)
+    manifests.write(out, manifest)
     trainer.finish()
     return manifest
+
+
+def _move(written: list[Path], draft: Path, out: Path) -> list[Path]:
+    """Moves files from a draft to the output folder when they are on disk; returns their paths.
+
+    They get the mode of a new file: safetensors makes its files readable by their owner alone.
+    """
+    probe = draft / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    moved = []
+    for file in written:
+        file.chmod(mode)
+        files.sync(file)
+        target = out / file.relative_to(draft)
+        target.parent.mkdir(exist_ok=True)
+        file.replace(target)
+        moved.append(target)
+    for folder in {file.parent for file in moved}:
+        files.sync(folder)
+    shutil.rmtree(draft)
+    return moved
 
 
 def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str, out: Path) -> None:
@@ -63,6 +102,7 @@ def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str,
     if settings.lora.rank:
         adapters.save_adapter(policy, out / "adapter", weights_digest)
         model = adapters.merge_adapter(policy, settings, out / "adapter")
+    _check_finite(model)
     model.set_attn_implementation(policy.plain_attention)
     model.save_pretrained(out)
     policy.chat.tokenizer.save_pretrained(out)
@@ -71,9 +111,26 @@ def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str,
         (out / generation.name).write_bytes(generation.read_bytes())
 
 
-def _manifest(out: Path, trainer: Trainer, metrics: Metrics, drops: Counter[str]) -> Json:
-    """The manifest of the written weights, without the fitted values."""
-    digests = [hashing.digest_file(path) for path in sorted(out.glob("*.safetensors"))]
+def _check_finite(model: Any) -> None:
+    """Raises TrainingError if a weight is not finite, as when an adapter's sum overflows."""
+    for name, weight in model.state_dict().items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise TrainingError(
+                f"{name} of the trained model is not finite, so the model is not written; "
+                "lower --learning-rate"
+            )
+
+
+def _manifest(entries: list[Json], trainer: Trainer, metrics: Metrics, drops: Counter[str]) -> Json:
+    """The manifest of the written weights, without the fitted values.
+
+    entries: the files of the folder, as `file_lists.describe` returns them.
+    """
+    digests = []
+    for entry in entries:
+        name = entry["file"]
+        if name.endswith(".safetensors") and "/" not in name:
+            digests.append(entry["digest"])
     n_examples = len(trainer.examples)
     return {
         "kind": "model",
@@ -82,6 +139,7 @@ def _manifest(out: Path, trainer: Trainer, metrics: Metrics, drops: Counter[str]
         "rows_out": n_examples,
         "drops": dict(drops),
         "nulls": {},
+        "files": entries,
         "steps": trainer.n_steps,
         "seconds": round(time.monotonic() - trainer.started, 3),
         "versions": dataset.versions(),

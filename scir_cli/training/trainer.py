@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from scir_cli.data import files
 from scir_cli.engine import trees
@@ -42,6 +42,7 @@ from scir_cli.engine.policy import DUMMY_BRANCH, Layout, Policy
 from scir_cli.engine.trees import Branch
 from scir_cli.errors import TrainingError, warn
 from scir_cli.settings import TrainSettings
+from scir_cli.training import checkpoints
 from scir_cli.training.metrics import find as find_metric
 from scir_cli.training.objectives import Example, Metrics, Objective
 from scir_cli.training.optimizer import MasterAdamW, total_norm
@@ -60,6 +61,9 @@ OnLog = Callable[[int, Metrics], None]
 
 #: Pairs of a batch that an error names.
 N_NAMED_PAIRS = 4
+
+#: Weights that an error names.
+N_NAMED = 3
 
 # Parameters of glibc's mallopt
 M_TRIM_THRESHOLD = -1
@@ -216,6 +220,7 @@ class Trainer:
             if self.step % self.settings.save_every == 0 and self.step < self.n_steps:
                 self.save_checkpoint()
 
+        self._check_weights()
         final = self._validate(None)
         self._log(final, "validation")
         self.policy.model.eval()
@@ -556,40 +561,46 @@ class Trainer:
         """Writes the state after this step and removes older checkpoints.
 
         Collective: every rank must call it, and the main rank writes.
+        Raises TrainingError if a weight is not finite.
         """
+        self._check_weights()
         state = {
             "step": self.step,
             **self.optimizer.whole(self.ranks.is_main),
             "rng": torch.get_rng_state(),
         }
-        if not self.ranks.is_main:
-            return
-        folder = self.out / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        path = folder / f"step-{self.step:08d}.pt"
-        with files.atomic_write(path) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
-        for old in folder.glob("step-*.pt"):
-            if old != path:
-                old.unlink()
+        if self.ranks.is_main:
+            checkpoints.save(self.out, self.step, state)
+
+    def _check_weights(self) -> None:
+        """Raises TrainingError on every rank if a trained weight of any rank is not finite."""
+        broken = []
+        for name, param in self.policy.model.named_parameters():
+            local = param.to_local() if isinstance(param, DTensor) else param
+            if param.requires_grad and not torch.isfinite(local.detach()).all():
+                broken.append(name)
+        names = sorted({name for names in self.ranks.all_gather(broken) for name in names})
+        if names:
+            raise TrainingError(
+                f"after step {self.step}, weights are not finite: {', '.join(names[:N_NAMED])}; "
+                f"lower --learning-rate (now {self.settings.learning_rate}). "
+                "Nothing was written; earlier checkpoints are kept"
+            )
 
     def _resume(self) -> None:
         """Restores the newest checkpoint, and removes figures that are logged again."""
-        paths = sorted((self.out / "checkpoints").glob("step-*.pt"))
-        path = self.ranks.broadcast_from_main(paths[-1] if paths else None)
+        newest = checkpoints.newest(self.out) if self.ranks.is_main else None
+        path = self.ranks.broadcast_from_main(newest)
         if path:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self._restore(state)
+            self._restore(checkpoints.load(path))
         log = self.out / "metrics.jsonl"
         if not log.exists() or not self.ranks.is_main:
             return
-        lines = []
-        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
-            # An interrupted run can leave a last line without an end.
-            if line.endswith("\n") and _precedes(json.loads(line), self.step):
-                lines.append(line)
+        with files.as_store_error(log):
+            lines = log.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _precedes(line, self.step)]
         with files.atomic_write(log) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
@@ -599,7 +610,7 @@ class Trainer:
     def finish(self) -> None:
         """Removes the checkpoints, on the main rank: the model folder is written."""
         if self.ranks.is_main:
-            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            checkpoints.remove(self.out)
 
 
 def batches(n_examples: int, settings: TrainSettings) -> list[list[int]]:
@@ -640,15 +651,21 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _precedes(record: dict[str, Any], step: int) -> bool:
-    """Whether a run that resumes at `step` does not log this record again.
+def _precedes(line: bytes, step: int) -> bool:
+    """Whether a line of metrics.jsonl is whole, and a run that resumes at `step` does not log it.
 
     A training record has the number of the step it completes, a validation record that of the
-    step it precedes.
+    step it precedes. An interrupted run can leave a last line without an end.
     """
-    if record["kind"] == "train":
-        return bool(record["step"] <= step)
-    return bool(record["step"] < step)
+    if not line.endswith(b"\n"):
+        return False
+    try:
+        record = json.loads(line)
+        is_training = record["kind"] == "train"
+        return bool(record["step"] <= step if is_training else record["step"] < step)
+    except (ValueError, KeyError, TypeError):
+        warn("metrics.jsonl holds a damaged line, which is left out")
+        return False
 
 
 def _ignore(step: int, figures: Metrics) -> None:
