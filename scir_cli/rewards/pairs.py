@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,45 @@ class Context:
             reference_logps=torch.tensor(reference, dtype=torch.float32, device=device).T,
             external=external.double().cpu(),
         )
+
+
+def encoding_digest(chat: Chat) -> str:
+    """A hex digest of tokenizer and chat template: token ids are valid for equal ones only.
+
+    The template's variables are no part of it: ids that were sampled with others stay valid.
+    """
+    return replace(chat, template_kwargs={}).template_digest()
+
+
+def without_foreign_ids(
+    table: pa.Table, encoding: str | None, own: str
+) -> tuple[pa.Table, int]:
+    """The pairs without what depends on another encoding, and the number of pairs that lost ids.
+
+    These are the token ids of responses and rationales, and the log-probabilities of those tokens.
+    encoding: digest of the encoding of the ids; None: unknown. own: that of the model.
+    """
+    if encoding == own:
+        return table, 0
+    sides = [_response_fields(table, side) for side in SIDES]
+    has_ids = ~np.all([_without_token_ids(side) for side in sides], axis=0)
+    if not has_ids.any():
+        return table, 0
+    for name, side in zip(SIDES, sides, strict=True):
+        rows = dict.fromkeys(range(len(table)), list[int]())
+        table = with_column(table, name, _with_token_ids(side, rows))
+    table = with_column(table, "rewards", _without_rationales(table["rewards"]))
+    no_logps = pa.array([[]] * len(table), schemas.REFERENCE_LOGPS)
+    return with_column(table, "reference_logps", no_logps), int(has_ids.sum())
+
+
+def _without_rationales(rewards: pa.ChunkedArray) -> pa.Array:
+    """The verdicts of each pair, without the token ids of their rationales."""
+    rows = rewards.to_pylist()
+    for row in rows:
+        for verdict in row:
+            verdict["rationale_token_ids"] = None
+    return pa.array(rows, schemas.REWARDS)
 
 
 def encode_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, list[Pair], Counter[str]]:

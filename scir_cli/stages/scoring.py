@@ -41,6 +41,7 @@ from scir_cli.rewards.pairs import (
     PromptIds,
     make_pairs,
     tokenize_pairs,
+    without_foreign_ids,
 )
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import (
@@ -73,10 +74,12 @@ class JudgePart:
         n_pairs = len(pairs) + not_paired.total()
 
         pairs, not_selected = self.pair_input.before_scoring(pairs)
+        own = self.scorer.encoding
+        pairs, encoded_again = without_foreign_ids(pairs, self.pair_input.encoding, own)
         pairs, not_scored = self.scorer.score(pairs)
         pairs, not_kept = self.pair_input.after_scoring(pairs)
         drops = not_paired + not_selected + not_scored + not_kept
-        return Part(pairs, n_pairs, drops)
+        return Part(pairs, n_pairs, drops, encoded_again)
 
     def close(self) -> None:
         """Closes the scorer."""
@@ -113,6 +116,8 @@ def write_judged_dataset(
         rows_in = table.num_rows + dropped.total()
         return {"dry_run": True, "plan": plan, "rows_in": rows_in}
 
+    if isinstance(table, dataset.Dataset):
+        warn_of_foreign_ids(str(settings.input), pair_input.encoding, settings.model, scorer.model)
     inputs = {}
     for name in ("input", "model", "reward_reference"):
         inputs[name] = getattr(settings, name, None)
@@ -138,6 +143,7 @@ def write_judged_dataset(
             work=scorer.meter.figures,
             inputs=inputs,
             summarise=summarize,
+            encoding=scorer.encoding,
         )
 
 
@@ -188,6 +194,11 @@ class Scorer:
             self.reference_key = self.reference.weights_key
         self.keys = {"model": self.model.weights_key, "reward_reference": self.reference_key}
         self.opened = ExitStack()
+
+    @property
+    def encoding(self) -> str:
+        """Digest of the model's tokenizer and chat template."""
+        return self.model.encoding
 
     @cached_property
     def backend(self) -> Any:
