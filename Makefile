@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What `make test-fast` leaves out.
 SLOW := slow or quickstart or vllm or gpu or chromium
 
-.PHONY: help quickstart check test-fast test test-vllm bench-env
+.PHONY: help quickstart counts check test-fast test test-vllm bench-env
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ check: $(VENV)/dev  ## set up, then lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+counts: $(VENV)/dev  ## set up, then print counts of the code: density, length, settings, imports
+	$(BIN)/python benchmarks/style.py scir_cli tests benchmarks
 
 test-fast: $(VENV)/dev  ## set up, then the tests that are not slow, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not ($(SLOW))"

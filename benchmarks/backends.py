@@ -137,12 +137,21 @@ def task_of(task: str, asked: Json, given: Json, settings: Any, model: Any, back
 def candidates(rows: list[Json]) -> list[Json]:
     return [
         {
-            "candidate_id": f"{i}-{k}", "prompt_id": str(i), "messages": [{"role": "user", "content": row["question"]}], "subset": None,
-            "response": text, "token_ids": ids, "finish_reason": "stop", "duplicate_of": None, "weights_key": "m", "seed": 0, "extra": None,
+            "candidate_id": f"{i}-{k}",
+            "prompt_id": str(i),
+            "messages": [{"role": "user", "content": row["question"]}],
+            "subset": None,
+            "response": text,
+            "token_ids": ids,
+            "finish_reason": "stop",
+            "duplicate_of": None,
+            "weights_key": "m",
+            "seed": 0,
+            "extra": None,
         }
         for i, row in enumerate(rows)
         for k, (text, ids) in enumerate(zip(row["answers"], row["answer_ids"], strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def shuffle(backend: Any) -> None:
@@ -228,11 +237,8 @@ def main() -> None:
                 {"backend": name, "task": task, **record}
                 for task, record in child("backends.py", asked, python).items()
             ]
-            print(
-                f"{name}: {json.dumps([shown(record) for record in found if record['backend'] == name])}",
-                file=sys.stderr,
-                flush=True,
-            )
+            own = [shown(record) for record in found if record["backend"] == name]
+            print(f"{name}: {json.dumps(own)}", file=sys.stderr, flush=True)
     print(table([shown(record) for record in found]))
     write(
         {
@@ -247,10 +253,16 @@ def main() -> None:
 def shown(record: Json) -> Json:
     seconds, hits = record["cpu_seconds"], record["prefix_cache_hit_rate"]
     return {
-        "task": record["task"], "backend": record["backend"], "rows": record["rows"], "CPU s": seconds, "rows/s": record["rows"] / seconds,
-        "tokens read": record["tokens_read"], "read/s": record["tokens_read"] / seconds,
-        "sampled/s": record["tokens_sampled"] / seconds if record["tokens_sampled"] else None, "cache hits": hits,
-    }  # fmt: skip
+        "task": record["task"],
+        "backend": record["backend"],
+        "rows": record["rows"],
+        "CPU s": seconds,
+        "rows/s": record["rows"] / seconds,
+        "tokens read": record["tokens_read"],
+        "read/s": record["tokens_read"] / seconds,
+        "sampled/s": record["tokens_sampled"] / seconds if record["tokens_sampled"] else None,
+        "cache hits": hits,
+    }
 
 
 if __name__ == "__main__":

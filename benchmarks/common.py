@@ -4,7 +4,7 @@ tables.
 Imports nothing of scir_cli: the other trainer's environment reads this file too. Every measurement
 runs in a child process of its own, so that neither memory nor a warm cache of one run reaches the
 next. On a CPU the time is CPU time of one thread, which other work on the machine changes least; on
-a GPU it is wall time between synchronisations.
+a GPU it is wall time between synchronizations.
 """
 
 from __future__ import annotations
@@ -29,34 +29,86 @@ HERE = Path(__file__).parent
 PAD, BOS, EOS, UNK = range(4)
 #: The words of the chat template and of the judge's prompt; everything else is w17, w993 …
 WORDS = [
-    "user", "assistant", "Which", "answer", "to", "the", "question", "is", "better?", "Question:", "Answer", "A:", "B:", "Reply", "with", "A",
-    "or", "B.", "B",
-]  # fmt: skip
+    "user",
+    "assistant",
+    "Which",
+    "answer",
+    "to",
+    "the",
+    "question",
+    "is",
+    "better?",
+    "Question:",
+    "Answer",
+    "A:",
+    "B:",
+    "Reply",
+    "with",
+    "A",
+    "or",
+    "B.",
+    "B",
+]
 TEMPLATE = (
-    "{% for message in messages %}{{ '<s> ' + message['role'] + ' ' + message['content'] + ' </s> ' }}{% endfor %}"
+    "{% for message in messages %}{{ '<s> ' + message['role'] + ' ' + message['content'] + ' "
+    "</s> ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<s> assistant' }}{% endif %}"
 )
 
 #: A shape's name -> transformers' model type and settings.
 SHAPES: dict[str, tuple[str, Json]] = {
-    "tiny": ("llama", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 500}),
-    "S": ("llama", {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 688}),
-    "M": ("llama", {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376}),
+    "tiny": (
+        "llama",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "vocab_size": 500,
+        },
+    ),
+    "S": (
+        "llama",
+        {
+            "hidden_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "intermediate_size": 688,
+        },
+    ),
+    "M": (
+        "llama",
+        {
+            "hidden_size": 512,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "intermediate_size": 1376,
+        },
+    ),
     "1.5b": (  # Qwen2.5-1.5B
         "qwen2",
         {
-            "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
-            "vocab_size": 151_936, "tie_word_embeddings": True,
+            "hidden_size": 1536,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "intermediate_size": 8960,
+            "vocab_size": 151_936,
+            "tie_word_embeddings": True,
         },
     ),
     "8b": (  # Llama-3-8B
         "llama",
         {
-            "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
             "vocab_size": 128_256,
         },
     ),
-}  # fmt: skip
+}
 COMMON: Json = {
     "vocab_size": 32_000,
     "max_position_embeddings": 16_384,
@@ -147,10 +199,12 @@ def make_pairs(
         before, after = [BOS, index["user"]], [EOS, BOS, index["assistant"]]
         pairs.append(
             {
-                "question": text(question), "answers": [text(reply) for reply in replies],
-                "prompt_ids": [*before, *question, *after], "answer_ids": [[*reply, EOS] for reply in replies],
+                "question": text(question),
+                "answers": [text(reply) for reply in replies],
+                "prompt_ids": [*before, *question, *after],
+                "answer_ids": [[*reply, EOS] for reply in replies],
             }
-        )  # fmt: skip
+        )
     return pairs
 
 
@@ -193,10 +247,12 @@ class Meter:
         cpu, wall = zip(*self.seconds, strict=True)
         return {
             "device": self.cuda.get_device_name() if self.cuda else "cpu",
-            "cpu_seconds": list(cpu), "wall_seconds": list(wall),
+            "cpu_seconds": list(cpu),
+            "wall_seconds": list(wall),
             "seconds": list(wall if self.cuda else cpu),  # what tables report
-            "resident_mb": round(self.resident, 1), "peak_mb": round(peak - self.resident, 1),
-        }  # fmt: skip
+            "resident_mb": round(self.resident, 1),
+            "peak_mb": round(peak - self.resident, 1),
+        }
 
 
 class AnonymousPeak:

@@ -2,7 +2,8 @@
 (rows are prompts, one sample each, read from a file of --form), `judge` with scores from outside,
 `check-consistency` and `filter` (rows are pairs).
 
-    python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages generate judge check-consistency filter --peer-python .venv-data/bin/python
+    python benchmarks/data_stages.py --rows 10000 100000 1000000 --stages generate judge \\
+        check-consistency filter --peer-python .venv-data/bin/python
 
 Beside `filter` stands the least that its work can take: pyarrow alone reads the same columns and
 writes those that `filter` wrote; and the least that its promises cost: the rows to keep and their
@@ -81,10 +82,14 @@ def make_candidates(folder: Path, pairs: int) -> Path:
         index = np.arange(low, high)
         answers = draw.integers(0, 8, high - low)
         columns = prompt_columns(index // 5) | {
-            "candidate_id": [f"{i:016x}" for i in index], "response": [answer(i // 5, a) for i, a in zip(index, answers, strict=True)],
-            "token_ids": [[int(a)] * 40 for a in answers], "finish_reason": ["stop"] * len(index), "duplicate_of": [None] * len(index),
-            "weights_key": ["m"] * len(index), "seed": index,
-        }  # fmt: skip
+            "candidate_id": [f"{i:016x}" for i in index],
+            "response": [answer(i // 5, a) for i, a in zip(index, answers, strict=True)],
+            "token_ids": [[int(a)] * 40 for a in answers],
+            "finish_reason": ["stop"] * len(index),
+            "duplicate_of": [None] * len(index),
+            "weights_key": ["m"] * len(index),
+            "seed": index,
+        }
         table = as_table(columns, schemas.schema("candidates")).append_column(
             "score", pa.array(draw.normal(size=len(index)))
         )
@@ -114,8 +119,10 @@ def make_judged(folder: Path, rows: int) -> Path:
     def make(low: int, high: int) -> Any:
         n, index = high - low, np.arange(low, high)
         columns = prompt_columns(index // 10) | {
-            "pair_id": [f"{i:016x}" for i in index], "gold_label": [None] * n, "reference_logps": [[]] * n
-        }  # fmt: skip
+            "pair_id": [f"{i:016x}" for i in index],
+            "gold_label": [None] * n,
+            "reference_logps": [[]] * n,
+        }
         for side in ("first", "second"):
             answers = draw.integers(0, 8, n)
             columns[side] = [
@@ -146,9 +153,13 @@ def make_judged(folder: Path, rows: int) -> Path:
 def prompt_columns(prompts: Any) -> dict[str, Any]:
     names = [f"{i:016x}" for i in prompts]
     return {
-        "prompt_id": names, "subset": [None] * len(names), "extra": [None] * len(names),
-        "messages": [[{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in names],
-    }  # fmt: skip
+        "prompt_id": names,
+        "subset": [None] * len(names),
+        "extra": [None] * len(names),
+        "messages": [
+            [{"role": "user", "content": f"Question {p}? " + "word " * 30}] for p in names
+        ],
+    }
 
 
 def answer(prompt: int, number: int) -> str:
@@ -313,10 +324,16 @@ def line(rows: int, work: str, source: Path, found: dict[str, Any]) -> dict[str,
         / 2**20
     )
     return {
-        "rows": rows, "work": work, "MB in": round(size), "rows out": found["rows_out"], "CPU s": round(found["cpu_seconds"][0], 2),
-        "wall s": round(found["wall_seconds"][0], 2), "peak MB": found["peak_mb"], "anonymous MB": found["anonymous_mb"],
+        "rows": rows,
+        "work": work,
+        "MB in": round(size),
+        "rows out": found["rows_out"],
+        "CPU s": round(found["cpu_seconds"][0], 2),
+        "wall s": round(found["wall_seconds"][0], 2),
+        "peak MB": found["peak_mb"],
+        "anonymous MB": found["anonymous_mb"],
         "kept": found["kept"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -47,9 +47,16 @@ def compare(shape: str, dtype: str, objective: str, a: argparse.Namespace) -> Js
         )
         (root / "pairs.json").write_text(json.dumps(rows))
         asked = {
-            "model": str(model), "pairs": str(root / "pairs.json"), "dtype": dtype, "steps": a.steps, "batch_size": a.batch_size,
-            "learning_rate": 1e-4, "beta": 0.1, "max_tokens_per_pack": a.max_tokens_per_pack, "objective": objective,
-        }  # fmt: skip
+            "model": str(model),
+            "pairs": str(root / "pairs.json"),
+            "dtype": dtype,
+            "steps": a.steps,
+            "batch_size": a.batch_size,
+            "learning_rate": 1e-4,
+            "beta": 0.1,
+            "max_tokens_per_pack": a.max_tokens_per_pack,
+            "objective": objective,
+        }
         planned, made = (
             child("dry_run_accuracy.py", asked | {"plan": True}),
             child("dry_run_accuracy.py", asked),
@@ -57,11 +64,18 @@ def compare(shape: str, dtype: str, objective: str, a: argparse.Namespace) -> Js
     memory = (planned["peak_bytes"] - planned["weights_bytes"]) / 2**20
     seconds = sum(made["wall_seconds"])
     return {
-        "shape": shape, "dtype": dtype, "objective": objective, "MB planned": memory, "MB measured": made["peak_mb"],
-        "MB ratio": memory / made["peak_mb"], "s planned": planned["seconds"], "s measured": seconds,
-        "s ratio": planned["seconds"] / seconds, "packing efficiency": planned["packing_efficiency"],
+        "shape": shape,
+        "dtype": dtype,
+        "objective": objective,
+        "MB planned": memory,
+        "MB measured": made["peak_mb"],
+        "MB ratio": memory / made["peak_mb"],
+        "s planned": planned["seconds"],
+        "s measured": seconds,
+        "s ratio": planned["seconds"] / seconds,
+        "packing efficiency": planned["packing_efficiency"],
         "tokens shared away": 1 - planned["tokens"] / planned["tokens_without_sharing"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

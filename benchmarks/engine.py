@@ -33,11 +33,21 @@ START, EARLIER = (
 
 def settings(a: Json, folder: str) -> TrainSettings:
     values = {
-        "model": a["model"], "dtype": a["dtype"], "input": "-", "output_dir": folder, "objective": a["objective"],
-        "batch_size": a["batch_size"], "max_steps": a["steps"], "learning_rate": a["learning_rate"], "beta": a["beta"],
-        "schedule": "constant", "warmup_ratio": 0.0, "reward_reference": EARLIER, "implicit_scale": IMPLICIT_SCALE,
+        "model": a["model"],
+        "dtype": a["dtype"],
+        "input": "-",
+        "output_dir": folder,
+        "objective": a["objective"],
+        "batch_size": a["batch_size"],
+        "max_steps": a["steps"],
+        "learning_rate": a["learning_rate"],
+        "beta": a["beta"],
+        "schedule": "constant",
+        "warmup_ratio": 0.0,
+        "reward_reference": EARLIER,
+        "implicit_scale": IMPLICIT_SCALE,
         "gradient_checkpointing": a.get("gradient_checkpointing", False),
-    }  # fmt: skip
+    }
     if a.get("lora_rank"):
         values["lora"] = {"rank": a["lora_rank"]}
     if a.get("max_tokens_per_pack"):
@@ -51,11 +61,14 @@ def pairs_of(row: Json, name: str) -> list[Pair]:
     both = itertools.combinations(range(len(row["answers"])), 2)
     return [
         Pair(
-            f"{name}-{i}-{j}", messages, tuple(row["prompt_ids"]), (tuple(row["answer_ids"][i]), tuple(row["answer_ids"][j])),
+            f"{name}-{i}-{j}",
+            messages,
+            tuple(row["prompt_ids"]),
+            (tuple(row["answer_ids"][i]), tuple(row["answer_ids"][j])),
             (row["answers"][i], row["answers"][j]),
         )
         for i, j in both
-    ]  # fmt: skip
+    ]
 
 
 def read_pairs(path: str) -> list[Pair]:
@@ -101,9 +114,11 @@ def count(objective: Objective, batch: Sequence[Example]) -> Json:
     branches = [branch for example in batch for branch in objective.branches(example)]
     forest = trees.build(branches)
     return {
-        "tokens": len(forest), "rows": len(np.unique(forest.target_hidden)), "keys": int((forest.positions + 1).sum()),
+        "tokens": len(forest),
+        "rows": len(np.unique(forest.target_hidden)),
+        "keys": int((forest.positions + 1).sum()),
         "sequence_tokens": sum(len(ids) + 1 for ids in {branch.ids for branch in branches}),
-    }  # fmt: skip
+    }
 
 
 def train_flops(model: torch.nn.Module, counts: Json) -> float:

@@ -1,7 +1,8 @@
 """AlpacaEval 2's length-controlled win rate, ours beside `alpaca-eval`'s, from the same
 annotations.
 
-    python benchmarks/lc_winrate.py --alpaca-python .venv-alpaca/bin/python --annotations A.json B.json [--gamed df_gamed.csv]
+    python benchmarks/lc_winrate.py --alpaca-python .venv-alpaca/bin/python \\
+        --annotations A.json B.json [--gamed df_gamed.csv]
 
 The other environment: `python3 -m venv .venv-alpaca && .venv-alpaca/bin/pip install
 alpaca-eval==0.6.6`. df_gamed.csv is AlpacaEval's, from the hub (tatsu-lab/alpaca_eval); without it
@@ -35,8 +36,11 @@ found = []
 for file in files:
     df = pd.DataFrame(json.load(open(file)))
     for name in ("length_controlled_v1", "length_controlled_noreg", "length_controlled_minimal"):
-        m = glm_winrate.get_length_controlled_winrate(df, glm_name=name, save_weights_dir=None, is_add_glm_preference_inplace=False)
-        found.append([m["win_rate"], m["standard_error"], m["length_controlled_winrate"], m["lc_standard_error"]])
+        m = glm_winrate.get_length_controlled_winrate(
+            df, glm_name=name, save_weights_dir=None, is_add_glm_preference_inplace=False
+        )
+        rates = [m["win_rate"], m["standard_error"]]
+        found.append(rates + [m["length_controlled_winrate"], m["lc_standard_error"]])
 print(json.dumps([[float(x) for x in row] for row in found]))
 """
 
@@ -59,11 +63,16 @@ def seeded(path: Path, rng: np.random.Generator) -> Path:
     p = 1 / (1 + np.exp(-rng.normal(np.tanh((lengths[1] - lengths[0]) / 400) - 0.4, 2.5)))
     rows = [
         {
-            "instruction": f"i{i}", "output_1": "x" * lengths[0, i], "output_2": "y" * lengths[1, i], "generator_1": "base", "generator_2": "seeded",
-            "annotator": "seed", "preference": 1 + p[i],
+            "instruction": f"i{i}",
+            "output_1": "x" * lengths[0, i],
+            "output_2": "y" * lengths[1, i],
+            "generator_1": "base",
+            "generator_2": "seeded",
+            "annotator": "seed",
+            "preference": 1 + p[i],
         }
         for i in range(N)
-    ]  # fmt: skip
+    ]
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 

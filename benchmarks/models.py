@@ -48,7 +48,7 @@ class Result:
     verdict: the text before the verdict that the generation prompt lacks; None: no verdict.
     removed: the text at the end of the generation prompt that is not before the verdict.
     refusal: why there is none. boundary: sound, or the reason for a drop. parts: content is a list.
-    planted: special tokens inside text stay text.
+    planted: special tokens inside text stay text. reasoning: the marker at its end; "": none.
     """
 
     template: str
@@ -59,6 +59,7 @@ class Result:
     boundary: str
     parts: bool
     planted: bool
+    reasoning: str
 
 
 def base_vocabulary() -> str:
@@ -119,7 +120,7 @@ def measure(name: str, template: str, kwargs: dict[str, Any], vocabulary: str) -
     except ScirError as error:
         refusal = str(error)
     try:
-        chat.labelled_ids(QUESTION, [ANSWER])
+        chat.labeled_ids(QUESTION, [ANSWER])
         boundary = "sound"
     except Unrenderable as error:
         boundary = error.reason
@@ -127,10 +128,12 @@ def measure(name: str, template: str, kwargs: dict[str, Any], vocabulary: str) -
         boundary = "no conversation"
     parts = False
     planted = False
+    reasoning = ""
     if verdict is not None:
+        reasoning = chat.markers.end if chat.markers else ""
         parts = chat.reads_parts
         planted = planted_stays_text(chat)
-    return Result(name, kwargs, verdict, removed, refusal, boundary, parts, planted)
+    return Result(name, kwargs, verdict, removed, refusal, boundary, parts, planted, reasoning)
 
 
 def planted_stays_text(chat: Chat) -> bool:
@@ -163,15 +166,17 @@ def table(results: list[Result]) -> list[str]:
     for result in results:
         by_name.setdefault(result.template, []).append(result)
     lines = [
-        "| template | verdict after | labelled answers | with `enable_thinking=false` | content |",
-        "|---|---|---|---|---|",
+        "| template | verdict after | labeled answers | with `enable_thinking=false` | content "
+        "| reasoning ends at |",
+        "|---|---|---|---|---|---|",
     ]
     for name, (plain, quiet) in by_name.items():
         cells = [_verdict_cell(plain), plain.boundary]
         changed = (plain.verdict, plain.boundary) != (quiet.verdict, quiet.boundary)
         other = f"{_verdict_cell(quiet)}; {quiet.boundary}" if changed else "the same"
         content = "parts" if plain.parts else "text"
-        lines.append(f"| {name} | {' | '.join(cells)} | {other} | {content} |")
+        end = f"`{_escaped(plain.reasoning)}`" if plain.reasoning else "–"
+        lines.append(f"| {name} | {' | '.join(cells)} | {other} | {content} | {end} |")
     return lines
 
 
@@ -198,6 +203,7 @@ def document(source: str, results: list[Result]) -> str:
     sound_quiet = sum(result.boundary == "sound" for result in quiet)
     either = sum("sound" in (a.boundary, b.boundary) for a, b in zip(plain, quiet, strict=True))
     planted = sum(result.planted for result in plain)
+    reasoning = sum(bool(result.reasoning) for result in plain)
     refused = [f"- {result.template}: {result.refusal}" for result in plain if result.refusal]
     lines = [
         MARKER,
@@ -206,16 +212,19 @@ def document(source: str, results: list[Result]) -> str:
         f"{len(plain)} templates, with a stand-in tokenizer.",
         "",
         f"- Verdicts (A/B and 0 to 5) at one token: {found} of {len(plain)}.",
-        f"- Labelled answers separate from their prompts: {sound} of {len(plain)}; "
+        f"- Labeled answers separate from their prompts: {sound} of {len(plain)}; "
         f"{sound_quiet} with `--chat-template-kwargs enable_thinking=false`, "
         f"{either} with one of the two.",
         f"- Special tokens inside text are encoded as text: {planted} of {found}.",
+        f"- A marker ends the reasoning of an answer: {reasoning} of {found}.",
         "",
         "*Verdict after* is the text between the generation prompt and the verdict. It becomes "
-        "part of the judge's prompt, and of the prompt of labelled answers.",
-        "*Labelled answers* without token ids are dropped and counted under the name in that "
+        "part of the judge's prompt, and of the prompt of labeled answers.",
+        "*Labeled answers* without token ids are dropped and counted under the name in that "
         "column unless it is `sound`.",
         "*Content* is how the template reads a message: as text, or as a list of parts.",
+        "*Reasoning ends at* is the marker after which judges read an answer; `--think-end` names "
+        "another.",
         "",
         *table(results),
     ]

@@ -84,9 +84,14 @@ def point(objective: str, factor: str, value: int, a: argparse.Namespace) -> Jso
     seconds = statistics.median(record["seconds"][1:])
     print(f"{objective} {factor} {value}: {seconds:.3g} s", file=sys.stderr)
     return {
-        "objective": objective, "factor": factor, "value": value, "tokens needed": record["counts"][-1]["tokens"],
-        "s a step": seconds, "peak MB": record["peak_mb"], "losses": record["losses"],
-    }  # fmt: skip
+        "objective": objective,
+        "factor": factor,
+        "value": value,
+        "tokens needed": record["counts"][-1]["tokens"],
+        "s a step": seconds,
+        "peak MB": record["peak_mb"],
+        "losses": record["losses"],
+    }
 
 
 def exponent(points: list[Json], column: str) -> float | None:
@@ -111,10 +116,16 @@ def main() -> None:
             points += found
             fits.append(
                 {
-                    "objective": objective, "factor": factor, "from": found[0]["value"], "to": found[-1]["value"],
-                    **{f"exponent of {column}": exponent(found, column) for column in ("tokens needed", "s a step", "peak MB")},
+                    "objective": objective,
+                    "factor": factor,
+                    "from": found[0]["value"],
+                    "to": found[-1]["value"],
+                    **{
+                        f"exponent of {column}": exponent(found, column)
+                        for column in ("tokens needed", "s a step", "peak MB")
+                    },
                 }
-            )  # fmt: skip
+            )
     print(
         table([{name: value for name, value in p.items() if name != "losses"} for p in points]),
         table(fits),

@@ -3,7 +3,8 @@ trees beside the usual ways of scoring.
 
     python benchmarks/score.py --shape S M --json score.json
 
-script       each distinct sequence by itself through the plain model, with its logits at every position, as most scripts do
+script       each distinct sequence by itself through the plain model,
+             with its logits at every position, as most scripts do
 one by one   the same, with logits only where there are targets
 padded       batches of them, sorted by length, padded on the right
 trees PACK   this engine, up to PACK tokens a forward
@@ -231,7 +232,7 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     return records
 
 
-def summarise(records: list[Json]) -> list[Json]:
+def summarize(records: list[Json]) -> list[Json]:
     plain, script = records[:2]
     rows = []
     for record in records:
@@ -247,13 +248,18 @@ def summarise(records: list[Json]) -> list[Json]:
         gaps = [abs(x - y) / abs(y) for x, y in zip(record["logps"], plain["logps"], strict=True)]
         rows.append(
             {
-                "shape": record["shape"], "method": name, "precision": record["dtype"], "tokens computed": tokens, "s a prompt": seconds,
+                "shape": record["shape"],
+                "method": name,
+                "precision": record["dtype"],
+                "tokens computed": tokens,
+                "s a prompt": seconds,
                 "times faster": statistics.median(plain["seconds"][1:]) / seconds,
                 "than the script": statistics.median(script["seconds"][1:]) / seconds,
-                "sequence tokens/s": statistics.fmean(record["sequence_tokens"][1:]) / seconds, "peak MB": record["peak_mb"],
+                "sequence tokens/s": statistics.fmean(record["sequence_tokens"][1:]) / seconds,
+                "peak MB": record["peak_mb"],
                 "largest relative difference": max(gaps),
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -268,7 +274,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = measure(shape, dtype, a, Path(folder))
             records += found
-            rows += summarise(found)
+            rows += summarize(found)
     print(table(rows))
     write({"table": rows, "runs": records}, a.json)
     if any(

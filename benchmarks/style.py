@@ -1,6 +1,6 @@
-"""The shape of the code in figures: density, length and documentation of every file below some
-folders.
+"""The shape of the code in figures: density, length, documentation, settings and imports.
 
+    make counts
     python benchmarks/style.py scir_cli tests benchmarks --json style.json
 
 Nodes per line are nodes of the syntax tree without expression contexts, per line that is not blank.
@@ -12,10 +12,13 @@ import argparse
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import imports
 
 WIDTH = 100  # columns
 LONG = 60  # lines of a function
@@ -35,9 +38,8 @@ class Style:
     functions: list[tuple[int, str]] = field(default_factory=list)  # (lines, "file:line name")
     public: int = 0
     public_documented: int = 0
-    undocumented: list[str] = field(
-        default_factory=list
-    )  # functions of DOCUMENTED_FROM lines or more
+    # functions of DOCUMENTED_FROM lines or more
+    undocumented: list[str] = field(default_factory=list)
     array_functions: int = 0
     array_functions_with_shapes: int = 0
     raising: int = 0
@@ -114,14 +116,29 @@ def raised_errors(function: Function) -> Iterator[ast.Raise]:
             yield node
 
 
-def settings_per_command() -> dict[str, int]:
-    """Settings of each command, nested ones counted one by one.
+def settings_per_group() -> dict[str, dict[str, int]]:
+    """Command -> group of its help, in the order shown -> number of settings.
 
-    Without --config, --json and --traceback.
+    Nested settings are counted one by one; --config, --json and --traceback are not counted.
     """
     from scir_cli import config, registry
 
-    return {name: len(config.fields(stage.settings)) for name, stage in registry.STAGES.items()}
+    counts: dict[str, dict[str, int]] = {}
+    for name, stage in registry.STAGES.items():
+        fields = config.fields(stage.settings)
+        groups = Counter(config.group_of(stage.settings, *item) for item in fields.items())
+        counts[name] = {group: groups[group] for group in config.GROUPS if groups[group]}
+    return counts
+
+
+def package_counts() -> dict[str, int]:
+    """Import cycles, imports that run up, and what lies at the top of the package."""
+    package = imports.Imports(imports.ROOT / "scir_cli")
+    return {
+        "modules in import cycles": len(package.cycle()),
+        "imports that run up": len(package.upward(imports.layers())),
+        "folders and modules at the top": len(package.top_level()),
+    }
 
 
 def share(part: int, whole: int) -> str:
@@ -165,16 +182,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     rows = [row(folder, count(folder)) for folder in given.folders]
-    settings = settings_per_command()
-    print(
-        markdown(rows),
-        markdown([{"command": name, "settings": n} for name, n in settings.items()]),
-        sep="\n\n",
-    )
+    settings = settings_per_group()
+    package = package_counts()
+    commands = [
+        {
+            "command": name,
+            "settings": sum(groups.values()),
+            "per group": ", ".join(f"{group} {n}" for group, n in groups.items()),
+        }
+        for name, groups in settings.items()
+    ]
+    print(markdown(rows), markdown(commands), markdown([package]), sep="\n\n")
     if given.json:
-        given.json.write_text(
-            json.dumps({"folders": rows, "settings": settings}, indent=1) + "\n", encoding="utf-8"
-        )
+        found = {"folders": rows, "settings": settings, "package": package}
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

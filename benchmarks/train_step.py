@@ -1,17 +1,20 @@
 """A training step of this package beside a step of TRL's DPOTrainer: same model, pairs, order,
-optimiser, machine.
+optimizer, machine.
 
-    python benchmarks/train_step.py --shape S M --dtype fp32 bf16 --trl-python .venv-trl/bin/python --json train_step.json
+    python benchmarks/train_step.py --shape S M --dtype fp32 bf16 \\
+        --trl-python .venv-trl/bin/python --json train_step.json
 
 scir-dpo            DPO on the pairs
 scir-scir           the whole SCIR objective: DPO, implicit reward, both judge orders, penalty
 trl                 TRL's DPOTrainer with precomputed reference log-probabilities
-trl-compact         the same, projecting response positions only, as TRL does on CUDA and not on a CPU (the same as trl on CUDA)
-trl-out-of-the-box  TRL with its defaults: bf16 autocast, gradient checkpointing, the reference model in the loop
+trl-compact         the same, projecting response positions only, as TRL does on CUDA and not on
+                    a CPU (the same as trl on CUDA)
+trl-out-of-the-box  TRL with its defaults: bf16 autocast, gradient checkpointing, the reference
+                    model in the loop
 
 Each run is a process of its own and the implementations take turns. tokens/s counts every sequence
 in full, tokens needed what is left when shared prefixes count once. TRL's bf16 is autocast over
-fp32 weights; ours is bf16 weights with fp32 copies in the optimiser.
+fp32 weights; ours is bf16 weights with fp32 copies in the optimizer.
 """
 
 from __future__ import annotations
@@ -81,9 +84,15 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     )
     (folder / "pairs.json").write_text(json.dumps(rows))
     asked = {
-        "model": str(model), "pairs": str(folder / "pairs.json"), "dtype": dtype, "steps": steps, "batch_size": a.batch_size,
-        "learning_rate": 1e-4, "beta": 0.1, "max_tokens_per_pack": a.max_tokens_per_pack,
-    }  # fmt: skip
+        "model": str(model),
+        "pairs": str(folder / "pairs.json"),
+        "dtype": dtype,
+        "steps": steps,
+        "batch_size": a.batch_size,
+        "learning_rate": 1e-4,
+        "beta": 0.1,
+        "max_tokens_per_pack": a.max_tokens_per_pack,
+    }
     records = []
     for run in range(a.runs):
         for name in a.only:
@@ -103,7 +112,7 @@ def measure(shape: str, dtype: str, a: argparse.Namespace, folder: Path) -> list
     return records
 
 
-def summarise(records: list[Json], a: argparse.Namespace) -> list[Json]:
+def summarize(records: list[Json], a: argparse.Namespace) -> list[Json]:
     """A line for each implementation.
 
     Medians over the counted steps, then over runs; ratios are of runs that took turns.
@@ -127,14 +136,19 @@ def summarise(records: list[Json], a: argparse.Namespace) -> list[Json]:
         dtype = runs[0]["dtype"]
         rows.append(
             {
-                "shape": runs[0]["shape"], "implementation": name, "precision": PRECISION.get((name.split("-")[0], dtype), dtype),
-                "s a step": seconds, "times scir-dpo": statistics.median(ratios) if ratios else None,
-                "peak MB": statistics.median(run["peak_mb"] for run in runs), "pairs/s": a.batch_size / seconds,
+                "shape": runs[0]["shape"],
+                "implementation": name,
+                "precision": PRECISION.get((name.split("-")[0], dtype), dtype),
+                "s a step": seconds,
+                "times scir-dpo": statistics.median(ratios) if ratios else None,
+                "peak MB": statistics.median(run["peak_mb"] for run in runs),
+                "pairs/s": a.batch_size / seconds,
                 "tokens/s": per_step["sequence_tokens"] / seconds if counts else None,
-                "tokens needed": per_step.get("tokens"), "MFU": utilisation(runs[0], needs, seconds, a),
+                "tokens needed": per_step.get("tokens"),
+                "MFU": utilization(runs[0], needs, seconds, a),
                 "largest loss difference": difference(runs, ours) if name != "scir-scir" else None,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -142,8 +156,8 @@ def step_seconds(run: Json, a: argparse.Namespace) -> float:
     return statistics.median(run["seconds"][a.warmup :])
 
 
-def utilisation(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -> float | None:
-    """Model FLOP utilisation in bf16.
+def utilization(run: Json, needs: Json, seconds: float, a: argparse.Namespace) -> float | None:
+    """Model FLOP utilization in bf16.
 
     Operations that the step cannot do without (engine.train_flops) / (seconds * peak of the chip).
     """
@@ -180,7 +194,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found = measure(shape, dtype, a, Path(folder))
             records += found
-            rows += summarise(found, a)
+            rows += summarize(found, a)
     print(table(rows))
     settings = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()

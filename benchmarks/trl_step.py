@@ -1,4 +1,4 @@
-"""The other side of train_step.py: TRL's DPOTrainer on the same model, pairs, order and optimiser.
+"""The other side of train_step.py: TRL's DPOTrainer on the same model, pairs, order and optimizer.
 
 Runs in an environment of its own, made by `make bench-env`; imports nothing of scir_cli.
 """
@@ -44,12 +44,26 @@ def settings(a: Json, folder: str) -> DPOConfig:
         a["implementation"] == "trl-out-of-the-box"
     )  # bf16 autocast, checkpointing, the reference model in the loop
     return DPOConfig(
-        output_dir=folder, max_steps=a["steps"], per_device_train_batch_size=a["batch_size"], max_length=None,
-        learning_rate=a["learning_rate"], lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, beta=a["beta"],
-        bf16=stock or a["dtype"] == "bf16", gradient_checkpointing=stock, precompute_ref_log_probs=not stock,
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(), train_sampling_strategy="sequential",
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=folder,
+        max_steps=a["steps"],
+        per_device_train_batch_size=a["batch_size"],
+        max_length=None,
+        learning_rate=a["learning_rate"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        beta=a["beta"],
+        bf16=stock or a["dtype"] == "bf16",
+        gradient_checkpointing=stock,
+        precompute_ref_log_probs=not stock,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        train_sampling_strategy="sequential",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
 
 
 def trainer(a: Json, folder: str, meter: Meter) -> ExactLosses:

@@ -43,7 +43,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 #: Help of the groups of commands: the first word of a stage's name, if it has two
-GROUPS = {"eval": "Measure reward models on labelled pairs, and responses against responses."}
+GROUPS = {"eval": "Measure reward models on labeled pairs, and responses against responses."}
 
 TRACEBACK_HELP = "If the command fails, print the Python traceback."
 
@@ -89,7 +89,7 @@ def root(
 ) -> None:
     """Self-Consistent Internal Rewards (arXiv 2502.08922).
 
-    Align a language model with its own judgement. The stages:
+    Align a language model with its own judgment. The stages:
     generate → judge → check-consistency → filter → train → eval.
     Each reads a dataset and writes one. `run` runs all stages of a recipe.
 
@@ -257,7 +257,7 @@ def _reporting(traceback: bool) -> Iterator[None]:
             # rich exits in this way if nobody reads its output.
             raise
         print(
-            "scir: interrupted; finished parts are kept, the same command resumes the run",
+            "scir: interrupted; finished parts are kept, run the same command again to continue",
             file=sys.stderr,
         )
         raise typer.Exit(status) from None  # type: ignore[arg-type]
@@ -333,7 +333,7 @@ def run_recipe(
 ) -> None:
     """Run a recipe: each stage of each iteration in its own process.
 
-    The same command resumes an interrupted run.
+    Run the same command again to continue an interrupted run.
     """
     with _reporting(traceback):
         steps = recipe.load(recipe_file, output_dir, _overrides(overrides))

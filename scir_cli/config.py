@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
@@ -107,10 +107,14 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORE
 LONGEST_NUMBER = 40
 
 
-def _check_number(text: str) -> None:
-    """Raises ValueError unless the text is a finite number in the digits 0 to 9."""
+def _check_number(text: str, words: Iterable[str] = ()) -> None:
+    """Raises ValueError unless the text is a finite number in the digits 0 to 9.
+
+    words: the texts that the setting also accepts, for the message.
+    """
     if len(text) > LONGEST_NUMBER or not NUMBER.fullmatch(text):
-        raise ValueError("expected a finite number, written with the digits 0 to 9")
+        others = "".join(f", or {word}" for word in sorted(words))
+        raise ValueError(f"expected a finite number, written with the digits 0 to 9{others}")
 
 
 def _list_from_text(text: str) -> list[str]:
@@ -166,8 +170,9 @@ class Settings(BaseModel):
             return value
         if value.lower() in ("null", "none") and field.default is None:
             return None
-        if _is_number(field) and value not in _literals(field):
-            _check_number(value)
+        words = _literals(field)
+        if _is_number(field) and value not in words:
+            _check_number(value, words)
         return value
 
     @field_validator("*", mode="after")

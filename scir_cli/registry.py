@@ -88,7 +88,7 @@ _ALL = [
     ),
     Stage(
         "eval rewards",
-        "Measure the accuracy of each reward model, and of their agreed label, on labelled pairs.",
+        "Measure the accuracy of each reward model, and of their agreed label, on labeled pairs.",
         EvalRewardsSettings,
         run="scir_cli.stages.eval_rewards:run",
         tables="scir_cli.report.tables:verdict_tables",

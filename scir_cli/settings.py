@@ -121,7 +121,7 @@ class StageSettings(Settings):
     output_dir: Annotated[Path, PlainValidator(_folder)] = config.setting(
         ...,
         "Output folder; for a dataset also a URL (s3://…). "
-        "The same command resumes an interrupted run.",
+        "Run the same command again to continue an interrupted run.",
         group=INPUT_OUTPUT,
         affects_output=False,
     )
@@ -304,6 +304,31 @@ class ModelSettings(StageSettings):
         return plan
 
 
+class SplitSettings(ModelSettings):
+    """Settings of a stage that separates answers from their reasoning."""
+
+    think_end: str | None = config.setting(
+        None,
+        "Text after which an answer's reasoning is over, as </think>. Default: as the chat "
+        "template or the tokenizer has it. Judges read what follows.",
+        group=RARE,
+    )
+
+    @field_validator("think_end")
+    @classmethod
+    def _think_end_is_visible(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("expected the text that ends the reasoning, as </think>")
+        return value
+
+    def plan(self) -> dict[str, Any]:
+        """As of all settings; without think_end if it is not set."""
+        plan = super().plan()
+        if self.think_end is None:
+            plan.pop("think_end", None)
+        return plan
+
+
 def template_kwargs(value: Any) -> Any:
     """The mapping of NAME=VALUE words, with the types of JSON's constants and numbers.
 
@@ -439,7 +464,7 @@ class RewardSettings(ModelSettings):
         return super().plan() | {"reward_models": names}
 
 
-class JudgingSettings(RewardSettings):
+class JudgingSettings(RewardSettings, SplitSettings):
     """Further settings of a stage that judges pairs."""
 
     rationale_max_tokens: Positive = config.setting(
@@ -583,7 +608,7 @@ def endpoint_arguments(words: list[str]) -> EndpointArguments:
         raise ValueError("; ".join(problems)) from error
 
 
-class SamplingSettings(BackendSettings):
+class SamplingSettings(BackendSettings, SplitSettings):
     """Settings of a stage that samples responses to prompts."""
 
     input: str = config.setting(
@@ -692,7 +717,7 @@ class CheckConsistencySettings(ReportSettings):
     )
     compare_to: list[str] = config.setting(
         [],
-        "Other judgements of the same pairs (judged datasets of another model, prompt or "
+        "Other judgments of the same pairs (judged datasets of another model, prompt or "
         "seed): report how verdicts and ranks change.",
         group=INPUT_OUTPUT,
         path=True,
@@ -728,24 +753,28 @@ class FilterSettings(StageSettings):
     )
     voters: list[str] = config.setting(
         ["judge", "likelihood", "pmi"],
-        "consensus: the reward models whose log-odds are pooled, with sizes matched to the first's; or all.",
+        "consensus: the reward models whose log-odds are pooled, with sizes matched to the "
+        "first's; or all.",
         group=LABELS,
     )
     soft_labels: bool = config.setting(
         False,
-        "Write the probability that a label is correct, by which train's losses weigh it; consensus always does.",
+        "Write the probability that a label is correct, by which train's losses weigh it; "
+        "consensus always does.",
         group=LABELS,
     )
     label_temperature: float | None = config.setting(
         None,
-        "Soft labels: p = sigmoid(log-odds / label_temperature). Default: fitted on --calibrate-on, else 1.",
+        "Soft labels: p = sigmoid(log-odds / label_temperature). Default: fitted on "
+        "--calibrate-on, else 1.",
         group=LABELS,
         gt=0,
         le=LARGEST_FACTOR,
     )
     calibrate_on: str | None = config.setting(
         None,
-        "Judged dataset of labeled pairs (the seed pairs) with the verdicts of the same reward models, to fit the temperature.",
+        "Judged dataset of labeled pairs (the seed pairs) with the verdicts of the same "
+        "reward models, to fit the temperature.",
         group=LABELS,
         path=True,
     )
@@ -754,20 +783,20 @@ class FilterSettings(StageSettings):
     )
     length_neutral: bool = config.setting(
         False,
-        "Subtract a per-token penalty from the labelling log-odds, so that chosen and "
+        "Subtract a per-token penalty from the labeling log-odds, so that chosen and "
         "rejected have the same mean length (DICE).",
         group=LABELS,
     )
     min_margin: float = config.setting(
         0.0,
-        "Smallest |log-odds| (nats) of the labelling models for a label.",
+        "Smallest |log-odds| (nats) of the labeling models for a label.",
         group=LABELS,
         ge=0,
         le=LARGEST_FACTOR,
     )
     min_confidence: float = config.setting(
         0.5,
-        "Smallest confidence max(p, 1-p) of the labelling models for a label; 0.5 excludes none.",
+        "Smallest confidence max(p, 1-p) of the labeling models for a label; 0.5 excludes none.",
         group=LABELS,
         ge=0.5,
         lt=1,
@@ -782,6 +811,11 @@ class FilterSettings(StageSettings):
     max_response_tokens: Positive | None = config.setting(
         None, "Drop pairs with a response of more tokens than this.", group=SELECTION, le=MOST_COUNT
     )
+    keep_cut: bool = config.setting(
+        False,
+        "Keep pairs with a response that the length limit cut (finish_reason length).",
+        group=SELECTION,
+    )
     max_pairs_per_prompt: Positive | None = config.setting(
         None,
         "Maximum number of pairs per prompt; those with the largest margins are kept.",
@@ -793,7 +827,7 @@ class FilterSettings(StageSettings):
         "Drop pairs whose two responses occurred in an earlier pair of the same prompt.",
         group=SELECTION,
     )
-    keep_unlabelled: bool = config.setting(
+    keep_unlabeled: bool = config.setting(
         False, "Keep pairs without a label, for SCIR's inconsistency penalty.", group=SELECTION
     )
     trl_jsonl: bool = config.setting(
@@ -826,7 +860,8 @@ class FilterSettings(StageSettings):
     def _soft_labels_have_log_odds(self) -> FilterSettings:
         if self.is_soft and (self.rule in ("agree", "majority") or self.cream_previous):
             raise ValueError(
-                "soft_labels are the sigmoid of one log-odds: use --rule consensus or a reward model, without --cream-previous"
+                "soft_labels are the sigmoid of one log-odds: use --rule consensus or a "
+                "reward model, without --cream-previous"
             )
         if (self.calibrate_on or self.label_temperature) and not self.is_soft:
             raise ValueError(
@@ -870,15 +905,15 @@ class TrainSettings(RewardSettings, ReportSettings):
 
     objective: Literal["sft", "dpo", "scir"] = config.setting(
         "scir",
-        "sft: learn responses and verdicts from labelled pairs. dpo: preference loss on "
-        "labelled pairs. scir: inconsistency penalty on all pairs, preference loss on agreed "
+        "sft: learn responses and verdicts from labeled pairs. dpo: preference loss on "
+        "labeled pairs. scir: inconsistency penalty on all pairs, preference loss on agreed "
         "pairs.",
         group=INPUT_OUTPUT,
         affects_fit=True,
     )
     input: str = config.setting(
         ...,
-        "Training pairs (file or dataset): preferences or judged pairs (scir), labelled pairs "
+        "Training pairs (file or dataset): preferences or judged pairs (scir), labeled pairs "
         "(sft, dpo).",
         group=INPUT_OUTPUT,
         path=True,
@@ -886,7 +921,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     validation: str | None = config.setting(
         None,
-        "Labelled pairs (file or dataset) for evaluation during training.",
+        "Labeled pairs (file or dataset) for evaluation during training.",
         group=INPUT_OUTPUT,
         path=True,
         affects_output=False,
@@ -1001,8 +1036,9 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     target: Literal["agreed", "judge", "consensus"] = config.setting(
         "agreed",
-        "Labels of the preference loss: agreed (the verdict that all reward models share, other pairs left out), judge (its "
-        "verdict, every pair), or consensus (the input's soft labels, which the judge learns as well in both orders).",
+        "Labels of the preference loss: agreed (the verdict that all reward models share, "
+        "other pairs left out), judge (its verdict, every pair), or consensus (the input's "
+        "soft labels, which the judge learns as well in both orders).",
         group=CONSISTENCY,
         affects_fit=True,
     )
@@ -1027,7 +1063,7 @@ class TrainSettings(RewardSettings, ReportSettings):
     )
     anchors: str | None = config.setting(
         None,
-        "Labelled pairs (file or dataset) added to the steps; a supervised verdict loss on "
+        "Labeled pairs (file or dataset) added to the steps; a supervised verdict loss on "
         "them keeps the judge from drifting.",
         group=CONSISTENCY,
         path=True,
@@ -1087,7 +1123,7 @@ class TrainSettings(RewardSettings, ReportSettings):
 
     @property
     def learns_consensus(self) -> bool:
-        """Whether the objective is SCIR with the input's soft labels in place of the agreed verdict."""
+        """Whether the objective is SCIR with the input's soft labels, not the agreed verdict."""
         return self.objective == "scir" and self.target == "consensus"
 
     @model_validator(mode="after")
@@ -1166,7 +1202,7 @@ class EvalRewardsSettings(JudgingSettings, ReportSettings):
 
     input: str = config.setting(
         ...,
-        "Labelled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are "
+        "Labeled pairs (prompt, chosen, rejected), or a judged dataset, whose verdicts are "
         "used unchanged.",
         group=INPUT_OUTPUT,
         path=True,

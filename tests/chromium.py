@@ -19,7 +19,7 @@ PROGRAM = (
 
 
 class Chromium:
-    """`look` opens a file at a width and a colour scheme.
+    """`look` opens a file at a width and a color scheme.
 
     Errors, requests and screenshots are kept for the test to see.
     """

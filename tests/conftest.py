@@ -59,7 +59,7 @@ def tiny_policy(tiny_llama: Path) -> policy.Policy:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a policy, prompts, labelled pairs, and the chain's datasets up to
+    """A folder with a base, a policy, prompts, labeled pairs, and the chain's datasets up to
     preferences.
     """
     root = tmp_path_factory.mktemp("world")
@@ -84,8 +84,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows_per_part=2,
     )
     models = ["judge", "implicit", "likelihood", "pmi", "rubric"]
-    run("judge", model=str(root / "policy"), reward_reference=str(root / "base"), input=str(root / "candidates"), reward_models=models,
-        output_dir=root / "judged", rows_per_part=4)  # fmt: skip
+    run(
+        "judge",
+        model=str(root / "policy"),
+        reward_reference=str(root / "base"),
+        input=str(root / "candidates"),
+        reward_models=models,
+        output_dir=root / "judged",
+        rows_per_part=4,
+    )
     run(
         "check-consistency",
         input=str(root / "judged"),
@@ -97,7 +104,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         input=str(root / "judged"),
         output_dir=root / "preferences",
         agree_on=["judge", "implicit"],
-        keep_unlabelled=True,
+        keep_unlabeled=True,
+        keep_cut=True,
         trl_jsonl=True,
     )
     return root
@@ -110,17 +118,17 @@ def scored(world: Path) -> Path:
     The judged pairs, given a gold label, as `eval rewards` takes them.
     """
     table = dataset.read_dataset(world / "judged")
-    labelled = table.set_column(
+    labeled = table.set_column(
         table.column_names.index("gold_label"), "gold_label", pa.array(["first"] * table.num_rows)
     )
     dataset.write_dataset(
-        world / "labelled",
+        world / "labeled",
         "judged",
         {"stage": "judge"},
         [(0, 1)],
-        lambda *_: dataset.Part(labelled, table.num_rows),
+        lambda *_: dataset.Part(labeled, table.num_rows),
     )
-    run("eval rewards", input=str(world / "labelled"), output_dir=world / "scores")
+    run("eval rewards", input=str(world / "labeled"), output_dir=world / "scores")
     return world
 
 

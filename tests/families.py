@@ -61,6 +61,8 @@ class Family:
     #: special tokens that end an answer, beside the tokenizer's end token
     ends: tuple[str, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    #: the markers of reasoning, and whether the generation prompt ends inside it
+    reasoning: tuple[str, str, bool] = ("<think>", "</think>", False)
 
     def chat(self, folder: Path, **kwargs: Any) -> Chat:
         tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(folder, template=self.template))
@@ -78,6 +80,16 @@ EMPTY_THINK = "<think>\n\n</think>\n\n"
 NO_THINKING = "{% if enable_thinking is defined and not enable_thinking %}"
 CHANNEL = "<|channel|>final<|message|>"
 
+#: an answer's reasoning where the template gets some, else an empty block
+REASONED = (
+    "<think>\n{% if m['reasoning_content'] %}{{ m['reasoning_content'] }}{% endif %}"
+    "{{ '\n</think>\n\n' }}"
+)
+ANALYSIS = (
+    "{% if m['thinking'] %}<|channel|>analysis<|message|>{{ m['thinking'] }}<|end|>"
+    "<|start|>assistant{% endif %}"
+)
+
 FAMILIES = {
     # an empty reasoning block before an answer without reasoning
     "empty_think": Family(turns(HEADER + EMPTY_THINK), cue=EMPTY_THINK),
@@ -86,14 +98,20 @@ FAMILIES = {
         turns(HEADER + EMPTY_THINK, HEADER + NO_THINKING + EMPTY_THINK + "{% endif %}"),
         kwargs={"enable_thinking": False},
     ),
+    # reasoning from the message's own key
+    "reasons": Family(turns(HEADER + REASONED), cue=EMPTY_THINK),
     # the generation prompt opens a reasoning block, which an answer closes at once
     "opened_think": Family(
-        turns(HEADER + EMPTY_THINK, HEADER + "<think>\n"), cue="\n\n</think>\n\n", removed="\n"
+        turns(HEADER + REASONED, HEADER + "<think>\n"),
+        cue="\n\n</think>\n\n",
+        removed="\n",
+        reasoning=("<think>", "</think>", True),
     ),
     # the generation prompt opens a reasoning block, and no answer has one
     "stripped_think": Family(
         turns(HEADER, HEADER + "<think>\n", content="m['content'].split('</think>')[-1]"),
         removed="<think>\n",
+        reasoning=("<think>", "</think>", True),
     ),
     # an answer without its newline: the reasoning block is one line
     "closed_think": Family(
@@ -103,13 +121,14 @@ FAMILIES = {
     # a channel header before the answer
     "channels": Family(
         turns(
-            "<|start|>assistant" + CHANNEL,
+            "<|start|>assistant" + ANALYSIS + CHANNEL,
             "<|start|>assistant",
             end="{{ '<|return|>' if loop.last else '<|end|>' }}",
         ),
         cue=CHANNEL,
         special=("<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|end|>"),
         ends=("<|return|>",),
+        reasoning=("<|channel|>analysis<|message|>", CHANNEL, False),
     ),
     # a token between the answer and the end of its turn
     "trailing": Family(

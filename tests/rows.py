@@ -62,6 +62,7 @@ def verdicts(log_odds, forward=None, swapped=None, gold=None, length=None, subse
         verdict_mass=empty,
         gold=nobody if gold is None else np.array(gold, float),
         length_difference=nobody if length is None else np.array(length, float),
+        answer_length_difference=nobody,
         subset=subset or [None] * n,
         pair_ids=[f"p{i}" for i in range(n)],
     )

@@ -40,7 +40,7 @@ def test_kappa_has_the_interval_of_its_observed_agreement():
     assert perfect[0] == perfect[2] == 1 and perfect[1] < 0.2  # three pairs prove little
 
 
-def test_a_rank_correlations_interval_covers_as_often_as_it_says():
+def test_a_rank_correlations_interval_has_its_nominal_coverage():
     rng, inside = np.random.default_rng(0), 0
     true = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's rho of a bivariate normal with r = 0.6
     for _ in range(400):
@@ -173,7 +173,7 @@ def test_leaning_to_length_is_counted_where_lengths_differ_and_set_against_the_l
     assert (found["rate_low"], found["rate_high"]) == pytest.approx(
         statistics.wilson(2.5, 4), abs=1e-6
     )
-    # labelled three: verdicts to the longer 1, 0, 1; labels 0, 0, 1: excess 1, 0, 0
+    # labeled three: verdicts to the longer 1, 0, 1; labels 0, 0, 1: excess 1, 0, 0
     assert found["excess"] == pytest.approx(1 / 3, abs=1e-6)
     gold = biases(v, table_of(*[("a", "b")] * 5))["gold"]["longer"]
     assert (gold["pairs"], gold["rate"]) == (3, pytest.approx(1 / 3, abs=1e-6))
@@ -181,8 +181,14 @@ def test_leaning_to_length_is_counted_where_lengths_differ_and_set_against_the_l
 
 def test_formats_are_seen_where_only_one_of_the_two_has_them():
     table = table_of(
-        ("- a\n- b", "plain"), ("plain", "1. one"), ("* a", "- b"), ("```x```", "no"), ("a - b", "# Head"), ("#no\n1.no", "-1"), ("a", "\n + x")
-    )  # fmt: skip
+        ("- a\n- b", "plain"),
+        ("plain", "1. one"),
+        ("* a", "- b"),
+        ("```x```", "no"),
+        ("a - b", "# Head"),
+        ("#no\n1.no", "-1"),
+        ("a", "\n + x"),
+    )
     v = verdicts([[1.0, 1, 1, -1, -1, 1, 1]])
     found = biases(v, table)["judge"]
     # lists: rows 0 (+, wins), 1 (-, loses), 6 (-, loses); code: row 3 (+, loses); headers: row 4
@@ -296,7 +302,7 @@ def test_other_pairs_cannot_be_compared_and_nothing_is_written(tmp_path: Path):
     assert not (tmp_path / "o").exists()
 
 
-def test_an_author_that_nobody_is_gets_said(tmp_path: Path):
+def test_an_unknown_author_is_a_note(tmp_path: Path):
     summary = run(
         input=dataset(tmp_path / "now", [1.0, 1, 1]),
         judge_author="somebody",

@@ -30,7 +30,7 @@ RATIOS = f64(CHOSEN, REJECTED) - f64(*REFERENCE)  # (2, pairs)
 FIRST = f64([1.0, 1.0])
 
 
-def test_dpo_and_ipo():
+def test_dpo_and_ipo_equal_the_authors_numbers():
     assert losses.dpo(RATIOS, FIRST, 0.1).tolist() == pytest.approx(
         [0.5981388693815918, 0.8259394198788436]
     )
@@ -57,7 +57,7 @@ def test_sppo_s_soft_label_has_the_gradient_of_theirs():
     assert torch.allclose(ours, 2 * theirs)
 
 
-def test_simpo():
+def test_simpo_equals_the_authors_numbers():
     means = f64([-0.5, -1.2], [-0.9, -0.3])
     assert losses.simpo(means, FIRST, 2.0, 2.0 * 0.8).tolist() == pytest.approx(
         [1.171100698848325, 3.4328285396404876]
@@ -76,7 +76,7 @@ def test_cream_s_loss_and_rate():
         assert label_rules.rank_consistency(a, b, ["p"] * len(a))[0] == pytest.approx(rate)
 
 
-def test_dice_s_alpha():
+def test_the_length_penalty_alpha_equals_that_of_dice():
     odds = np.array([2.0, 0.2, 3.0, 0.6, 0.9, -0.4, 1.3])
     difference = np.array([4.0, 2, 2, -6, 9, 1, 4])
     assert label_rules.length_neutral(odds, difference)[1] == pytest.approx(0.1)

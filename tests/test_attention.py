@@ -27,9 +27,18 @@ from scir_cli.engine import tree_attention
 
 
 def varlen_attn(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
     """torch's varlen_attn by its documentation.
 
     Sequences one by one, causal from the end, at most window_size[0] keys back.
@@ -72,18 +81,18 @@ def test_one_variable_length_call_scores_and_differentiates_like_one_sequence_at
 def test_where_flash_attention_cannot_serve_the_next_one_does(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """Soft-capped scores, and a machine whose kernel refuses (no CUDA here)."""
+    """Soft-capped scores, sinks, and a machine whose kernel refuses (no CUDA here)."""
     monkeypatch.setattr(
         tree_attention,
         "candidates",
         lambda device, dtype: [tree_attention.VARLEN, tree_attention.SDPA],
     )
-    for arch in ("llama", "gemma2"):
+    for arch in ("llama", "gemma2", "gpt_oss"):
         assert load_fp32(make_model(tmp_path / arch, arch)).tree_attention == tree_attention.SDPA
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt_oss"])
 def test_one_flex_call_scores_like_one_sequence_at_a_time(
     arch: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ):

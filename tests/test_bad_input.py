@@ -198,7 +198,9 @@ def test_an_output_folder_that_holds_the_model_behind_an_adapter_is_refused_too(
 
     with pytest.raises(
         ConfigError,
-        match=f"base is or holds the base model of {name} .*adapter, .*base; choose another folder$",
+        match=(
+            f"base is or holds the base model of {name} .*adapter, .*base; choose another folder$"
+        ),
     ):
         check("base")
     check("other")

@@ -141,7 +141,8 @@ def test_length_controlled_rates_are_set_beside_another_environments(tmp_path: P
     peer = tmp_path / "python"
     script = (
         "import json, sys; files = sys.argv[4:]\n"
-        "rates = [sum(r['preference'] - 1 for r in rows) / len(rows) for rows in map(json.load, map(open, files))]\n"
+        "rates = [sum(r['preference'] - 1 for r in rows) / len(rows) for rows in "
+        "map(json.load, map(open, files))]\n"
         "print(json.dumps([[100 * rate, 0, 50, 0] for rate in rates for _ in range(3)]))\n"
     )
     (tmp_path / "peer.py").write_text(script)
@@ -231,3 +232,12 @@ def test_the_table_of_chat_templates_has_a_row_per_template(tmp_path: Path):
     text = document.read_text(encoding="utf-8")
     assert f"at one token: {len(FAMILIES)} of {len(FAMILIES) + 1}." in text
     assert "- depends: the chat template of depends renders the answer 'A' differently" in text
+
+
+def test_planted_texts_are_measured_for_each_lesson(tmp_path: Path):
+    found = run("planted.py", tmp_path, "--steps", "2", "--pairs", "8", "--seeds", "0")
+    assert sorted(found) == ["long", "short"]
+    for (figures,) in found.values():
+        assert "second answer" in figures
+        for shares in figures.values():
+            assert sorted(shares) == ["as read", "as written"]

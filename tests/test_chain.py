@@ -64,7 +64,8 @@ def test_a_column_of_the_prompts_is_in_the_preferences_at_the_end_of_the_chain(w
         assert rows
         for row in rows:
             (word,) = json.loads(row["extra"]).values()
-            assert row["messages"] == [{"role": "user", "content": f"Tell me of the {word}."}]
+            asked = {"role": "user", "content": f"Tell me of the {word}.", "more": None}
+            assert row["messages"] == [asked]
 
 
 def test_an_end_token_is_there_if_and_only_if_the_answer_finished(world: Path):
@@ -158,6 +159,7 @@ def test_dpo_starts_at_ln_2_and_scir_without_penalty_follows_dpo(world: Path, tm
         input=str(world / "judged"),
         output_dir=tmp_path / "agreed",
         agree_on=["judge", "implicit"],
+        keep_cut=True,
     )
     n = dataset.read_dataset(tmp_path / "agreed").num_rows
     shared = {
@@ -222,7 +224,7 @@ def test_lora_trains_adapters_and_leaves_an_ordinary_folder(world: Path, tmp_pat
         torch.testing.assert_close(trained[name], given[name], rtol=0, atol=1e-6)
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(
+def test_too_little_memory_is_one_line_with_what_to_lower(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def full(*_: Any, **__: Any) -> Any:
@@ -266,7 +268,10 @@ def test_an_adapter_for_another_model_is_refused_by_one_line(tmp_path: Path):
     make_model(tmp_path / "base", hidden_size=64)
     with pytest.raises(
         ModelError,
-        match=r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 in the model and 32 in the adapter",
+        match=(
+            r"for another base model than .*: model\.layers\.0\.self_attn\.q_proj is 64 x 64 "
+            r"in the model and 32 in the adapter"
+        ),
     ):
         load()
     shutil.rmtree(tmp_path / "base")
@@ -304,14 +309,14 @@ def test_qlora_trains_adapters_on_four_bits_and_merges_them_into_the_weights_it_
         train(world, tmp_path / "x", **common)
 
 
-def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(
+def test_eval_rewards_scores_labeled_pairs_and_winrate_matches_instructions(
     world: Path, tmp_path: Path
 ):
     common = {"model": str(world / "policy"), "reward_reference": str(world / "base")}
     summary = run(
         "eval rewards", **common, input=str(world / "gold.jsonl"), output_dir=tmp_path / "rewards"
     )["summary"]
-    assert summary["models"]["judge"]["labelled"] == 6
+    assert summary["models"]["judge"]["labeled"] == 6
     for name, answers in (
         ("a", {"x": "yes", "y": "no", "z": "same"}),
         ("b", {"x": "no", "y": "yes", "z": "same", "w": "?"}),
@@ -330,7 +335,7 @@ def test_eval_rewards_scores_labelled_pairs_and_winrate_matches_instructions(
     assert manifest["summary"]["matches"][0]["verdicts"] == 2
 
 
-def test_trl_rows_are_the_labelled_ones_as_messages(world: Path):
+def test_trl_rows_are_the_labeled_ones_as_messages(world: Path):
     rows = [
         json.loads(line) for line in (world / "preferences" / "trl.jsonl").read_text().splitlines()
     ]
@@ -441,7 +446,10 @@ def test_every_failure_is_one_line_and_a_documented_status(
 
 
 def test_help_answers_without_torch_and_json_is_all_that_stdout_holds(world: Path, tmp_path: Path):
-    code = "import sys, scir_cli.cli; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
+    code = (
+        "import sys, scir_cli.cli; assert not {'torch', 'transformers', 'datasets'} & "
+        "set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     command = [
         sys.executable,
@@ -510,20 +518,51 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
         encoding="utf-8",
     )
     gold = tmp_path / "gold.jsonl"
-    labelled = [
+    labeled = [
         {"prompt": f"Say {i}.", "chosen": f"It is {i}.", "rejected": "No."} for i in range(40)
     ]
-    gold.write_text("".join(json.dumps(row) + "\n" for row in labelled), encoding="utf-8")
+    gold.write_text("".join(json.dumps(row) + "\n" for row in labeled), encoding="utf-8")
     scored = ["-m", str(world / "policy"), "--reward-reference", str(world / "base")]
     options = {
-        "generate": [*scored[:2], "-i", str(many), "--n", "2", "--max-new-tokens", "24", "--rows-per-part", "1"],
+        "generate": [
+            *scored[:2],
+            "-i",
+            str(many),
+            "--n",
+            "2",
+            "--max-new-tokens",
+            "24",
+            "--rows-per-part",
+            "1",
+        ],
         "judge": [*scored, "-i", str(world / "candidates"), "--rows-per-part", "1"],
         "check-consistency": ["-i", str(thousands), "--rows-per-part", "20"],
-        "filter": ["-i", str(thousands), "--rows-per-part", "20", "--no-dedup", "--trl-jsonl", "--rule", "judge"],
+        "filter": [
+            "-i",
+            str(thousands),
+            "--rows-per-part",
+            "20",
+            "--no-dedup",
+            "--trl-jsonl",
+            "--rule",
+            "judge",
+            "--keep-cut",
+        ],
         "eval rewards": [*scored, "-i", str(gold), "--rows-per-part", "1"],
-        "train": [*scored, "-i", str(world / "preferences"), "--batch-size", "3", "--num-epochs", "6", "--save-every", "1",
-                  "--learning-rate", "1e-3"],
-    }[stage]  # fmt: skip
+        "train": [
+            *scored,
+            "-i",
+            str(world / "preferences"),
+            "--batch-size",
+            "3",
+            "--num-epochs",
+            "6",
+            "--save-every",
+            "1",
+            "--learning-rate",
+            "1e-3",
+        ],
+    }[stage]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     precision = (
         [] if stage in ("check-consistency", "filter") else ["--dtype", "fp32", "--device", "cpu"]
@@ -571,8 +610,10 @@ def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"set: {{world: '{world}'}}\nall: {{dtype: fp32, device: cpu}}\nsteps:\n"
-        "- generate: {model: '{world}/policy', input: '{world}/prompts.jsonl', n: 3, max_new_tokens: 24, rows_per_part: 1, output_dir: '{out}/c'}\n"
-        "- judge: {model: '{world}/policy', reward_reference: '{world}/base', input: '{out}/c', output_dir: '{out}/j'}\n"
+        "- generate: {model: '{world}/policy', input: '{world}/prompts.jsonl', n: 3, "
+        "max_new_tokens: 24, rows_per_part: 1, output_dir: '{out}/c'}\n"
+        "- judge: {model: '{world}/policy', reward_reference: '{world}/base', input: "
+        "'{out}/c', output_dir: '{out}/j'}\n"
         "- check-consistency: {input: '{out}/j', output_dir: '{out}/k'}\n"
         "- filter: {input: '{out}/j', output_dir: '{out}/f', rule: judge}\n",
         encoding="utf-8",

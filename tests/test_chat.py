@@ -34,9 +34,15 @@ LONG = [
 ]
 CLOSING_THINK = CHATML.replace(
     "message['content']",
-    "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + message['content']",
+    (
+        "('<think>\\n\\n</think>\\n\\n' if message['role'] == 'assistant' else '') + "
+        "message['content']"
+    ),
 )
-WITHOUT_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+WITHOUT_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
 
 
 def toy_chat(folder: Path, **kind: Any) -> Chat:
@@ -230,7 +236,7 @@ def test_a_field_nobody_gave_stays_as_it_is_written():
     )
 
 
-def test_a_single_question_is_asked_as_it_is_and_a_longer_conversation_with_its_roles():
+def test_a_prompt_holds_a_single_question_unchanged_and_a_longer_conversation_with_its_roles():
     assert prompts.question_text(USER) == "What is 2 + 2?"
     assert (
         prompts.question_text([LONG[0], *USER]) == "What is 2 + 2?"
@@ -313,9 +319,8 @@ def test_a_missing_chat_template_is_one_line(tmp_path: Path):
     folder = make_tokenizer(tmp_path / "tokenizer", template=None)
     with pytest.raises(ModelError) as error:
         loading.load_tokenizer(folder, settings(folder))
-    assert (
-        one_line(error)
-        == f"the tokenizer in {folder} has no chat template; pass one with --chat-template FILE.jinja"
+    assert one_line(error) == (
+        f"the tokenizer in {folder} has no chat template; pass one with --chat-template FILE.jinja"
     )
 
 
@@ -368,7 +373,7 @@ def test_a_folder_with_torn_weights_is_one_line(tiny_llama: Path, tmp_path: Path
     assert f"the model in {folder} cannot be loaded" in one_line(error)
 
 
-def test_answers_end_at_every_end_token_the_generation_config_knows(tmp_path: Path):
+def test_answers_end_at_every_end_token_of_the_generation_config(tmp_path: Path):
     folder = make_tokenizer(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert loading.end_ids(folder, tokenizer) == {tokenizer.eos_token_id}

@@ -114,7 +114,8 @@ def test_a_recipe_chooses_the_executor_of_a_stage(
 all: {{model: {tiny_llama}, rows_per_part: 20}}
 steps:
   - generate: {{input: {prompts}, n: 2, max_new_tokens: 6, output_dir: "{{out}}/candidates"}}
-  - judge: {{input: "{{out}}/candidates", reward_models: [judge], workers_on: ray, output_dir: "{{out}}/judged"}}
+  - judge: {{input: "{{out}}/candidates", reward_models: [judge], workers_on: ray,
+             output_dir: "{{out}}/judged"}}
 """
     )
     first, second = recipe.load(tmp_path / "recipe.yaml", tmp_path)
@@ -147,7 +148,10 @@ def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machi
 ):
     with pytest.raises(
         EngineError,
-        match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished",
+        match=(
+            r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; "
+            r"finished"
+        ),
     ):
         generate(
             tiny_llama,

@@ -1,4 +1,7 @@
-"""The logarithmic opinion pool and its temperature, worked by hand: sizes, pooled log-odds, soft labels, maximum likelihood."""
+"""The logarithmic opinion pool and its temperature, worked by hand.
+
+Sizes, pooled log-odds, soft labels, maximum likelihood.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ def test_a_voter_s_size_is_its_median_without_ties_and_missing_verdicts():
 
 def test_a_pool_is_the_mean_of_matched_log_odds_in_the_judge_s_nats():
     # Likelihood times 4 / 0.2 = 20, pmi times 4 / 1 = 4:
-    # (2 + 2 - 4) / 3 = 0, (-4 + 4 - 4) / 3 = -4/3, (0 - 8 + 4) / 3 = -4/3, and no verdict where likelihood has none.
+    # (2 + 2 - 4) / 3 = 0, (-4 + 4 - 4) / 3 = -4/3, (0 - 8 + 4) / 3 = -4/3, and no verdict where
+    # likelihood has none.
     pooled = consensus.pool(VOTES, array(4, 0.2, 1))
     assert pooled[:3] == pytest.approx(array(0, -4 / 3, -4 / 3), abs=1e-12)
     assert np.isnan(pooled[3])
@@ -59,8 +63,10 @@ def test_a_soft_label_is_the_sigmoid_of_pooled_log_odds_over_the_temperature():
 
 
 def test_a_temperature_makes_the_certainty_as_large_as_the_accuracy():
-    # |z| is 2 on 40 pairs, of which 30 are labeled correctly: sigmoid(2 / T) = 3/4, so T = 2 / ln 3.
-    # Curvature in b = 1 / T: 40 * 4 * 3/16 = 30; log T lies within 1.959964 / (b sqrt 30), b = ln 3 / 2.
+    # |z| is 2 on 40 pairs, of which 30 are labeled correctly: sigmoid(2 / T) = 3/4, so T = 2 / ln
+    # 3.
+    # Curvature in b = 1 / T: 40 * 4 * 3/16 = 30; log T lies within 1.959964 / (b sqrt 30), b = ln 3
+    # / 2.
     z = np.where(np.arange(40) % 2, 2.0, -2.0)
     gold = np.sign(z) * np.where(np.arange(40) < 30, 1, -1)
     fitted = consensus.fit_temperature(z, gold)
@@ -69,7 +75,8 @@ def test_a_temperature_makes_the_certainty_as_large_as_the_accuracy():
     assert fitted.low == pytest.approx(2 / LN3 / spread, rel=1e-6)
     assert fitted.high == pytest.approx(2 / LN3 * spread, rel=1e-6)
     assert (fitted.pairs, fitted.accuracy) == (40, 0.75)
-    # -3/4 ln(3/4) - 1/4 ln(1/4) = 2 ln 2 - 3/4 ln 3 nats at T, and softplus(-2) + 2/4 at temperature 1
+    # -3/4 ln(3/4) - 1/4 ln(1/4) = 2 ln 2 - 3/4 ln 3 nats at T, and softplus(-2) + 2/4 at
+    # temperature 1
     assert fitted.nll == pytest.approx(2 * LN2 - 0.75 * LN3)
     assert fitted.nll_uncalibrated == pytest.approx(math.log(1 + math.exp(-2)) + 0.5)
 

@@ -1,4 +1,7 @@
-"""`objective: scir` with `target: consensus`: the loss and its gradient by hand, and a run from judged pairs to a model."""
+"""`objective: scir` with `target: consensus`.
+
+The loss and its gradient by hand, and a run from judged pairs to a model.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +57,14 @@ def softplus(x: float) -> float:
     return math.log(1 + math.exp(x))
 
 
-#: log-probabilities of the two responses, then log P(A), log P(B): ln 4 for the first in one order, and for seat A in the other
+#: log-probabilities of the two responses, then log P(A), log P(B): ln 4 for the first in one order,
+#: and for seat A in the other
 LOGPS = [1.0, -2.0, math.log(0.8), math.log(0.2), math.log(0.8), math.log(0.2)]
 
 
 def test_one_sided_cross_entropy_by_hand():
-    # t = 0.9 against p = 0.8 and 0.2: -(0.9 ln 0.8 + 0.1 ln 0.2) and -(0.9 ln 0.2 + 0.1 ln 0.8), their mean is 1/2 ln 6.25
+    # t = 0.9 against p = 0.8 and 0.2: -(0.9 ln 0.8 + 0.1 ln 0.2) and -(0.9 ln 0.2 + 0.1 ln 0.8),
+    # their mean is 1/2 ln 6.25
     orders = torch.tensor([[LN4], [-LN4]], dtype=torch.float64)
     assert float(losses.one_sided(orders, torch.tensor([0.9]))) == pytest.approx(
         0.5 * math.log(6.25)
@@ -84,7 +89,8 @@ def test_the_judge_moves_to_the_label_and_the_label_to_nobody():
 def test_the_loss_is_hedged_dpo_and_the_weighted_cross_entropy(
     tiny_policy: Policy, label: int, t: float
 ):
-    # h = 2 and 0 nats, beta 0.1. The judge says ln 4 for the first, then (the first in seat B) ln 4 for the second.
+    # h = 2 and 0 nats, beta 0.1. The judge says ln 4 for the first, then (the first in seat B) ln 4
+    # for the second.
     scir = objective(tiny_policy.chat, beta=0.1)
     logps = torch.tensor([LOGPS])
     loss, figures = scir.loss(logps, [example(label, 0.75)])
@@ -117,7 +123,8 @@ def test_its_gradient_is_the_numerical_one(tiny_policy: Policy):
 def test_the_policy_s_gradient_is_that_of_soft_dpo_and_it_stands_still_at_the_consensus(
     tiny_policy: Policy,
 ):
-    # d/dh of the hedged loss is beta (sigmoid(beta h) - t): 0 where beta (h_1 - h_2) = logit t; here 0.1 * 10 ln 3 and t = 3/4
+    # d/dh of the hedged loss is beta (sigmoid(beta h) - t): 0 where beta (h_1 - h_2) = logit t;
+    # here 0.1 * 10 ln 3 and t = 3/4
     at = [10 * math.log(3) - 1.0, -2.0, *LOGPS[2:]]
     x = torch.tensor([at, LOGPS], requires_grad=True)
     pairs = [example(1, 0.75), example(1, 0.75)]
@@ -159,7 +166,10 @@ def test_the_papers_form_is_the_default():
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, a policy, and 24 of the policy's own pairs, judged, calibrated and labeled by consensus."""
+    """A folder with a base, a policy, and 24 of the policy's own pairs.
+
+    They are judged, calibrated and labeled by consensus.
+    """
     root = tmp_path_factory.mktemp("consensus")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)
@@ -186,6 +196,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         input=str(root / "judged"),
         rule="consensus",
         label_temperature=0.2,
+        keep_cut=True,
         output_dir=root / "preferences",
     )
     return root
@@ -235,7 +246,13 @@ def test_labels_that_are_all_certain_are_warned_about(
 def test_a_run_on_hard_labels_prints_the_warning_once_and_trains(
     judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run("filter", input=str(judged / "judged"), rule="judge", output_dir=tmp_path / "hard")
+    run(
+        "filter",
+        input=str(judged / "judged"),
+        rule="judge",
+        keep_cut=True,
+        output_dir=tmp_path / "hard",
+    )
     common = {"target": "consensus", "max_steps": 1, "batch_size": 8, "reward_reference": None}
     train(judged, tmp_path / "m", input=str(tmp_path / "hard"), **common)
     assert capsys.readouterr().err.count("every label of the input counts as certain") == 1

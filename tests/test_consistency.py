@@ -150,7 +150,7 @@ def test_agreement_needs_equal_signs_that_are_not_ties_and_every_verdict():
     np.testing.assert_array_equal(a.spread, [1, 3, 0, 3, NAN, 3])
 
 
-def test_agreement_asks_the_least_sure_model_for_its_confidence():
+def test_the_confidence_of_agreement_is_that_of_the_least_confident_model():
     log_odds = np.array([[LN3, LN3, -LN3], [2 * LN3, 2 * LN3, -2 * LN3]]) * [
         1.01,
         0.99,
@@ -199,7 +199,7 @@ def test_spearman_sees_order_only_and_is_undefined_for_a_constant():
 
 
 def test_wilson_for_eight_of_ten():
-    # z^2 = 3.841459; centre 0.8 + 0.1920729 = 0.9920729; half 1.959964 sqrt(0.016 + 0.00960365) =
+    # z^2 = 3.841459; center 0.8 + 0.1920729 = 0.9920729; half 1.959964 sqrt(0.016 + 0.00960365) =
     # 0.3136159; both / 1.3841459
     assert statistics.wilson(8, 10) == pytest.approx((0.490162, 0.943318), abs=1e-6)
     assert statistics.wilson(0, 5)[0] == 0
@@ -260,7 +260,7 @@ def test_a_reliability_curve_holds_the_bins_of_the_calibration_error():
 
 
 def test_a_risk_coverage_curve_takes_the_surest_first_and_equals_together():
-    # Labelled: four, one of them not covered.  By confidence: .9 right | .8 wrong, right | then
+    # Labeled: four, one of them not covered.  By confidence: .9 right | .8 wrong, right | then
     # nothing.  The fifth has no label.
     confidence = np.array([0.8, 0.9, NAN, 0.8, 0.95])
     curve = statistics.risk_coverage(confidence, np.array([0, 1, 1, 1, NAN]))
@@ -289,7 +289,7 @@ def test_a_risk_coverage_curve_has_the_mean_of_every_prefix():
 def test_the_agreed_label_covers_only_what_is_agreed_and_a_pair_without_a_verdict_is_not_covered():
     v = verdicts([[2.0, 1.0, -1.0, NAN], [1.0, 3.0, 1.0, 1.0]], gold=[1, -1, 1, 1])
     points = consistency.curves(v)["risk_coverage"]
-    # agreed: the first (margin 1, right) and the second (margin 1, wrong) of four labelled
+    # agreed: the first (margin 1, right) and the second (margin 1, wrong) of four labeled
     assert [(p["coverage"], p["accuracy"]) for p in points["agreed"]] == [(0.5, 0.5)]
     assert points["judge"][-1]["coverage"] == 0.75
     assert points["implicit"][-1]["coverage"] == 1
@@ -301,7 +301,7 @@ def test_the_curves_do_not_depend_on_the_order_of_the_rows():
     assert consistency.curves(v.take(rng.permutation(300))) == consistency.curves(v)
 
 
-def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_said():
+def test_labels_that_are_missing_or_all_equal_and_repeated_ids_are_notes():
     assert (
         consistency.data_notes(verdicts([[1.0, 1.0]], gold=[1, -1]), 0)
         == consistency.data_notes(verdicts([[1.0, 1.0]]), 0)
@@ -337,7 +337,7 @@ def test_a_summary_has_every_number_worked_by_hand():
     )
     s = consistency.summary(v)
     judge, implicit = s["models"]["judge"], s["models"]["implicit"]
-    assert (s["pairs"], judge["verdicts"], judge["ties"], judge["labelled"]) == (5, 4, 1, 3)
+    assert (s["pairs"], judge["verdicts"], judge["ties"], judge["labeled"]) == (5, 4, 1, 3)
     assert judge["abs_log_odds_quantiles"]["0.5"] == judge["median_abs_log_odds"] == round(LN3, 6)
     assert judge["abs_log_odds_quantiles"]["0.25"] == round(
         0.75 * LN3, 6
@@ -358,7 +358,7 @@ def test_a_summary_has_every_number_worked_by_hand():
         None,
         None,
     )
-    assert (implicit["verdicts"], implicit["accuracy"], implicit["labelled"]) == (
+    assert (implicit["verdicts"], implicit["accuracy"], implicit["labeled"]) == (
         4,
         0.5,
         4,
@@ -374,7 +374,7 @@ def test_a_summary_has_every_number_worked_by_hand():
         agreed["pairs"],
         agreed["rate"],
         agreed["accuracy"],
-        agreed["labelled"],
+        agreed["labeled"],
         agreed["mean_margin"],
     ) == (
         1,
@@ -395,16 +395,16 @@ def test_missing_verdicts_are_counted_and_never_guessed():
     assert {k: x for k, x in nobody.items() if k != "abs_log_odds_quantiles" and x is not None} == {
         "verdicts": 0,
         "ties": 0,
-        "labelled": 0,
+        "labeled": 0,
     }
 
 
 def test_the_agreed_label_is_right_where_its_sign_is_the_gold_one():
-    # Agreed: - - + +, and the fifth pair not; gold - + + and unlabelled: right on 2 of 3
+    # Agreed: - - + +, and the fifth pair not; gold - + + and unlabeled: right on 2 of 3
     s = consistency.summary(
         verdicts([[-1, -2, 3, 4, 1], [-2, -1, 1, 2, -1]], gold=[-1, 1, 1, NAN, 1])
     )["agreed"]
-    assert (s["pairs"], s["rate"], s["accuracy"], s["labelled"], s["mean_margin"]) == (
+    assert (s["pairs"], s["rate"], s["accuracy"], s["labeled"], s["mean_margin"]) == (
         4,
         0.8,
         round(2 / 3, 6),

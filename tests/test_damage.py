@@ -1,4 +1,7 @@
-"""Pairs that are ordered by construction, worked by hand, and a temperature fitted on them from candidates to labels."""
+"""Pairs that are ordered by construction, worked by hand.
+
+And a temperature fitted on them from candidates to labels.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +34,16 @@ def candidate(i: int, prompt: str, text: str, duplicate_of: str | None = None) -
 @pytest.mark.parametrize(
     ("text", "truncated", "shuffled", "repeated"),
     [
-        ("It rains. It pours! Stay in.", "It rains. It", "Stay in. It rains. It pours!",
-         "It rains. It pours! Stay in. Stay in."),
+        (
+            "It rains. It pours! Stay in.",
+            "It rains. It",
+            "Stay in. It rains. It pours!",
+            "It rains. It pours! Stay in. Stay in.",
+        ),
         ("One two three", None, None, "One two three One two three"),
         ("Go. Go.", None, None, "Go. Go. Go."),
     ],
-)  # fmt: skip
+)
 def test_each_damage_by_hand(text: str, truncated: str | None, shuffled: str | None, repeated: str):
     assert damage.truncated(text) == truncated
     assert damage.shuffled(text) == shuffled
@@ -53,7 +60,8 @@ def test_the_undamaged_response_is_the_gold_label_on_either_side():
     table, drops = damage.damaged_pairs(to_table("candidates", candidates))
     rows = table.to_pylist()
     assert drops == {"unusable_candidate": 1}
-    # c1 and c2 in all four ways; "Seven" repeated, and beside c1 and c2's nearest in length: six words against one
+    # c1 and c2 in all four ways; "Seven" repeated, and beside c1 and c2's nearest in length: six
+    # words against one
     assert sorted((row["messages"][0]["content"], row["subset"]) for row in rows) == sorted(
         [("p", kind) for kind in ("truncated", "shuffled", "repeated", "other prompt")] * 2
         + [("q", "repeated"), ("q", "other prompt")]
@@ -106,4 +114,4 @@ def test_damaged_candidates_are_judged_with_labels_and_the_figures_of_each_kind(
         output_dir=tmp_path / "consistency",
     )
     repeats = checked["by_subset"]["repeated"]["models"]["likelihood"]
-    assert repeats["labelled"] == sum(row["subset"] == "repeated" for row in rows)
+    assert repeats["labeled"] == sum(row["subset"] == "repeated" for row in rows)

@@ -129,6 +129,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 BEFORE = {"gold_label": "gold", "label_probability": "certainty"}
 
 
+def with_british_spelling(value: Any) -> Any:
+    """Figures under the keys that they had when the digests were made."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key.replace("labeled", "labeled"): with_british_spelling(entry)
+        for key, entry in value.items()
+    }
+
+
 def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> str:
     """A digest of rows and manifest that no version of a library is part of, with names and signs
     of the first schema version.
@@ -144,6 +154,11 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
     for row in rows:
         row["gold"] = row.pop("gold_label")
         assert row.pop("extra") is None
+        for side in ("first", "second"):
+            assert row[side].pop("reasoning") is None
+        for name in ("messages", "prompt", "chosen", "rejected"):
+            for message in row.get(name) or ():
+                assert message.pop("more") is None
         if "label_probability" in row:
             probability = row.pop("label_probability")
             row["certainty"] = probability if probability is None else round(probability, 12)
@@ -155,6 +170,8 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
             {"weights": r.pop("weights_key"), **r} for r in row["reference_logps"]
         ]
     counts = {name: manifest[name] for name in ("rows_in", "rows_out", "drops", "summary")}
+    counts["summary"] = with_british_spelling(counts["summary"])
+    counts["drops"] = with_british_spelling(counts["drops"])
     counts["nulls"] = {
         BEFORE.get(name, name): count for name, count in nulls.items() if name != "extra"
     }
@@ -162,10 +179,10 @@ def content(manifest: dict[str, Any], out: Path, pairs: Path | None = None) -> s
 
 
 PARTS: dict[str, Any] = {"rows_per_part": 300}
-ALL = PARTS | {"keep_unlabelled": True}
+ALL = PARTS | {"keep_unlabeled": True}
 FILTERS: dict[str, tuple[dict[str, Any], str]] = {
     "agree": (PARTS, "de24e6babd24d3fb1c80d79b61ca697c"),
-    "unlabelled": (ALL, "a2a776398f47ccd484c344bdeea49264"),
+    "unlabeled": (ALL, "a2a776398f47ccd484c344bdeea49264"),
     "two": (PARTS | {"agree_on": ["judge", "implicit"]}, "60c3c0b26010d0a6b85d4d2abec72537"),
     "majority": (ALL | {"rule": "majority", "min_margin": 0.1}, "64ae5dc538019ef050283a079ed5f920"),
     "one": (
@@ -258,7 +275,7 @@ def test_the_repeats_are_those_that_a_set_of_whole_texts_finds(tmp_path: Path, b
     assert manifest["drops"]["duplicate"] == seen.total() - len(seen) > 20
 
 
-def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_path: Path):
+def test_check_consistency_in_parts_equals_that_of_a_whole_table(world: Path, tmp_path: Path):
     more = {"by_subset": True, "compare_to": [str(world / "before")]}
     manifest = run(
         "check-consistency",
@@ -275,7 +292,9 @@ def test_check_consistency_says_what_it_said_of_a_whole_table(world: Path, tmp_p
         for name, figures in manifest["across"]["against"][0].items()
         if name != "dataset"
     }
-    assert hashing.digest_json([manifest["by_subset"], stays]) == "e517fb78b48ef511d8edbbefdb23f149"
+    figures = with_british_spelling({"by_subset": manifest["by_subset"]})
+    digest = hashing.digest_json([figures["by_subset"], stays])
+    assert digest == "e517fb78b48ef511d8edbbefdb23f149"
 
 
 def odd_candidates(folder: Path) -> Path:
@@ -512,7 +531,7 @@ def test_memory_does_not_grow_with_the_texts(
             "length_neutral": True,
             "max_pairs_per_prompt": 3,
             "cream_previous": str(few),
-            "keep_unlabelled": True,
+            "keep_unlabeled": True,
         }
     run(name, input=str(few), output_dir=tmp_path / "warm", **settings)
     small, _ = peak(monkeypatch, name, input=str(few), output_dir=tmp_path / "out4", **settings)

@@ -45,7 +45,7 @@ def prompts(folder: Path, drops: int = 1, **options: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- cards
 
 
-def test_a_card_tells_what_the_rows_are_and_where_they_came_from(tmp_path: Path):
+def test_a_card_describes_the_rows_and_their_origin(tmp_path: Path):
     manifest = prompts(tmp_path / "p", inputs={"input": "mine.jsonl", "previous": None})
     card = (tmp_path / "p" / "README.md").read_text(encoding="utf-8")
     lines = card.splitlines()
@@ -69,9 +69,9 @@ def test_a_card_lists_every_column_with_its_meaning(tmp_path: Path, kind: str):
         assert column.meaning.replace("|", "\\|") in card
     if kind == "judged":
         assert (
-            "| `rewards[].swapped_log_odds` | double, may be null | the same, also positive if first is better"
-            in card
-        )
+            "| `rewards[].swapped_log_odds` | double, may be null | the same, also positive "
+            "if first is better"
+        ) in card
         assert "| `first.token_ids` | list of int32 |" in card
         assert "`second.token_ids`" not in card  # as in `first`
 
@@ -127,7 +127,10 @@ def outdated(folder: Path, name: str) -> None:
 def test_a_dataset_of_another_schema_version_is_refused_with_what_to_do(tmp_path: Path):
     prompts(tmp_path / "p")
     outdated(tmp_path / "p", "manifest.json")
-    expected = f"p was written by 'scir generate' with schema version 1, and this scir has version {schemas.VERSION}; "
+    expected = (
+        "p was written by 'scir generate' with schema version 1, and this scir has version "
+        f"{schemas.VERSION}; "
+    )
     with pytest.raises(DataError, match=expected + "run that command again with --overwrite"):
         dataset.open_dataset(tmp_path / "p")
 

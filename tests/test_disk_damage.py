@@ -1,4 +1,7 @@
-"""Damage to files of a dataset is noticed before a row of it is used, and mended by the same command."""
+"""Damage to files of a dataset is noticed before a row of it is used.
+
+The same command mends it.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ Retries, what it may answer, and keys.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +14,9 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from families import FAMILIES
 from helpers import run
+from transformers import AutoTokenizer
 
 from scir_cli.data import dataset
 from scir_cli.errors import ConfigError, EngineError, ModelError
@@ -57,7 +60,7 @@ class Endpoint(BaseHTTPRequestHandler):
             self._say(
                 200,
                 {
-                    "choices": [{"text": "?", "token_ids": [*body["prompt"][-2:], 2]}],
+                    "choices": [{"text": "?", "token_ids": self.server.answer(body)}],
                     **self.server.more,
                 },
             )
@@ -78,6 +81,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as server:
         server.faults, server.seen, server.models, server.more = [], [], ["m"], {}  # type: ignore[attr-defined]
+        server.answer = lambda body: [*body["prompt"][-2:], 2]  # type: ignore[attr-defined]
         Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -104,7 +108,7 @@ def generate(endpoint: Any, tiny_llama: Path, tmp_path: Path) -> Any:
     )
 
 
-def test_token_ids_go_in_and_come_out_with_a_seed_a_row(
+def test_an_endpoint_receives_and_returns_token_ids_with_one_seed_per_row(
     endpoint: Any, generate: Any, tmp_path: Path
 ):
     manifest = generate()
@@ -122,7 +126,18 @@ def test_token_ids_go_in_and_come_out_with_a_seed_a_row(
     )
 
 
-def test_what_an_endpoint_found_in_its_prefix_cache_is_counted_where_it_says_so(
+def test_an_answer_without_an_end_token_was_cut_and_is_counted(
+    endpoint: Any, generate: Any, tmp_path: Path
+):
+    answers = iter([[5, 6, 2], [5] * 6, [7] * 6, [6, 2]])
+    endpoint.answer = lambda body: next(answers)
+    manifest = generate()
+    reasons = dataset.read_dataset(tmp_path / "out")["finish_reason"].to_pylist()
+    assert reasons == ["stop", "length", "length", "stop"]
+    assert manifest["summary"] == {"cut": 2, "without_answer": 0}
+
+
+def test_cached_tokens_are_counted_if_the_endpoint_reports_them(
     endpoint: Any, generate: Any, tmp_path: Path
 ):
     for n, (usage, rate) in enumerate(
@@ -253,7 +268,7 @@ def test_a_verdict_beyond_the_likeliest_tokens_is_null_its_mass_unknown_and_both
         judge(endpoint_arg=["retries=0"])
 
 
-def test_a_verdict_of_several_tokens_is_found_before_anything_is_asked(endpoint: Any, judge: Any):
+def test_a_verdict_of_several_tokens_is_an_error_before_any_request(endpoint: Any, judge: Any):
     with pytest.raises(ModelError, match="'Zq' is 2 tokens .* must be one"):
         judge(verdict_tokens=["Zq", "B"])
     assert endpoint.seen == []
@@ -287,7 +302,7 @@ def test_a_row_that_cannot_be_answered_is_dropped_by_reason_and_the_others_are_a
     assert (len(rows), manifest["drops"]) == (1, {"empty_response": 1, "too_long": 2})
 
 
-def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
+def test_the_url_and_the_model_are_required(endpoint: Any, generate: Any):
     for url, said in ((None, "not given"), ("localhost:8000", "localhost:8000")):
         with pytest.raises(
             ConfigError, match=f"--base-url, as http://localhost:8000/v1; it is {said}$"
@@ -297,3 +312,24 @@ def test_the_url_and_the_model_have_to_be_known(endpoint: Any, generate: Any):
     with pytest.raises(ConfigError, match="serves m, n; choose one with --endpoint-arg model=NAME"):
         generate()
     assert generate(endpoint_arg=["model=n"])["rows_out"] == 4
+
+
+def test_verdicts_after_an_empty_think_block_are_asked_for_behind_it(
+    endpoint: Any, judge: Any, tiny_llama: Path, tmp_path: Path
+):
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = FAMILIES["reasons"].template
+    tokenizer.save_pretrained(folder)
+    endpoint.top = lambda body: {f"token_id:{token}": -1.0 for token in body["logprob_token_ids"]}
+    manifest, rows = judge(model=str(folder), reward_models=["judge", "rubric"])
+    assert "beyond_top_logprobs" not in manifest["summary"]
+    assert {body["max_tokens"] for body, _ in endpoint.seen} == {1}
+    for body, _ in endpoint.seen:
+        assert tokenizer.decode(body["prompt"]).endswith("assistant\n<think>\n\n</think>\n\n")
+        asked = [tokenizer.decode([token]) for token in body["logprob_token_ids"]]
+        assert sorted(asked) in (["A", "B"], ["0", "1", "2", "3", "4", "5"])
+    for judged, rubric in rows:
+        assert judged["verdict_mass"] == pytest.approx(2 * 0.367879, abs=1e-4)
+        assert rubric["verdict_mass"] == pytest.approx(6 * 0.367879, abs=1e-4)

@@ -32,13 +32,24 @@ from plain_scorer import (
 from torch import Tensor, nn
 from toy import CHATML, VOCABULARY, make_model
 
-from scir_cli.engine import lm_head, tree_attention, trees
+from scir_cli.engine import batches, lm_head, probe, tree_attention, trees
 from scir_cli.engine.lm_head import KEEP_BYTES, LogitTransform, logits_of_rows, target_logps
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.trees import Branch, continuation, verdict
 
-TAKES_TREES = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi", "gpt2", "cohere", "granite"]
-CANNOT = ["bloom", "mamba"]
+TAKES_TREES = [
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "gpt2",
+    "cohere",
+    "granite",
+    "gpt_oss",
+]
+CANNOT = ["bloom", "mamba", "qwen3_next", "lfm2", "falcon_h1"]
 PEFT_AND_TRANSFORMERS_5_23 = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -76,6 +87,37 @@ def test_a_packed_forest_scores_and_differentiates_like_one_sequence_at_a_time(
     assert got.dtype == torch.float32
     assert_same_logps(got, want)
     assert_same_gradients(gradients(packed.model, got), gradients(plain, want))
+
+
+def test_verdicts_and_starts_of_other_paths_share_a_row_of_a_padded_batch():
+    asked = [
+        continuation([5, 6], [7, 8, 9]),
+        verdict([5, 6], 1),
+        verdict([5, 6], 2),
+        verdict([6, 6], 3),
+    ]
+    (batch,) = batches.build(asked, "padded", 100)
+    # The paths 5 6 7 8 and 6 6, the latter padded with its last token
+    assert batch.ids.tolist() == [[5, 6, 7, 8], [6, 6, 6, 6]]
+    targets = zip(batch.targets, batch.target_hidden, batch.target_token, strict=True)
+    assert sorted(map(tuple, targets)) == [
+        (0, 1, 7), (1, 2, 8), (2, 3, 9), (3, 1, 1), (4, 1, 2), (5, 5, 3),
+    ]  # fmt: skip
+
+    of_equal_length = batches.build(asked, "equal", 100)
+    assert [b.ids.tolist() for b in of_equal_length] == [[[5, 6, 7, 8]], [[5, 6], [6, 6]]]
+
+
+def test_padded_batches_stay_below_the_limit_of_tokens_and_of_padding():
+    long = [verdict(list(range(1000 + i)), 1) for i in range(3)]
+    distinct = [verdict([i, *range(n)], 1) for i, n in enumerate((2000, 1900, 1000, 990))]
+    sizes = [b.ids.shape for b in batches.build(distinct, "padded", 4002)]
+    assert sizes == [(2, 2001), (2, 1001)]
+    assert [b.ids.shape for b in batches.build(distinct, "padded", 100)] == [
+        (1, 2001), (1, 1901), (1, 1001), (1, 991),
+    ]  # fmt: skip
+    assert [b.ids.shape for b in batches.build(distinct, "padded", None)] == [(4, 2001)]
+    assert [b.ids.shape for b in batches.build(long, "padded", 4000)] == [(1, 1002)]
 
 
 def random_tree(seed: int) -> Asked:
@@ -120,16 +162,103 @@ def test_what_a_small_probe_cannot_see_is_right_all_the_same(arch: str, folders:
 
 
 @pytest.mark.parametrize("arch", CANNOT)
-def test_a_model_that_cannot_take_trees_is_scored_branch_by_branch_with_one_warning(
+def test_a_model_that_cannot_take_trees_is_scored_in_padded_batches_with_one_warning(
     arch: str, folders: Any, capsys: pytest.CaptureFixture[str]
 ):
     folder, asked = folders(arch), questions()
     fallen_back, plain = load_fp32(folder), plain_model(folder)
     assert not fallen_back.takes_trees
+    assert fallen_back.batching == "padded"
     assert capsys.readouterr().err.count("warning: ") == 1
     got, want = fallen_back.branch_logps(asked.branches), plain_logps(plain, asked)
     assert_same_logps(got, want)
     assert_same_gradients(gradients(fallen_back.model, got), gradients(plain, want))
+
+
+def test_a_model_that_looks_ahead_is_scored_in_batches_of_equal_length(
+    folders: Any, capsys: pytest.CaptureFixture[str]
+):
+    """DeepSeek-V3.2's sparse attention selects keys by what follows: padding changes them."""
+    folder, asked = folders("deepseek_v32"), questions()
+    loaded, plain = load_fp32(folder), plain_model(folder)
+    assert loaded.batching == "equal"
+    assert not loaded.keeps_ranks_in_step
+    assert capsys.readouterr().err.startswith("warning: deepseek_v32 cannot score token trees (")
+    with torch.no_grad():
+        # The plain scorer's contexts are followed by the last target, which is one token of these.
+        want = torch.cat([alone_without_the_last_token(plain, b) for b in asked.branches])
+        assert_same_logps(loaded.branch_logps(asked.branches), want)
+
+
+def alone_without_the_last_token(model: Any, branch: Branch) -> Tensor:
+    logits = model(input_ids=torch.tensor([branch.ids]), use_cache=False).logits[0]
+    rows = logits[list(branch.target_positions)].log_softmax(-1)
+    return rows.gather(1, torch.tensor(branch.target_tokens)[:, None]).sum()[None]
+
+
+@pytest.mark.parametrize("arch", ["qwen3_next", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize("seed", range(3))
+def test_in_bf16_no_hybrid_passes_for_a_tree(arch: str, seed: int, tmp_path: Path):
+    """Weak weights hide an error below the noise of bf16; facts and fp32 find it all the same."""
+    folder = make_model(tmp_path / arch, arch, seed=seed, initializer_range=0.06)
+    assert not load_fp32(folder, dtype="bf16").takes_trees
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_in_bf16_ignored_sinks_are_found_out_whatever_the_weights(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scale = (0.06, 0.12, 0.25, 0.5)[seed % 4]
+    folder = make_model(tmp_path / "gpt_oss", "gpt_oss", seed=seed, initializer_range=scale)
+    assert load_fp32(folder, dtype="bf16").takes_trees
+    monkeypatch.setattr(tree_attention, "with_sinks", lambda out, lse, sinks: out)
+    found_out = load_fp32(folder, dtype="bf16")
+    assert not found_out.takes_trees
+    assert "differ by up to" in found_out.tree_refusal
+
+
+def test_fp32_inside_a_model_in_bf16_is_fp32_and_leaves_the_weights_as_they_were(tiny_llama: Path):
+    half, asked = load_fp32(tiny_llama, dtype="bf16"), questions()
+    before = {name: p.clone() for name, p in half.model.named_parameters()}
+    # The same weights, rounded to bf16, in a model in fp32
+    exact = plain_model(tiny_llama, torch.bfloat16).float()
+    with torch.no_grad(), probe.in_fp32(half):
+        got = half.branch_logps(asked.branches)
+    assert_same_logps(got, plain_logps(exact, asked).detach())
+    for name, p in half.model.named_parameters():
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "is_known"),
+    [
+        ("novel_bias", torch.ones(1), False),
+        ("indices", torch.ones(1), False),
+        ("is_causal", False, False),
+        ("is_causal", True, True),
+        ("novel_bias", None, True),
+        ("output_router_logits", True, True),
+        ("deterministic", False, True),
+    ],
+)
+def test_a_keyword_that_attention_does_not_know_makes_a_model_no_tree(
+    keyword: str, value: Any, is_known: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It would be ignored, as attention sinks once were. None says nothing."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    policy = Policy(plain_model(tiny_llama), load_fp32(tiny_llama).chat, "key", tiny_llama, "eager")
+    original = LlamaAttention.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs, **{keyword: value})
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaAttention, "forward", forward)
+        assert (probe.select_tree_attention(policy) is not None) == is_known
+    refusal = "" if is_known else f"its attention uses {keyword}, which is not supported"
+    assert policy.tree_refusal == refusal
 
 
 @pytest.fixture
@@ -160,7 +289,8 @@ def test_a_model_that_ignores_the_mask_is_found_out_when_it_is_loaded(
     found_out, asked = load_fp32(tiny_llama), questions()
     assert not found_out.takes_trees
     assert capsys.readouterr().err.splitlines() == [
-        "warning: llama cannot score token trees; it is scored one branch at a time: same results, slower"
+        "warning: llama cannot score token trees (a token tree and its paths differ by up to 2.9 "
+        "nats per token); it is scored in padded batches: same results, slower"
     ]
     plain = plain_model(tiny_llama)
     got, want = found_out.branch_logps(asked.branches), plain_logps(plain, asked)
@@ -325,7 +455,7 @@ def test_chunks_of_the_head_kept_or_computed_again_change_neither_logps_nor_grad
 def test_a_log_probability_is_never_above_zero(dtype: torch.dtype):
     """Also where one token has nearly all the mass, in bf16 as well.
 
-    Its exact logit stands in its own normaliser.
+    Its exact logit stands in its own normalizer.
     """
     lm_head = a_head(50, 16, dtype)
     lm_head.weight.data[3] *= 400

@@ -92,7 +92,7 @@ def test_accuracy_tables_are_whole_at_eighty_columns():
     model = rate | {
         "calibration_error": 0.5,
         "verdicts": 100_000,
-        "labelled": 9,
+        "labeled": 9,
         "median_abs_log_odds": 99.99,
         "verdict_mass": 0.99,
     }
@@ -103,7 +103,7 @@ def test_accuracy_tables_are_whole_at_eighty_columns():
         "between": [],
         "agreed": {"pairs": 1, "rate": 1.0, "rate_low": 0.5, "rate_high": 1.0} | rate,
     }
-    summary["agreed"]["labelled"] = 1
+    summary["agreed"]["labeled"] = 1
     summary |= {"curves": {"risk_coverage": dict.fromkeys([*names, "agreed"], points)}}
     subsets = {"llmbar-adver-neighbor": {"pairs": 1000, "models": summary["models"]}}
     text = shown(
@@ -138,7 +138,7 @@ def test_pairs_without_any_label_are_refused_and_counted(models: Path, tmp_path:
         output_dir=tmp_path / "j",
     )
     (row,) = dataset.read_dataset(tmp_path / "j", "judged").to_pylist()
-    plan = {"stage": "judge", "unlabelled": True}
+    plan = {"stage": "judge", "unlabeled": True}
     dataset.write_dataset(
         tmp_path / "u",
         "judged",

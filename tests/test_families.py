@@ -175,7 +175,7 @@ def test_a_conversation_that_the_template_refuses_has_a_reason(
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a template that refuses rows, and five rows of which it refuses two."""
+    """A folder with a model and a template that refuses two of five rows."""
     root = tmp_path_factory.mktemp("refusing")
     make_model(root / "model", seed=3)
     make_model(root / "base", seed=4)
@@ -334,12 +334,12 @@ def test_a_vocabulary_that_has_the_special_token_as_a_word_cuts_it(tmp_path: Pat
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "b", "<", "/", "s", ">", "c", "</s>"]
 
 
-# ------------------------------------------------------------------------ labelled answers
+# ------------------------------------------------------------------------ labeled answers
 
 PAIR = {"messages": QUESTION, "chosen": "It is A.", "rejected": "No."}
 
 
-def labelled(folder: Path, **row: Any) -> Any:
+def labeled(folder: Path, **row: Any) -> Any:
     path = folder / "pairs.jsonl"
     path.write_text(json.dumps(PAIR | row) + "\n", encoding="utf-8")
     return readers.load_pairs(str(path))[0]
@@ -350,7 +350,7 @@ def test_what_a_template_writes_before_an_answer_is_not_trained(
     name: str, chats: dict[str, Chat], tmp_path: Path
 ):
     chat, family = chats[name], FAMILIES[name]
-    _, (pair,), drops = encode_pairs(labelled(tmp_path), chat)
+    _, (pair,), drops = encode_pairs(labeled(tmp_path), chat)
     assert not drops
     generation = chat.tokenizer.decode(chat.prompt_ids(QUESTION))
     prompt = chat.tokenizer.decode(list(pair.prompt_ids))
@@ -368,7 +368,7 @@ def test_a_pair_with_stored_ids_has_the_same_prompt_as_before(
     name: str, chats: dict[str, Chat], tmp_path: Path
 ):
     chat = chats[name]
-    table, before, _ = encode_pairs(labelled(tmp_path), chat)
+    table, before, _ = encode_pairs(labeled(tmp_path), chat)
     _, after, _ = encode_pairs(table, chat)
     assert after == before
 
@@ -379,7 +379,7 @@ def test_an_answer_with_reasoning_keeps_it_after_the_generation_prompt(tmp_path:
     )
     template = turns(HEADER, HEADER, content="''", end=think + "<|im_end|>\n")
     chat = Family(template).chat(tmp_path)
-    table = labelled(tmp_path, chosen="<think>\nHm.\n</think>\n\nIt is A.")
+    table = labeled(tmp_path, chosen="<think>\nHm.\n</think>\n\nIt is A.")
     _, (pair,), _ = encode_pairs(table, chat)
     assert list(pair.prompt_ids) == chat.prompt_ids(QUESTION)
     texts = {chat.tokenizer.decode(list(ids)) for ids in pair.response_ids}
@@ -391,7 +391,7 @@ def test_an_answer_with_reasoning_keeps_it_after_the_generation_prompt(tmp_path:
 
 def test_a_sampled_response_follows_the_generation_prompt(chats: dict[str, Chat], tmp_path: Path):
     chat = chats["empty_think"]
-    table, _, _ = encode_pairs(labelled(tmp_path), chat)
+    table, _, _ = encode_pairs(labeled(tmp_path), chat)
     for side in ("first", "second"):
         rows = [value | {"candidate_id": side} for value in table[side].to_pylist()]
         table = with_column(table, side, pa.array(rows, table[side].type))
@@ -402,7 +402,7 @@ def test_a_sampled_response_follows_the_generation_prompt(chats: dict[str, Chat]
 def test_a_reasoning_block_that_answers_lack_is_a_counted_drop(
     chats: dict[str, Chat], tmp_path: Path
 ):
-    _, pairs, drops = encode_pairs(labelled(tmp_path), chats["stripped_think"])
+    _, pairs, drops = encode_pairs(labeled(tmp_path), chats["stripped_think"])
     assert pairs == []
     assert drops == {"prompt_boundary": 1}
     with pytest.raises(Unrenderable) as error:

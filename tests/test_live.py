@@ -20,9 +20,17 @@ from toy import make_model
 from scir_cli.report.training_view import LINE_SECONDS, View, sparkline, watching
 
 FIGURES = {
-    "loss": 1.25, "scir/preference_loss": 0.69, "scir/inconsistency": 0.5, "scir/entropy": 0.1, "scir/mask_rate": 0.75, "scir/agreement": 0.8,
-    "abs_log_odds/judge_forward": 2.0, "abs_log_odds/implicit": 1.0, "tokens_per_second": 1234.0, "grad_norm": 3.0,
-}  # fmt: skip
+    "loss": 1.25,
+    "scir/preference_loss": 0.69,
+    "scir/inconsistency": 0.5,
+    "scir/entropy": 0.1,
+    "scir/mask_rate": 0.75,
+    "scir/agreement": 0.8,
+    "abs_log_odds/judge_forward": 2.0,
+    "abs_log_odds/implicit": 1.0,
+    "tokens_per_second": 1234.0,
+    "grad_norm": 3.0,
+}
 
 
 class Clock:
@@ -133,7 +141,7 @@ def test_training_on_a_terminal_draws_and_leaves_one_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("step", [0, 7])
-def test_before_the_first_step_nothing_is_said_of_the_time_left(step: int):
+def test_before_the_first_step_no_time_left_is_shown(step: int):
     view = View("train scir", 10, Clock())
     view.see(step, {})
     assert "left" not in view.machine()

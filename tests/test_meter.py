@@ -44,7 +44,7 @@ def test_time_counts_while_a_model_works_and_at_no_other_time(monkeypatch: pytes
     assert meter.seconds == 3.0
 
 
-def test_a_terminal_is_told_and_a_pipe_is_not(
+def test_a_terminal_shows_the_bar_and_a_pipe_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     meter = Meter(read=200, sampled=10, looked_up=200, cached=50, seconds=1.0)
@@ -61,7 +61,7 @@ def test_a_terminal_is_told_and_a_pipe_is_not(
         assert told or shown.err == ""
 
 
-def test_the_manifest_says_what_was_computed(tiny_llama: Path, tmp_path: Path):
+def test_the_manifest_holds_what_was_computed(tiny_llama: Path, tmp_path: Path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(f'{{"prompt": "Tell me of {w}."}}\n' for w in ("cats", "dogs")), encoding="utf-8"

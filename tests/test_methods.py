@@ -202,7 +202,7 @@ def test_a_judge_that_only_grows_unsure_or_only_flips_is_not_collapsing(
     assert capsys.readouterr().err == ""
 
 
-def test_scir_itself_says_that_its_judge_collapses_without_any_validation_pairs(
+def test_scir_warns_that_its_judge_collapses_without_any_validation_pairs(
     tiny_policy: Policy, capsys: pytest.CaptureFixture[str]
 ):
     scir = objective(tiny_policy.chat)
@@ -252,6 +252,7 @@ def test_cream_s_labels_are_as_certain_as_the_previous_model_ranks_alike(
         "rule": "implicit",
         "cream_previous": str(tmp_path / "before"),
         "cream_reward_model": "likelihood",
+        "keep_cut": True,
     }
     run("filter", **common, output_dir=tmp_path / "average")
     run("filter", **common, cream_average="prompt", output_dir=tmp_path / "prompt")
@@ -318,7 +319,7 @@ def test_length_neutral_labels_are_of_equal_length_on_average(chain: Path, tmp_p
         ]
         return abs(sum(signed) / len(signed))
 
-    common = {"input": str(chain / "judged"), "rule": "likelihood"}
+    common = {"input": str(chain / "judged"), "rule": "likelihood", "keep_cut": True}
     run("filter", **common, output_dir=tmp_path / "plain")
     run("filter", **common, length_neutral=True, output_dir=tmp_path / "neutral")
     assert difference(tmp_path / "neutral") <= difference(tmp_path / "plain")
@@ -358,7 +359,8 @@ def test_a_scale_that_is_given_is_used_as_it_is(chain: Path, tmp_path: Path):
         == 2.5
     )
     with pytest.raises(
-        ConfigError, match="'implicit_scale' is '-1': expected a number above 0, or fitted$"
+        ConfigError,
+        match="'implicit_scale' is '-1': expected a number above 0, at most 1e[+]06, or fitted$",
     ):
         config.build(TrainSettings, given, {"implicit_scale": "-1"}, where="test")
 

@@ -130,7 +130,7 @@ def test_figures_of_one_picture_share_section_unit_and_scale():
     assert [title for title, kinds in pictures.items() if len(kinds) > 1] == []
 
 
-def test_keys_and_labels_are_told_apart_and_fit_the_view():
+def test_keys_and_labels_are_distinct_and_fit_the_view():
     names = [metric.key for metric in metrics.METRICS]
     labels = [metric.label for metric in metrics.METRICS]
     assert len(set(names)) == len(set(labels)) == len(names)

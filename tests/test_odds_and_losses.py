@@ -68,7 +68,7 @@ def test_a_constant_preference_for_a_seat_cancels():
     )
 
 
-def test_a_judge_that_always_says_a_has_no_log_odds():
+def test_a_judge_that_always_answers_a_has_log_odds_of_zero():
     always_a = f64([math.log(0.9), math.log(0.1)], [math.log(0.9), math.log(0.1)])[:, :, None]
     assert close(average_orders(always_a).log_odds, [0.0])
 
@@ -272,13 +272,13 @@ RATIOS = [
 LABELS = (1.0, -1.0)
 
 
-def test_ipo_wants_a_margin_of_one_over_two_beta():
+def test_ipo_is_least_at_a_margin_of_one_over_two_beta():
     # beta 0.1 wants 5 nats: (2 - 5)^2 = 9, and for the wrong order (-2 - 5)^2 = 49
     assert close(losses.ipo(f64(*RATIOS), f64(*LABELS), 0.1), [9.0, 49.0])
     assert close(losses.ipo(f64([5.0], [0.0]), f64(1.0), 0.1), [0.0])
 
 
-def test_sppo_wants_each_log_ratio_at_its_own_place():
+def test_sppo_is_least_with_each_log_ratio_at_its_target():
     # beta 0.1 wants +5 and -5: (3 - 5)^2 + (1 + 5)^2 = 40, and the other way round (3 + 5)^2 + (1 -
     # 5)^2 = 80
     assert close(losses.sppo(f64(*RATIOS), f64(*LABELS), 0.1), [40.0, 80.0])
@@ -458,7 +458,7 @@ def test_without_penalty_and_with_all_agreeing_scir_is_the_mean_of_dpo():
     assert close(said.loss, expected)
 
 
-def test_the_dpo_term_is_normalised_by_the_pairs_kept_not_by_the_batch():
+def test_the_dpo_term_is_normalized_by_the_pairs_kept_not_by_the_batch():
     voters = f64([1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 0.0, -1.0])  # one of four is kept
     log_ratios = f64([3.0, 50.0, 50.0, 50.0], [1.0, 0.0, 0.0, 0.0])
     said = scir_dpo(voters, voters, log_ratios, beta=0.1, penalty_weight=0.0, entropy_weight=0.1)

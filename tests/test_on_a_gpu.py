@@ -136,12 +136,31 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     prompts = root / "prompts.jsonl"
     words = ["cat", "dog", "sun", "sea"]
     prompts.write_text("".join(json.dumps({"prompt": f"Tell me of {w}."}) + "\n" for w in words))
-    run("generate", model=str(policy), input=str(prompts), n=3, max_new_tokens=6,
-        output_dir=root / "candidates", **device)  # fmt: skip
-    run("judge", model=str(policy), reward_reference=str(base), input=str(root / "candidates"),
-        reward_models=["judge", "implicit"], output_dir=root / "judged", **device)  # fmt: skip
-    run("filter", input=str(root / "judged"), output_dir=root / "preferences",
-        keep_unlabelled=True, agree_on=["judge", "implicit"])  # fmt: skip
+    run(
+        "generate",
+        model=str(policy),
+        input=str(prompts),
+        n=3,
+        max_new_tokens=6,
+        output_dir=root / "candidates",
+        **device,
+    )
+    run(
+        "judge",
+        model=str(policy),
+        reward_reference=str(base),
+        input=str(root / "candidates"),
+        reward_models=["judge", "implicit"],
+        output_dir=root / "judged",
+        **device,
+    )
+    run(
+        "filter",
+        input=str(root / "judged"),
+        output_dir=root / "preferences",
+        keep_unlabeled=True,
+        agree_on=["judge", "implicit"],
+    )
     return {"root": root, "base": base, "policy": policy}
 
 
@@ -156,9 +175,20 @@ def test_judge_on_a_gpu_scores_every_pair(judged: dict[str, Path]):
 def test_train_on_a_gpu_takes_its_steps_and_writes_a_model(objective: str, judged: dict[str, Path]):
     root = judged["root"]
     out = root / objective
-    run("train", model=str(judged["policy"]), reward_reference=str(judged["base"]),
-        input=str(root / "preferences"), output_dir=out, objective=objective, batch_size=4,
-        max_steps=2, num_epochs=2, learning_rate=1e-4, device="cuda", dtype="bf16")  # fmt: skip
+    run(
+        "train",
+        model=str(judged["policy"]),
+        reward_reference=str(judged["base"]),
+        input=str(root / "preferences"),
+        output_dir=out,
+        objective=objective,
+        batch_size=4,
+        max_steps=2,
+        num_epochs=2,
+        learning_rate=1e-4,
+        device="cuda",
+        dtype="bf16",
+    )
     lines = (out / "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     assert len(steps) == 2

@@ -35,55 +35,103 @@ PAIRS = [
 ]
 
 RECIPE = """
-all: {dtype: fp32, device: cpu, model: policy, reward_reference: base, reward_models: [judge, implicit, "my_models:Brevity"]}
+all: {dtype: fp32, device: cpu, model: policy, reward_reference: base,
+      reward_models: [judge, implicit, "my_models:Brevity"]}
 steps:
   - judge: {input: gold.jsonl, output_dir: "{out}/judged", rows_per_part: 3, workers: 2}
-  - check-consistency: {input: "{out}/judged", agree_on: [judge, brevity], output_dir: "{out}/consistency", report: "{out}/consistency.html"}
+  - check-consistency: {input: "{out}/judged", agree_on: [judge, brevity],
+                        output_dir: "{out}/consistency", report: "{out}/consistency.html"}
   - filter: {input: "{out}/judged", rule: brevity, output_dir: "{out}/preferences"}
-  - train: {input: "{out}/preferences", validation: gold.jsonl, batch_size: 3, learning_rate: 1.0e-3, num_processes: 2,
-            output_dir: "{out}/m2", report: "{out}/m2.html"}
+  - train: {input: "{out}/preferences", validation: gold.jsonl, batch_size: 3,
+            learning_rate: 1.0e-3, num_processes: 2, output_dir: "{out}/m2",
+            report: "{out}/m2.html"}
   - eval rewards: {input: gold.jsonl, output_dir: "{out}/scores", report: "{out}/scores.html"}
 """
 
 # What is wrong, the text of the file, the class, and a part of the one line that says so
 MISTAKES = {
-    "a missing module": ("", "nothing_here:Brevity", "cannot be imported: No module named 'nothing_here'"),
-    "a module that fails": ("1 / 0", "MODULE:Brevity", "cannot be imported: ZeroDivisionError: division by zero"),
+    "a missing module": (
+        "",
+        "nothing_here:Brevity",
+        "cannot be imported: No module named 'nothing_here'",
+    ),
+    "a module that fails": (
+        "1 / 0",
+        "MODULE:Brevity",
+        "cannot be imported: ZeroDivisionError: division by zero",
+    ),
     "a missing class": (EXAMPLE, "MODULE:Brevty", "has no class 'Brevty'. Did you mean 'Brevity'?"),
-    "no base class": ("class Brevity:\n    n_branches = 0", "MODULE:Brevity", "does not derive from scir_cli.rewards.reward_models.RewardModel"),
+    "no base class": (
+        "class Brevity:\n    n_branches = 0",
+        "MODULE:Brevity",
+        "does not derive from scir_cli.rewards.reward_models.RewardModel",
+    ),
     "missing methods": (
-        "from scir_cli.rewards.reward_models import RewardModel\nclass Brevity(RewardModel):\n    n_branches = 0",
+        (
+            "from scir_cli.rewards.reward_models import RewardModel\nclass "
+            "Brevity(RewardModel):\n    n_branches = 0"
+        ),
         "MODULE:Brevity",
         "lacks branches and odds",
     ),
-    "no number of branches": (EXAMPLE.replace("n_branches = 2", "pass"), "MODULE:Brevity", "lacks n_branches"),
-    "the name of a built-in model": (EXAMPLE.replace("n_branches", "name = 'judge'\n    n_branches"), "MODULE:Brevity", "cannot be called 'judge'"),
-    "a word of filter's rules": (EXAMPLE.replace("Brevity", "Majority"), "MODULE:Majority", "cannot be called 'majority'"),
-    "one name for two": (f"{EXAMPLE}\n\nclass Other(Brevity):\n    name = 'brevity'\n", "MODULE:Brevity,MODULE:Other", "are called 'brevity'"),
-    "another number of branches": (EXAMPLE.replace("n_branches = 2", "n_branches = 3"), "MODULE:Brevity", "returned 2 branches for a pair; its n_branches is 3"),
+    "no number of branches": (
+        EXAMPLE.replace("n_branches = 2", "pass"),
+        "MODULE:Brevity",
+        "lacks n_branches",
+    ),
+    "the name of a built-in model": (
+        EXAMPLE.replace("n_branches", "name = 'judge'\n    n_branches"),
+        "MODULE:Brevity",
+        "cannot be called 'judge'",
+    ),
+    "a word of filter's rules": (
+        EXAMPLE.replace("Brevity", "Majority"),
+        "MODULE:Majority",
+        "cannot be called 'majority'",
+    ),
+    "one name for two": (
+        f"{EXAMPLE}\n\nclass Other(Brevity):\n    name = 'brevity'\n",
+        "MODULE:Brevity,MODULE:Other",
+        "are called 'brevity'",
+    ),
+    "another number of branches": (
+        EXAMPLE.replace("n_branches = 2", "n_branches = 3"),
+        "MODULE:Brevity",
+        "returned 2 branches for a pair; its n_branches is 3",
+    ),
     "no verdict branches": (
         EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    reads_verdicts = True"),
         "MODULE:Brevity",
         "sets reads_verdicts, but one of its branches does not have exactly one target token",
     ),
     "other branches than the answers": (
-        EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    scores_answers = True").replace("response_ids]", "response_ids[::-1]]"),
+        EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    scores_answers = True").replace(
+            "response_ids]", "response_ids[::-1]]"
+        ),
         "MODULE:Brevity",
         "sets scores_answers, but its first two branches are not",
     ),
-    "no seats": (EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    has_seats = True"), "MODULE:Brevity", "have `orders` if, and only if,"),
-    "one number for all pairs": (EXAMPLE.replace("rewards[0] - rewards[1]", "rewards.mean()"), "MODULE:Brevity", "one log-odds per pair, a tensor of 6"),
+    "no seats": (
+        EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    has_seats = True"),
+        "MODULE:Brevity",
+        "have `orders` if, and only if,",
+    ),
+    "one number for all pairs": (
+        EXAMPLE.replace("rewards[0] - rewards[1]", "rewards.mean()"),
+        "MODULE:Brevity",
+        "one log-odds per pair, a tensor of 6",
+    ),
     "a reference that is not given": (
         EXAMPLE.replace("n_branches = 2", "n_branches = 2\n    needs_reference = True"),
         "MODULE:Brevity",
         "the brevity reward needs --reward-reference",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two models, labelled pairs and the example of the documentation."""
+    """A folder with two models, labeled pairs and the example of the documentation."""
     root = tmp_path_factory.mktemp("own")
     make_model(root / "base", seed=1)
     make_model(root / "policy", seed=2)
@@ -207,12 +255,18 @@ def test_it_is_in_the_tables_and_on_every_page(finished: tuple[Path, str]):
         assert "brevity" in (world / page).read_text(encoding="utf-8"), page
     summary = files.read_json(world / "out" / "scores" / "manifest.json")["summary"]
     assert list(summary["models"]) == ["judge", "implicit", "brevity"]
-    assert summary["models"]["brevity"]["labelled"] == len(PAIRS)
+    assert summary["models"]["brevity"]["labeled"] == len(PAIRS)
 
 
-def test_a_model_that_asks_nothing_of_the_policy_reads_the_lengths(world: Path, here: Path):
-    text = "from scir_cli.rewards.reward_models import RewardModel, RewardOutput\n\nclass ShortAnswer(RewardModel):\n"
-    text += "    n_branches = 0\n    def branches(self, pair):\n        return []\n    def odds(self, logps, context):\n"
+def test_a_model_without_branches_reads_the_lengths(world: Path, here: Path):
+    text = (
+        "from scir_cli.rewards.reward_models import RewardModel, RewardOutput\n\nclass "
+        "ShortAnswer(RewardModel):\n"
+    )
+    text += (
+        "    n_branches = 0\n    def branches(self, pair):\n        return []\n    def "
+        "odds(self, logps, context):\n"
+    )
     (here / "lengths_only.py").write_text(
         f"{text}        return RewardOutput(context.n_tokens[1] - context.n_tokens[0])\n"
     )

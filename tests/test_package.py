@@ -32,9 +32,8 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 @pytest.mark.slow
 def test_the_wheel_works_outside_the_checkout(tmp_path: Path):
-    source = (
-        tmp_path / "source"
-    )  # only what a package is made of: an old build/ of the checkout could hide a file that is missing
+    # Only what a package is made of: an old build/ of the checkout could hide a missing file.
+    source = tmp_path / "source"
     shutil.copytree(
         ROOT / "scir_cli", source / "scir_cli", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -121,7 +120,7 @@ def test_the_commands_of_the_readme_run_as_they_are_written(tmp_path: Path):
         {"prompt": f"Say {w}.", "chosen": f"The {w}.", "rejected": "No."}
         for w in ("cat", "dog", "sun")
     ]
-    (tmp_path / "labelled.jsonl").write_text(
+    (tmp_path / "labeled.jsonl").write_text(
         "".join(json.dumps(p) + "\n" for p in pairs), encoding="utf-8"
     )
     models = {"M0": "m0", "M1": "m1"}

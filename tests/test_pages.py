@@ -25,7 +25,10 @@ from scir_cli.errors import ConfigError
 from scir_cli.report import html, plots
 
 NASTY = {
-    "script": "<script>window.broken = 1</script><img src=x onerror='window.broken = 2'></div></details></main>",
+    "script": (
+        "<script>window.broken = 1</script><img src=x onerror='window.broken = "
+        "2'></div></details></main>"
+    ),
     "rtl": "مرحبا بالعالم \u202eabc\u202c שלום",
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 " * 5,
     "long": "x" * 50_000,
@@ -35,7 +38,7 @@ NASTY = {
 
 
 def rows(
-    n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labelled: bool = True
+    n: int, seed: int = 0, text: Any = lambda i, side: f"answer {i} {side}", labeled: bool = True
 ) -> list[dict[str, Any]]:
     """Judged pairs.
 
@@ -58,14 +61,32 @@ def rows(
         ]
         made.append(
             {
-                "pair_id": f"p{i:06d}", "prompt_id": f"q{i}", "messages": [{"role": "user", "content": text(i, "?")}], "subset": f"s{i % 3}",
-                "first": sides[0], "second": sides[1], "gold_label": {1: "first", -1: "second"}[gold] if labelled else None, "reference_logps": [],
+                "pair_id": f"p{i:06d}",
+                "prompt_id": f"q{i}",
+                "messages": [{"role": "user", "content": text(i, "?")}],
+                "subset": f"s{i % 3}",
+                "first": sides[0],
+                "second": sides[1],
+                "gold_label": {1: "first", -1: "second"}[gold] if labeled else None,
+                "reference_logps": [],
                 "rewards": [
-                    {"reward_model": "judge", "log_odds": judge, "forward_log_odds": judge + seat, "swapped_log_odds": judge - seat, "verdict_mass": 0.9},
-                    {"reward_model": "implicit", "log_odds": implicit if i % 7 else None, "forward_log_odds": None, "swapped_log_odds": None, "verdict_mass": None},
+                    {
+                        "reward_model": "judge",
+                        "log_odds": judge,
+                        "forward_log_odds": judge + seat,
+                        "swapped_log_odds": judge - seat,
+                        "verdict_mass": 0.9,
+                    },
+                    {
+                        "reward_model": "implicit",
+                        "log_odds": implicit if i % 7 else None,
+                        "forward_log_odds": None,
+                        "swapped_log_odds": None,
+                        "verdict_mass": None,
+                    },
                 ],
             }
-        )  # fmt: skip
+        )
     return made
 
 
@@ -161,9 +182,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = [*NASTY.values(), "short", "a longer answer"]
     for name, other in (("a", "b"), ("a", "c"), ("b", "c")):
         annotations = [
-            {"instruction": f"q{i}", "output_1": answers[i % 8], "generator_1": other, "output_2": answers[(i + 3) % 8] + " ", "generator_2": name,
-             "annotator": "x", "preference": 1 + (i * 7 % 10) / 9, "dataset": f"d{i % 2}"} for i in range(60)
-        ]  # fmt: skip
+            {
+                "instruction": f"q{i}",
+                "output_1": answers[i % 8],
+                "generator_1": other,
+                "output_2": answers[(i + 3) % 8] + " ",
+                "generator_2": name,
+                "annotator": "x",
+                "preference": 1 + (i * 7 % 10) / 9,
+                "dataset": f"d{i % 2}",
+            }
+            for i in range(60)
+        ]
         (root / f"{name}{other}.json").write_text(json.dumps(annotations), encoding="utf-8")
     files = [str(root / f"{pair}.json") for pair in ("ab", "ac", "bc")]
     run("eval winrate", annotations=files, output_dir=root / "wins", report=root / "winrate.html")
@@ -327,7 +357,7 @@ def test_labels_that_look_like_mathematics_or_markup_are_drawn_as_they_are():
 # Curves and rates
 
 
-def test_long_curves_are_means_of_neighbours_and_their_tables_begin_and_end_where_they_do():
+def test_long_curves_are_means_of_neighbors_and_their_tables_begin_and_end_where_they_do():
     steps = list(range(1, 10_001))
     picture = plots.steps("loss", {"loss": (steps, [float(s) for s in steps])})
     assert "mean over about 34 steps" in picture.caption
@@ -365,9 +395,16 @@ def test_win_rates_take_the_interval_they_have_or_make_it_from_their_standard_er
     }
 
 
-def test_hardly_any_data_still_gives_a_page(tmp_path: Path):
-    for name, made in (("one", rows(1)), ("unlabelled", rows(9, labelled=False)), ("judge alone", [{**r, "rewards": r["rewards"][:1]} for r in rows(9)]),
-                       ("no verdict", [{**r, "rewards": [{**r["rewards"][0], "log_odds": None}]} for r in rows(3)])):  # fmt: skip
+def test_very_little_data_still_makes_a_page(tmp_path: Path):
+    for name, made in (
+        ("one", rows(1)),
+        ("unlabeled", rows(9, labeled=False)),
+        ("judge alone", [{**r, "rewards": r["rewards"][:1]} for r in rows(9)]),
+        (
+            "no verdict",
+            [{**r, "rewards": [{**r["rewards"][0], "log_odds": None}]} for r in rows(3)],
+        ),
+    ):
         judged = dataset(tmp_path / name, made)
         run(
             "check-consistency",
@@ -402,7 +439,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 )
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture(
+def test_a_browser_loads_nothing_else_reports_no_error_and_shows_every_picture(
     world: Path, chromium: Chromium, width: int, dark: bool
 ):
     for name in NAMES:
@@ -414,7 +451,8 @@ def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture
             f"{name} is wider than {width} pixels"
         )
         sizes = chromium.evaluate(
-            "[...document.querySelectorAll('figure svg')].map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
+            "[...document.querySelectorAll('figure svg')].map(e => "
+            "[e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
         )
         assert len(sizes) >= 3
         assert all(w > 250 and h > 90 for w, h in sizes)
@@ -429,8 +467,8 @@ def test_a_browser_asks_for_nothing_complains_of_nothing_and_shows_every_picture
         assert (brightness(drawn) > 128) == dark, "text in a picture follows the page"
 
 
-def brightness(colour: str) -> float:
-    return sum(int(n) for n in re.findall(r"\d+", colour)[:3]) / 3
+def brightness(color: str) -> float:
+    return sum(int(n) for n in re.findall(r"\d+", color)[:3]) / 3
 
 
 @pytest.mark.chromium
@@ -441,7 +479,10 @@ def test_pairs_are_sorted_and_chosen_and_an_injected_script_would_not_run(
     world: Path, chromium: Chromium
 ):
     chromium.look(world / "consistency.html", 1400)
-    choose = "(() => { const f = document.querySelector('form'); f.elements['%s'].value = '%s'; f.dispatchEvent(new Event('change')); })()"
+    choose = (
+        "(() => { const f = document.querySelector('form'); f.elements['%s'].value = '%s'; "
+        "f.dispatchEvent(new Event('change')); })()"
+    )
     chromium.evaluate(choose % ("order", "mistake"))
     mistakes = chromium.evaluate(
         "[...document.querySelectorAll('.pair')].map(p => Number(p.dataset.mistake))"
@@ -450,9 +491,13 @@ def test_pairs_are_sorted_and_chosen_and_an_injected_script_would_not_run(
     assert mistakes[0] > 0
     chromium.evaluate(choose % ("tag", "flips"))
     assert chromium.evaluate(
-        "[...document.querySelectorAll('.pair:not([hidden])')].every(p => p.dataset.tags.includes('flips'))"
+        "[...document.querySelectorAll('.pair:not([hidden])')].every(p => "
+        "p.dataset.tags.includes('flips'))"
     )
-    inject = "(() => { const s = document.createElement('script'); s.textContent = 'window.broken = 3'; document.body.append(s); })()"
+    inject = (
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.broken "
+        "= 3'; document.body.append(s); })()"
+    )
     chromium.evaluate(inject)
     assert chromium.evaluate("window.broken === undefined"), (
         "the page's policy lets no script in but its own"

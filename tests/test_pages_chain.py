@@ -19,10 +19,14 @@ RECIPE = """
 set: {base: BASE, policy: POLICY}
 all: {dtype: fp32, device: cpu}
 steps:
-  - eval rewards: {model: "{policy}", reward_reference: "{base}", input: "{here}/gold.jsonl", output_dir: "{out}/m1-heldout"}
-  - train: {objective: scir, model: "{policy}", reward_reference: "{base}", input: "{out}/m1-heldout/judged", batch_size: 2, learning_rate: 1.0e-3,
-            validation: "{here}/gold.jsonl", validation_every: 1, output_dir: "{out}/m2", report: "{out}/m2.html"}
-  - eval rewards: {model: "{out}/m2", reward_reference: "{base}", input: "{here}/gold.jsonl", output_dir: "{out}/m2-heldout"}
+  - eval rewards: {model: "{policy}", reward_reference: "{base}", input: "{here}/gold.jsonl",
+                  output_dir: "{out}/m1-heldout"}
+  - train: {objective: scir, model: "{policy}", reward_reference: "{base}",
+            input: "{out}/m1-heldout/judged", batch_size: 2, learning_rate: 1.0e-3,
+            validation: "{here}/gold.jsonl", validation_every: 1,
+            output_dir: "{out}/m2", report: "{out}/m2.html"}
+  - eval rewards: {model: "{out}/m2", reward_reference: "{base}", input: "{here}/gold.jsonl",
+                  output_dir: "{out}/m2-heldout"}
 """
 
 

@@ -219,7 +219,7 @@ def test_compiled_layers_train_what_plain_ones_do(root: Path, alone: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once_by_all_ranks_together(root: Path, tmp_path: Path):
+def test_all_ranks_together_print_an_error_once(root: Path, tmp_path: Path):
     wrong = command(root, tmp_path / "x", "--num-processes", "2", "--max-tokens-per-pack", "300")
     wrong[wrong.index("--reward-reference") + 1] = str(root / "policy")
     done = subprocess.run(wrong, capture_output=True, text=True)
@@ -250,16 +250,23 @@ def test_loads_are_shared_out_evenly_and_to_everybody_the_same():
 
 def trainer(root: Path, out: Path, **values: Any) -> Trainer:
     """A trainer on the fifteen pairs, with references that give every pair a verdict."""
-    base = {"model": str(root / "policy"), "input": str(root / "gold.jsonl"), "output_dir": out, "reward_reference": str(root / "base"),
-            "dtype": "fp32", "device": "cpu", "batch_size": 5, "learning_rate": 1e-3,
-            "implicit_scale": IMPLICIT_SCALE}  # fmt: skip
+    base = {
+        "model": str(root / "policy"),
+        "input": str(root / "gold.jsonl"),
+        "output_dir": out,
+        "reward_reference": str(root / "base"),
+        "dtype": "fp32",
+        "device": "cpu",
+        "batch_size": 5,
+        "learning_rate": 1e-3,
+        "implicit_scale": IMPLICIT_SCALE,
+    }
     settings = config.build(TrainSettings, base | values, where="test")
     start = LazyPolicy(settings, settings.model)
     objective = train.build_objective(settings, start, "M_0")
-    rows, _ = load_training_rows(settings.input, settings.limit)
-    examples, _ = encode_examples(
-        rows, objective, start, settings.input, labelled=settings.objective != "scir"
-    )
+    rows = load_training_rows(settings.input, settings.limit)
+    labeled = settings.objective != "scir"
+    examples = encode_examples(rows, objective, start, labeled=labeled).examples
     for example in examples:
         example.pair.reference_logps.update(
             {start.weights_key: (-20.0, -21.0), "M_0": (-20.5, -20.0)}
@@ -400,9 +407,16 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
     stopped(monkeypatch, values(root, tmp_path / "one to 3", **packs), 2)
     more = {"lora 2": lora, "lora 3": {**lora, "gradient_checkpointing": True}}
     jobs = [  # (stage, the last step before the run is broken off or 0, where)
-        (1, 0, "1"), (3, 2, "3 to 2"), (2, 0, "3 to 2"), (2, 1, "2 to 3"), (3, 0, "2 to 3"),
-        (3, 0, "one to 3"), (3, 2, "3 to one"), (2, 0, "lora 2"), (3, 0, "lora 3"),
-    ]  # fmt: skip
+        (1, 0, "1"),
+        (3, 2, "3 to 2"),
+        (2, 0, "3 to 2"),
+        (2, 1, "2 to 3"),
+        (3, 0, "2 to 3"),
+        (3, 0, "one to 3"),
+        (3, 2, "3 to one"),
+        (2, 0, "lora 2"),
+        (3, 0, "lora 3"),
+    ]
     listed = [
         {"stage": s, "stop": n, "values": values(root, tmp_path / o, **packs, **more.get(o, {}))}
         for s, n, o in jobs
@@ -413,7 +427,10 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
     }
-    launcher = "accelerate.commands.launch --use_deepspeed --zero_stage 3 --num_processes 2 --num_machines 1 --main_process_port 0"
+    launcher = (
+        "accelerate.commands.launch --use_deepspeed --zero_stage 3 --num_processes 2 "
+        "--num_machines 1 --main_process_port 0"
+    )
     script = [str(Path(__file__).parent / "zero_ranks.py"), str(tmp_path / "jobs")]
     done = subprocess.run(
         [sys.executable, "-m", *launcher.split(), *script],
@@ -439,7 +456,7 @@ def test_each_stage_of_zero_trains_what_one_process_does_and_goes_on_from_any_ot
         ({"optimizer": {"type": "Lamb"}}, "sets the optimizer"),
     ],
 )
-def test_what_a_deepspeed_config_says_is_done_or_refused(given: dict[str, Any], said: str):
+def test_each_entry_of_a_deepspeed_config_is_applied_or_refused(given: dict[str, Any], said: str):
     fine = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"},
         "optimizer": "auto",
@@ -450,7 +467,7 @@ def test_what_a_deepspeed_config_says_is_done_or_refused(given: dict[str, Any], 
         deepspeed_zero.validate_config(fine | given)
 
 
-def test_deepspeed_that_is_not_installed_is_asked_for(monkeypatch: pytest.MonkeyPatch):
+def test_an_install_hint_is_printed_if_deepspeed_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "deepspeed", None)

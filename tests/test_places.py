@@ -55,6 +55,7 @@ def test_a_chain_of_stages_at_a_url_gives_the_rows_of_folders_and_resumes(
             input=f"{base}/judged",
             output_dir=f"{base}/preferences",
             rule="judge",
+            keep_cut=True,
             trl_jsonl=True,
         )
     for name in ("candidates", "judged", "preferences"):
@@ -85,10 +86,10 @@ def test_what_fails_while_it_is_written_leaves_nothing(url: str):
     assert [p.name for p in path.parent.iterdir()] == ["prompts.jsonl"]
 
 
-def test_a_url_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch):
+def test_a_url_that_is_not_available_is_one_line(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match=r"^nosuch://x: .*nosuch"):
         storage.to_path("nosuch://x")
-    with pytest.raises(ConfigError, match="datasets may be URLs"):
+    with pytest.raises(ConfigError, match="only datasets may be at URLs"):
         given = {"model": "m", "input": "i", "output_dir": "memory://m", "reward_reference": "r"}
         config.build(settings.TrainSettings, given, where="test")
     monkeypatch.setitem(sys.modules, "upath", None)

@@ -32,6 +32,7 @@ def verdicts(names: list[str], n: int = 200) -> Verdicts:
         seats,
         np.ones(n),
         rng.normal(0, 9, n),
+        np.full(n, np.nan),
         subsets,
         [str(i) for i in range(n)],
     )

@@ -184,14 +184,14 @@ def test_the_number_of_branches_is_the_same_for_every_pair(
 
 
 @pytest.mark.parametrize("name", BRANCHES)
-def test_only_the_rationale_wants_something_written_first(
+def test_only_the_rationale_model_needs_a_sampled_text_first(
     name: str, tiny_policy: Policy, pairs: list[Pair]
 ):
     model = reward_models.make([name], tiny_policy.chat, settings())[name]
     assert len(model.requests(pairs[0])) == (2 if name == "rationale" else 0)
 
 
-def test_all_models_together_say_what_each_says_alone(tiny_policy: Policy, pairs: list[Pair]):
+def test_all_models_together_equal_each_alone(tiny_policy: Policy, pairs: list[Pair]):
     together = said(tiny_policy, list(BRANCHES), pairs)
     assert list(together) == list(BRANCHES)
     for name in BRANCHES:
@@ -246,7 +246,8 @@ def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then
         masses = []
         for order, (in_a, in_b) in enumerate(((first, second), (second, first))):
             text = (
-                f"{START}user\nWhich answer to the question is better?\n\nQuestion: {question}\n\nAnswer A: {in_a}\n\nAnswer B: {in_b}\n\n"
+                f"{START}user\nWhich answer to the question is better?\n\nQuestion: "
+                f"{question}\n\nAnswer A: {in_a}\n\nAnswer B: {in_b}\n\n"
                 f"Reply with A or B.{END}\n{START}assistant\n"
             )
             logps = next_logps(plain, tokenizer(text)["input_ids"])
@@ -258,7 +259,7 @@ def test_the_judge_is_read_where_the_answer_begins_with_first_in_seat_a_and_then
         assert odds.verdict_mass[number].item() == pytest.approx(sum(masses) / 2, rel=1e-4)
 
 
-def test_a_judge_prompt_from_a_file_is_what_is_asked(
+def test_a_judge_prompt_from_a_file_replaces_the_default(
     tiny_policy: Policy, pairs: list[Pair], tmp_path: Path
 ):
     path = tmp_path / "judge.txt"

@@ -190,7 +190,8 @@ def test_ultrafeedback_binarized_repeats_the_prompt_in_both_message_lists(tmp_pa
         }
     ]
     (row,) = readers.load_pairs(write(tmp_path / "uf.jsonl", rows))[0].to_pylist()
-    assert (row["messages"], sides(row)) == ([{"role": "user", "content": "Q"}], ("a", "b"))
+    asked = [{"role": "user", "content": "Q", "more": None}]
+    assert (row["messages"], sides(row)) == (asked, ("a", "b"))
 
 
 def test_a_reward_bench_2_row_is_every_right_answer_beside_every_wrong_one(tmp_path: Path):
@@ -227,8 +228,12 @@ def test_a_reward_bench_2_row_is_every_right_answer_beside_every_wrong_one(tmp_p
 def benchmark_of(tmp_path: Path, rows: list[dict], scores: str) -> dict:
     """The benchmark figures of external scores, through the stage."""
     values = {
-        "model": "", "input": write(tmp_path / "in.jsonl", rows), "output_dir": tmp_path / "out", "reward_models": ["external"], "external": scores,
-    }  # fmt: skip
+        "model": "",
+        "input": write(tmp_path / "in.jsonl", rows),
+        "output_dir": tmp_path / "out",
+        "reward_models": ["external"],
+        "external": scores,
+    }
     judged = tmp_path / "judged"
     from scir_cli.data import dataset
 

@@ -211,7 +211,7 @@ def test_train_has_no_setting_that_only_judging_needs(name: str):
 @pytest.mark.parametrize(
     ("rule", "model"), [("random:0.7", "judge"), ("random:0.7:implicit", "implicit")]
 )
-def test_a_random_share_is_labelled_by_the_model_in_the_rule_or_by_the_judge(rule: str, model: str):
+def test_a_random_share_is_labeled_by_the_model_in_the_rule_or_by_the_judge(rule: str, model: str):
     chosen = config.build(
         settings.FilterSettings, {"input": "i", "output_dir": "o", "rule": rule}, where="test"
     )

@@ -1,4 +1,7 @@
-"""`filter --rule consensus` and soft labels of one reward model: what is written, what is refused, what is warned about."""
+"""`filter --rule consensus` and soft labels of one reward model.
+
+What is written, what is refused, what is warned about.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,8 @@ def test_consensus_labels_every_pair_with_the_probability_of_its_pool(tmp_path: 
         label_temperature=2 / (3 * LN3),
         output_dir=tmp_path / "out",
     )
-    # z = (2 + 2 + 2) / 3, (2 - 2 - 2) / 3, (-2 - 2 + 4) / 3 = 0, (2 + 2 - 4) / 3 = 0, no verdict of likelihood
+    # z = (2 + 2 + 2) / 3, (2 - 2 - 2) / 3, (-2 - 2 + 4) / 3 = 0, (2 + 2 - 4) / 3 = 0, no verdict of
+    # likelihood
     assert manifest["drops"] == {"tie": 2, "no_verdict": 1}
     first, second = rows_of(tmp_path / "out")
     assert (first["pair_id"], first["label"]) == ("p0", "first")
@@ -160,7 +164,7 @@ def test_the_temperature_is_fitted_on_labeled_pairs_and_stands_in_the_manifest(t
             ConfigError,
             "'implicit': the implicit reward is the policy in training",
         ),
-        (THREE, {"voters": ["judge", "judge"]}, ConfigError, "each once"),
+        (THREE, {"voters": ["judge", "judge"]}, ConfigError, "it names 'judge' twice"),
         (THREE, {"rule": "agree", "soft_labels": True}, ConfigError, "one log-odds"),
         (THREE, {"rule": "judge", "label_temperature": 2.0}, ConfigError, "need --soft-labels"),
     ],

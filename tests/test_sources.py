@@ -23,6 +23,7 @@ import pytest
 from scir_cli import registry, settings, stages
 from scir_cli.config import build
 from scir_cli.data import dataset, hashing, readers, schemas
+from scir_cli.data.messages import without_nulls
 from scir_cli.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -67,7 +68,7 @@ def pair(table: pa.Table) -> tuple[list[dict[str, str]], str, str]:
     """Messages, chosen text and rejected text of a table with one pair."""
     (row,) = table.to_pylist()
     other = {"first": "second", "second": "first"}[row["gold_label"]]
-    return row["messages"], row[row["gold_label"]]["text"], row[other]["text"]
+    return without_nulls(row["messages"]), row[row["gold_label"]]["text"], row[other]["text"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_each_prompt_layout_gives_its_messages(
     extra = '{"unrelated": 1}' if "unrelated" in row else None
     assert got == {
         "prompt_id": hashing.digest_json(messages)[:16],
-        "messages": messages,
+        "messages": [{**message, "more": None} for message in messages],
         "subset": None,
         "extra": extra,
     }
@@ -171,6 +172,7 @@ def test_each_pair_layout_gives_its_prompt_and_its_two_texts(
     assert got["prompt_id"] == hashing.digest_json(messages)[:16]
     assert first == {
         "candidate_id": None,
+        "reasoning": None,
         "text": first["text"],
         "token_ids": [],
         "finish_reason": "stop",
@@ -192,7 +194,7 @@ def test_each_unusable_pair_is_dropped_for_its_reason(tmp_path: Path) -> None:
             "prompt": "p",
             "chosen": "b",
             "rejected": "a",
-        },  # the first pair again, labelled the other way round
+        },  # the first pair again, labeled the other way round
     ]
     table, drops = readers.load_pairs(jsonl(tmp_path / "p.jsonl", rows))
     assert pair(table)[1:] == ("a", "b")
@@ -281,7 +283,10 @@ def test_a_missing_prompt_column_is_an_error_that_names_the_ones_present(tmp_pat
     for load in (load_prompts, readers.load_pairs):
         with pytest.raises(
             DataError,
-            match=r"p\.jsonl, row 1: .*'messages', 'prompt' or 'instruction'.* text, chosen, rejected$",
+            match=(
+                r"p\.jsonl, row 1: .*'messages', 'prompt' or 'instruction'.* text, chosen, "
+                r"rejected$"
+            ),
         ):
             load(spec)
 
@@ -551,7 +556,9 @@ def test_our_own_prompts_folder_comes_back_as_it_was_written(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["judged", "preferences"])
-def test_our_own_pairs_come_back_as_judged_whatever_their_kind(tmp_path: Path, kind: str) -> None:
+def test_pairs_that_scir_wrote_are_read_as_judged_whatever_their_kind(
+    tmp_path: Path, kind: str
+) -> None:
     pairs = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "odds": 1} for i in range(3)]
     table, _ = readers.load_pairs(jsonl(tmp_path / "p.jsonl", pairs), external="odds")
     more = {"judged": {}, "preferences": {"prompt": [USER], "margin": 0.5}}[kind]
@@ -677,7 +684,10 @@ def test_a_consistency_folder_is_refused_and_the_judged_dataset_is_named(tmp_pat
     assert dataset.read_dataset(out)["pair_id"].to_pylist() == table["pair_id"].to_pylist()
     with pytest.raises(
         DataError,
-        match=rf"consistency holds a 'consistency' dataset.*pass the judged dataset .* from, {judged}$",
+        match=(
+            r"consistency holds a 'consistency' dataset.*pass the judged dataset .* from, "
+            rf"{judged}$"
+        ),
     ):
         readers.load_pairs(str(out))
     for stage, values in (
@@ -723,7 +733,7 @@ def test_a_path_that_does_not_exist_and_cannot_be_on_the_hub_is_refused(spec: st
         ("hf://datasets/org/name:main:test", ("org/name", "main", "test")),
     ],
 )
-def test_a_hub_spec_asks_for_its_config_and_split(
+def test_a_hub_spec_loads_its_config_and_split(
     monkeypatch: pytest.MonkeyPatch, spec: str, asked: tuple[str, ...]
 ) -> None:
     def load_dataset(name: str, config: str | None, split: str) -> datasets.Dataset:
@@ -744,7 +754,10 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_names_the_id(
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(
         DataError,
-        match=r"'org/name' is not a local path, and loading it from the hub failed: Couldn't reach it \(no network\)$",
+        match=(
+            r"'org/name' is not a local path, and loading it from the hub failed: Couldn't "
+            r"reach it \(no network\)$"
+        ),
     ):
         readers.load_pairs("org/name")
     assert readers.digest("hf://org/name") == "hub:org/name"

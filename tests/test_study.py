@@ -16,7 +16,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from study import figures, report, world
+from study import figures, report, summary, world
 from study import run as study
 from study.experiments import EXPERIMENTS, MAIN, WITH_JUDGES, Method, Setup
 
@@ -31,6 +31,7 @@ TINY = Setup(
         "num_epochs": 9,
         "n": 2,
         "max_new_tokens": 6,
+        "keep_cut": True,
     },
     max_new_tokens=6,
 )
@@ -56,7 +57,7 @@ TINY = Setup(
         ("spell kmp", "kumo", 4 / 6),
     ],
 )
-def test_quality_by_hand(prompt: str, response: str, expected: float):
+def test_quality_equals_the_numbers_worked_by_hand(prompt: str, response: str, expected: float):
     assert world.quality(prompt, response) == pytest.approx(expected)
 
 
@@ -69,7 +70,7 @@ def test_a_right_answer_has_quality_one_and_slips_cost(name: str):
     assert 0.2 < sum(slipped) / len(slipped) < 0.8
 
 
-def test_quality_is_hardly_a_function_of_length_and_a_bias_towards_length_can_be_planted():
+def test_quality_is_almost_independent_of_length_and_a_length_bias_can_be_planted():
     size = world.Size()
 
     def longer_is_chosen(bias: float) -> float:
@@ -78,7 +79,7 @@ def test_quality_is_hardly_a_function_of_length_and_a_bias_towards_length_can_be
         pairs = [
             pair
             for p in prompts
-            if (pair := world.labelled_pair(draw, p, size.slips, length_bias=bias))
+            if (pair := world.labeled_pair(draw, p, size.slips, length_bias=bias))
         ]
         differ = [
             len(p["chosen"]) > len(p["rejected"])
@@ -188,7 +189,7 @@ def test_rubric_and_rationale_are_measured_and_trained_where_a_world_teaches_the
 
 
 @pytest.mark.slow
-def test_no_method_but_the_oracle_and_the_external_scores_asks_for_gold_outside_evaluation(
+def test_no_method_but_the_oracle_and_the_external_scores_reads_gold_outside_evaluation(
     tmp_path: Path,
 ):
     blind = [m for m in MAIN if not m.scores]
@@ -204,7 +205,7 @@ def test_no_method_but_the_oracle_and_the_external_scores_asks_for_gold_outside_
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_method_of_every_experiment_is_a_recipe_with_settings_it_knows(name: str):
+def test_every_method_of_every_experiment_is_a_recipe_whose_settings_exist(name: str):
     setup, methods = EXPERIMENTS[name]
     assert len({m.name for m in methods}) == len(methods)
     for method in methods:
@@ -245,7 +246,7 @@ def test_differences_are_paired_by_seed_and_a_seed_that_one_lacks_is_left_out():
     assert report.paired(rows, "a", "nobody", 1, "agreement") == []
 
 
-def test_the_page_says_what_the_intervals_allow_and_knows_that_flips_are_bad():
+def test_the_page_states_what_the_intervals_allow_and_counts_fewer_flips_as_better():
     rows = records(a=[0.61, 0.62, 0.63], b=[0.5, 0.5, 0.5], c=[0.4, 0.5, 0.6])
     better = ", ".join(report.FIGURES[f][0] for f in report.CLAIMED if f != "flip_rate")
     assert report.said(rows, ["a", "c"], "b", 1) == [
@@ -268,9 +269,20 @@ def test_a_rank_correlation_by_hand_and_each_seed_set_speaks_for_itself():
     assert report.again(rows[:10], ["scir", "srlm"], 1) == ""  # nothing fresh yet
 
 
-def test_the_page_that_is_committed_is_the_one_the_results_give():
+def test_the_pages_that_are_committed_are_those_the_results_give():
     results = {p.stem: json.loads(p.read_text()) for p in (report.HERE / "results").glob("*.json")}
-    assert report.PAGE.read_text(encoding="utf-8") == report.page(results)
+    assert report.PAGE.read_text(encoding="utf-8") == summary.page(results)
+    assert report.APPENDIX.read_text(encoding="utf-8") == report.appendix(results)
+
+
+def test_the_page_says_how_much_of_the_distance_to_gold_labels_is_closed():
+    rows = records(consensus=[0.6, 0.7, 0.8], srlm=[0.5, 0.5, 0.5], oracle=[0.7, 0.9, 1.1])
+    rows += records(scir=[0.5, 0.6, 0.7])
+    for row in rows:
+        row["label_accuracy"] = row["sampled_quality"]
+    sentence = summary.distance_to_gold(rows, 1)
+    assert "consensus labels +0.200 [-0.048, +0.448], 50% of that distance" in sentence
+    assert "70% are correct under `consensus`, 50% under `srlm` and 60%" in sentence
 
 
 # ------------------------------ pictures
@@ -286,7 +298,7 @@ def bars(svg: str, width: str) -> list[tuple[float, float]]:
     return [(float(a), float(b)) for a, b in found]
 
 
-def test_an_interval_is_drawn_from_end_to_end_on_the_scale_of_its_panel_and_coloured_by_what_helps():
+def test_an_interval_is_drawn_to_the_scale_of_its_panel_and_colored_by_what_helps():
     marks = [
         [(0.02, 0.01, 0.03)],
         [(-0.01, -0.03, 0.01)],
@@ -388,16 +400,20 @@ def test_pictures_name_every_method_world_and_cell():
 def test_the_pictures_that_are_committed_are_those_the_page_names_and_the_results_give():
     results = {p.stem: json.loads(p.read_text()) for p in (report.HERE / "results").glob("*.json")}
     committed = {p.stem: p.read_text(encoding="utf-8") for p in report.IMAGES.iterdir()}
-    assert committed == report.pictures(results)
-    assert set(committed) == set(re.findall(r"\]\(study/(\w+)\.svg\)", report.page(results)))
+    assert committed == report.pictures(results) | summary.pictures(results)
+    pages = summary.page(results) + report.appendix(results)
+    assert set(committed) == set(re.findall(r"\]\(study/([\w-]+)\.svg\)", pages))
     assert all(len(svg) < 80_000 for svg in committed.values())
 
 
-def test_without_matplotlib_the_page_is_written_and_one_line_says_what_the_pictures_need(
+def test_without_matplotlib_the_page_is_written_and_one_line_names_the_missing_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(report, "PAGE", tmp_path / "study.md")
+    monkeypatch.setattr(report, "APPENDIX", tmp_path / "study_appendix.md")
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'scir-cli\[report\]'"):
         report.main()
-    assert "(study/methods.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")
+    assert "(study/consensus.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")
+    appendix = (tmp_path / "study_appendix.md").read_text(encoding="utf-8")
+    assert "(study/methods.svg)" in appendix

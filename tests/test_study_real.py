@@ -53,7 +53,10 @@ def size(tmp_path_factory: pytest.TempPathFactory) -> real.Size:
         "spade",
     )
     answers = [
-        f"The {t} is {n} years old. It was made by hand in a small town. You could use it {n} times."
+        (
+            f"The {t} is {n} years old. It was made by hand in a small town. You could use it {n} "
+            "times."
+        )
         for n, t in enumerate(things)
     ]
     lines = [
@@ -100,7 +103,7 @@ def test_a_truncated_answer_is_40_to_70_percent_of_its_words_without_a_full_stop
         assert made[-1] not in ".,"
 
 
-def test_a_contradicted_answer_says_one_sentence_and_denies_it_in_place_of_another():
+def test_a_contradicted_answer_replaces_a_sentence_by_the_denial_of_another():
     denied = "Rain is not water from clouds."
     made = {damaged("contradicted", s) for s in range(40)}
     assert made == {f"{ANSWER[0]} {denied} {ANSWER[2]}", f"{ANSWER[0]} {ANSWER[1]} {denied}"}
@@ -162,9 +165,8 @@ def test_held_out_kinds_and_prompts_are_in_nothing_that_is_trained_on(size: real
         prompts["seed"] | prompts["prompts"]
     )
     answers = real.answers(size)
-    for row in rows[
-        "prompts"
-    ]:  # what is given without a label is an answer and one damaged in a way that is taught, no other
+    # An unlabeled pair is an answer and the same answer damaged in a way that is taught.
+    for row in rows["prompts"]:
         (bad,) = set(row["answers"]) - {" ".join(answers[row["prompt"]])}
         assert bad in {
             kind(
@@ -185,13 +187,13 @@ def test_every_held_out_prompt_has_every_kind_and_the_world_is_the_same_for_a_se
     assert rows == real.rows(size, seed=1) != real.rows(size, seed=2)
 
 
-def test_the_order_of_an_unlabelled_pair_says_nothing():
+def test_the_order_of_an_unlabeled_pair_carries_no_information():
     pair = {"prompt": "p", "chosen": "good", "rejected": "bad"}
-    first = [real.unlabelled(random.Random(seed), pair)["answers"][0] for seed in range(200)]
+    first = [real.unlabeled(random.Random(seed), pair)["answers"][0] for seed in range(200)]
     assert 70 < first.count("good") < 130
 
 
-def test_too_little_text_is_said(size: real.Size):
+def test_too_little_text_is_an_error_with_both_numbers(size: real.Size):
     with pytest.raises(
         ValueError, match="has 12 answers that can be used; a world of this size needs 107"
     ):
@@ -234,5 +236,5 @@ def test_the_study_runs_on_real_text_with_a_toy_model(size: real.Size, tmp_path:
         page.startswith("## A real model")
         and "after 2 steps of 4 pairs" in page.replace("\n", " ")
         and "flips, unseen" in page
-        and "sampled gold" not in page
+        and "sampled quality" not in page
     )

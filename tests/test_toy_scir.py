@@ -27,7 +27,7 @@ from scir_cli.training.objectives import Example
 from scir_cli.training.trainer import Trainer
 
 LETTERS = "cdefghijklmnopqrstuv"  # 380 pairs; without a and b, which are too close to the verdicts
-LABELLED, UNLABELLED = 120, 130  # the other 130 are held out: no training sees them
+LABELED, UNLABELED = 120, 130  # the other 130 are held out: no training sees them
 
 
 def pairs(policy: Policy) -> list[tuple[Pair, int]]:
@@ -133,19 +133,19 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
     )
     data = pairs(policy)
     everyone = [p for p, _ in data]
-    labelled = [Example(p, label) for p, label in data[:LABELLED]]
-    pools = {"unlabelled": data[LABELLED:][:UNLABELLED], "held-out": data[LABELLED + UNLABELLED :]}
+    labeled = [Example(p, label) for p, label in data[:LABELED]]
+    pools = {"unlabeled": data[LABELED:][:UNLABELED], "held-out": data[LABELED + UNLABELED :]}
 
     remember(policy, everyone, "M_0")
     common = {"judge_prompt": prompt, "batch_size": 30}
     sft = settings(
         objective="sft", sft_response_weight=0.0, learning_rate=2e-3, max_steps=300, **common
     )
-    train(policy, labelled, tmp_path / "sft", sft, "M_0")
+    train(policy, labeled, tmp_path / "sft", sft, "M_0")
     remember(policy, everyone, "taught")
     train(
         policy,
-        labelled,
+        labeled,
         tmp_path / "dpo",
         settings(objective="dpo", learning_rate=3e-4, max_steps=40, **common),
         "taught",
@@ -155,7 +155,7 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
         objective="scir", learning_rate=3e-4, max_steps=40, **common | {"batch_size": 65}
     )
     before = {name: figures(policy, pool, scir) for name, pool in pools.items()}
-    train(policy, [Example(p) for p, _ in pools["unlabelled"]], tmp_path / "scir", scir, "M_1")
+    train(policy, [Example(p) for p, _ in pools["unlabeled"]], tmp_path / "scir", scir, "M_1")
     after = {name: figures(policy, pool, scir) for name, pool in pools.items()}
 
     with capsys.disabled():
@@ -167,7 +167,7 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
                 f"\ntoy, seed {seed}, {len(pools[pool])} {pool} pairs: " + ", ".join(moves), end=""
             )
 
-    for pool, gain in {"unlabelled": 0.1, "held-out": 0.03}.items():
+    for pool, gain in {"unlabeled": 0.1, "held-out": 0.03}.items():
         old, new = before[pool], after[pool]
         assert (
             0.5 <= old["agreement"] <= 0.9 and old["judge"] >= 0.75 and old["implicit"] >= 0.55
@@ -176,7 +176,7 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
         assert new["flips"] <= old["flips"] + 0.01  # one pair of 130
         assert new["judge"] >= old["judge"] - 0.03
         assert new["implicit"] >= old["implicit"] - 0.03
-    assert after["unlabelled"]["flips"] < before["unlabelled"]["flips"]
+    assert after["unlabeled"]["flips"] < before["unlabeled"]["flips"]
     assert (
-        after["unlabelled"]["implicit"] >= before["unlabelled"]["implicit"] + 0.03
+        after["unlabeled"]["implicit"] >= before["unlabeled"]["implicit"] + 0.03
     )  # what the judge knows has moved over

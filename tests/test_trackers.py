@@ -128,7 +128,7 @@ def test_two_processes_report_once_and_both_end_well(world: Path, tmp_path: Path
     assert [step for step, _ in read_events(tmp_path / "m" / "scir")["train/loss"]] == [1, 2]
 
 
-def test_a_tracker_nobody_knows_or_has_is_an_error_and_not_silence(monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_that_is_unknown_or_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
         trackers.check(["tensorbord"])
     monkeypatch.setattr("accelerate.tracking._available_trackers", [])

@@ -278,7 +278,7 @@ def test_groups_of_three_two_seven_and_one_tokens_are_packed(
     assert trees.pack(groups, max_tokens) == expected
 
 
-def test_what_neighbours_share_takes_room_in_a_pack_once():
+def test_what_neighbors_share_takes_room_in_a_pack_once():
     groups = [
         [verdict([1, 2, 3, 4, answer], 0)] for answer in (5, 6, 7)
     ]  # 5 tokens alone, 7 together

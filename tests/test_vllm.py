@@ -189,8 +189,17 @@ def test_verdicts_are_those_of_the_engine_whatever_their_rank(tmp_path: Path):
     rows, work = {}, {}
     for backend in ("vllm", "transformers"):
         more = {"vllm_arg": [EAGER, "block_size=32"], "workers": 2} if backend == "vllm" else {}
-        manifest = run("judge", **common, **more, input=str(tmp_path / "c"), reward_models=names, rationale_max_tokens=8, backend=backend, rows_per_part=3,
-            output_dir=tmp_path / backend)  # fmt: skip
+        manifest = run(
+            "judge",
+            **common,
+            **more,
+            input=str(tmp_path / "c"),
+            reward_models=names,
+            rationale_max_tokens=8,
+            backend=backend,
+            rows_per_part=3,
+            output_dir=tmp_path / backend,
+        )
         rows[backend] = dataset.read_dataset(tmp_path / backend).to_pylist()
         work[backend] = manifest["work"]
     assert (
@@ -266,8 +275,22 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1",
-               "--port", str(port), "--no-enable-chunked-prefill", "--block-size", "32", "--enable-prompt-tokens-details"]  # fmt: skip
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--no-enable-chunked-prefill",
+        "--block-size",
+        "32",
+        "--enable-prompt-tokens-details",
+    ]
     with (
         (root / "log").open("w") as log,
         subprocess.Popen(command, stdout=log, stderr=log, env=named_vllm(root)) as server,
@@ -389,7 +412,17 @@ def test_two_workers_give_the_tokens_of_one_process_though_an_engine_and_a_worke
         ("one", {}),
         ("two", {"backend": "test_vllm:Dies", "workers": 2, "vllm_arg": [EAGER]}),
     ):
-        run("generate", **model, **values, input=str(prompts), n=1, temperature=0, max_new_tokens=8, rows_per_part=1, output_dir=tmp_path / name)  # fmt: skip
+        run(
+            "generate",
+            **model,
+            **values,
+            input=str(prompts),
+            n=1,
+            temperature=0,
+            max_new_tokens=8,
+            rows_per_part=1,
+            output_dir=tmp_path / name,
+        )
         rows[name] = (
             dataset.read_dataset(tmp_path / name).drop_columns(["candidate_id"]).to_pylist()
         )
@@ -434,7 +467,8 @@ def test_a_killed_driver_leaves_no_engine(tmp_path: Path):
         f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path\nfrom test_vllm import opened\n"
         "if __name__ == '__main__':\n"
-        f"    print(opened(Path({str(folder)!r}), Path({str(tmp_path / 'out')!r}))[1].child.pid, flush=True)\n"
+        f"    print(opened(Path({str(folder)!r}), "
+        f"Path({str(tmp_path / 'out')!r}))[1].child.pid, flush=True)\n"
         "    time.sleep(600)\n",
         encoding="utf-8",
     )

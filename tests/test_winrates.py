@@ -1,5 +1,5 @@
 """Win rates against numbers worked by hand and against a second implementation, made of scipy's
-optimisers and not of scikit-learn.
+optimizers and not of scikit-learn.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def test_length_control_gives_the_same_model_the_same_rate_whichever_way_its_len
         ([0.5] * 40, [range(40), range(40, 0, -1)], "nothing to fit"),
     ],
 )
-def test_a_rate_that_cannot_be_had_is_none_with_its_reason(p, lengths, reason):
+def test_a_rate_that_cannot_be_computed_is_none_with_its_reason(p, lengths, reason):
     found = win_rates.length_controlled(
         np.array(p), np.array([list(side) for side in lengths], float)
     )
@@ -223,7 +223,9 @@ def test_a_rate_that_cannot_be_had_is_none_with_its_reason(p, lengths, reason):
         ),
     ],
 )
-def test_pairs_that_cannot_carry_a_figure_are_said_and_why(p, ours, theirs, expected):
+def test_pairs_that_do_not_suffice_for_a_figure_are_noted_with_the_reason(
+    p, ours, theirs, expected
+):
     notes = win_rates.reliability_notes(np.array(p), np.array([ours, theirs], float))
     assert len(notes) == len(expected)
     assert all(note.startswith(start) for note, start in zip(notes, expected, strict=True))
@@ -332,7 +334,7 @@ def test_style_differences_are_relative_and_negate_when_the_sides_swap():
     assert win_rates.style_differences(theirs, ours) == pytest.approx(-found)
 
 
-def test_the_condition_number_tells_columns_that_are_the_same():
+def test_the_condition_number_finds_columns_that_are_the_same():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 3))
     assert win_rates.condition_number(x * [1, 100, 0.01]) < 1.3  # scale is not collinearity
@@ -502,7 +504,7 @@ def test_a_file_of_gamed_baselines_of_another_form_is_named(
         eval_winrate.read_gamed(tmp_path / "g.csv")
 
 
-def test_without_scikit_learn_win_rates_stand_and_the_rest_says_what_it_needs(
+def test_without_scikit_learn_win_rates_remain_and_the_rest_names_the_missing_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(win_rates, "sklearn_available", lambda: False)
@@ -626,11 +628,19 @@ def test_responses_are_candidates_datasets_too(tmp_path: Path):
 
     rows = [
         {
-            "candidate_id": f"c{i}", "prompt_id": f"p{i // 2}", "messages": [{"role": "user", "content": f"q{i // 2}"}], "subset": None, "response": f"r{i}",
-            "token_ids": [1], "finish_reason": "stop", "duplicate_of": None, "weights_key": "key", "seed": 0,
+            "candidate_id": f"c{i}",
+            "prompt_id": f"p{i // 2}",
+            "messages": [{"role": "user", "content": f"q{i // 2}"}],
+            "subset": None,
+            "response": f"r{i}",
+            "token_ids": [1],
+            "finish_reason": "stop",
+            "duplicate_of": None,
+            "weights_key": "key",
+            "seed": 0,
         }
         for i in range(4)
-    ]  # fmt: skip
+    ]
     dataset.write_dataset(
         tmp_path / "c",
         "candidates",

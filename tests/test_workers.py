@@ -60,7 +60,10 @@ def test_a_part_that_fails_three_times_stops_the_run_by_name_and_the_others_are_
 ):
     with pytest.raises(
         EngineError,
-        match=r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; finished",
+        match=(
+            r"data-00003\.arrow failed 3 times, last because MemoryError: out of memory; "
+            r"finished"
+        ),
     ):
         generate(tiny_llama, prompts, tmp_path / "out", "failing_backends:DiesAtSeven", workers=2)
     kept = {path.name for path in (tmp_path / "out").glob("data-*.arrow")}
@@ -98,7 +101,7 @@ def test_each_worker_has_gpus_of_its_own_and_too_few_are_an_error(monkeypatch: p
         devices(workers="auto", tensor_parallel_size=5)
 
 
-def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(
+def test_workers_is_a_number_or_auto_and_no_row_depends_on_it(
     monkeypatch: pytest.MonkeyPatch,
 ):
     def settings(value: Any) -> BackendSettings:
@@ -109,10 +112,10 @@ def test_data_parallel_is_a_number_or_auto_and_no_row_depends_on_it(
     assert [settings(value).workers for value in ("3", 2, "auto")] == [3, 2, "auto"]
     assert settings("auto").plan() == settings(1).plan()
     for wrong in ("0", "-1", "all", 1.5, True):
-        with pytest.raises(
-            ConfigError, match="^test: 'workers' is .*: expected a number of at least 1, or auto$"
-        ):
+        with pytest.raises(ConfigError, match="^test: 'workers' is .*: expected a .*, or auto$"):
             settings(wrong)
+    with pytest.raises(ConfigError, match="expected a number from 1 to 1024, or auto$"):
+        settings("1025")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     meter = Meter()
@@ -276,7 +279,14 @@ def killed(command: list[str], victim: str, folder: Path) -> list[Path]:
         if (folders[-1] / "manifest.json").exists():
             folders.append(folder / f"killed-{len(folders)}")
         out, shot = folders[-1], 0
-        driver = subprocess.Popen([*command, str(out)], start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env, text=True)  # fmt: skip
+        driver = subprocess.Popen(
+            [*command, str(out)],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=env,
+            text=True,
+        )
         for _ in range(min(KILLS - kills, 1 if once_a_run else 4)):
             wait_for_a_part(out, driver)
             time.sleep(draw.uniform(0, 0.5))

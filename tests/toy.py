@@ -21,7 +21,8 @@ PAD, START, END, BOS = "<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>"
 VOCABULARY = 400
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -99,40 +100,163 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**COMMON, **GQA}),
     "mistral": ("mistral", {**COMMON, **GQA, "sliding_window": 16}),
     "qwen3": ("qwen3", {**COMMON, **GQA, "head_dim": 8}),
-    "gemma2": ("gemma2", {**COMMON, **GQA, **ALTERNATING, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}),
+    "gemma2": (
+        "gemma2",
+        {
+            **COMMON,
+            **GQA,
+            **ALTERNATING,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "gemma3": ("gemma3_text", {**COMMON, **GQA, **ALTERNATING}),
     "phi": ("phi", {**COMMON, "partial_rotary_factor": 0.5}),
     "gpt2": (
         "gpt2",
         {
-            "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.25, **ENDS,
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 512,
+            "initializer_range": 0.25,
+            **ENDS,
         },
     ),
     "cohere": ("cohere", {**COMMON, **GQA, "logit_scale": 0.3}),
-    "granite": ("granite", {**COMMON, **GQA, "logits_scaling": 2.5, "attention_multiplier": 0.5, "residual_multiplier": 0.7}),
+    "granite": (
+        "granite",
+        {
+            **COMMON,
+            **GQA,
+            "logits_scaling": 2.5,
+            "attention_multiplier": 0.5,
+            "residual_multiplier": 0.7,
+        },
+    ),
     # says its window in the mask alone: attention is not told
     "qwen2_moe": (
         "qwen2_moe",
         {
-            **COMMON, **GQA, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1,
-            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+            **COMMON,
+            **GQA,
+            "use_sliding_window": True,
+            "sliding_window": 16,
+            "max_window_layers": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
         },
     ),
     # turns all its positions differently once a sequence is longer than 32
     "longrope": (
         "phi3",
         {
-            **COMMON, "original_max_position_embeddings": 32,
+            **COMMON,
+            "original_max_position_embeddings": 32,
             "rope_parameters": {
-                "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32, "factor": 16.0,
-                "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 32,
+                "factor": 16.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
             },
         },
     ),
+    # attention sinks, in every layer
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **COMMON,
+            **GQA,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    # hybrids of attention and a recurrence or a convolution, and a head with a factor
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **COMMON,
+            **GQA,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "lfm2": ("lfm2", {**COMMON, **GQA, "layer_types": ["conv", "full_attention"]}),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **COMMON,
+            **GQA,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "lm_head_multiplier": 0.5,
+        },
+    ),
+    # its sparse attention selects keys by what follows as well
+    "deepseek_v32": (
+        "deepseek_v32",
+        {
+            **COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 8,
+        },
+    ),
     # cannot take trees: positions come from the distance between keys, and from a recurrent state
-    "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.25, **ENDS}),
-    "mamba": ("mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "initializer_range": 0.25, **ENDS}),
-}  # fmt: skip
+    "bloom": (
+        "bloom",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "initializer_range": 0.25,
+            **ENDS,
+        },
+    ),
+    "mamba": (
+        "mamba",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            "initializer_range": 0.25,
+            **ENDS,
+        },
+    ),
+}
 
 
 def make_model(

@@ -58,10 +58,20 @@ class Setup:
     )
     loop: dict[str, Any] = field(
         default_factory=lambda: {
-            "learning_rate": 1e-4, "beta": 1.0, "batch_size": 32, "max_steps": 60, "num_epochs": 1000, "schedule": "linear",
-            "n": 4, "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 24, "rows_per_part": 1000,
+            "learning_rate": 1e-4,
+            "beta": 1.0,
+            "batch_size": 32,
+            "max_steps": 60,
+            "num_epochs": 1000,
+            "schedule": "linear",
+            "n": 4,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "max_new_tokens": 24,
+            "keep_cut": True,
+            "rows_per_part": 1000,
         }
-    )  # fmt: skip
+    )
     max_new_tokens: int = 24
     world: str = "tasks"  # of WORLDS
     iterations: int = 2
@@ -192,14 +202,32 @@ FEW = [Method("srlm", "srlm"), Method("filter-only", "filter-only"), SCIR, L3, B
 #: quickstart's. 48 steps are what the oracle
 #: needs to show its labels; in 12 it did not (docs/log.md).
 REAL = Setup(
-    world="text", size=real.Size(), dtype="bf16", iterations=1, max_new_tokens=48,
-    base={"learning_rate": 1e-4, "batch_size": 4, "max_steps": 36, "schedule": "linear", "sft_response_weight": 0},
+    world="text",
+    size=real.Size(),
+    dtype="bf16",
+    iterations=1,
+    max_new_tokens=48,
+    base={
+        "learning_rate": 1e-4,
+        "batch_size": 4,
+        "max_steps": 36,
+        "schedule": "linear",
+        "sft_response_weight": 0,
+    },
     tune={"learning_rate": 5e-5, "batch_size": 8, "max_steps": 14, "schedule": "linear"},
     loop={
-        "learning_rate": 3e-5, "beta": 0.1, "batch_size": 4, "max_steps": 48, "num_epochs": 1000, "schedule": "linear",
-        "n": 2, "max_new_tokens": 128, "rows_per_part": 1000,
+        "learning_rate": 3e-5,
+        "beta": 0.1,
+        "batch_size": 4,
+        "max_steps": 48,
+        "num_epochs": 1000,
+        "schedule": "linear",
+        "n": 2,
+        "max_new_tokens": 128,
+        "keep_cut": True,
+        "rows_per_part": 1000,
     },
-)  # fmt: skip
+)
 
 ON_REAL = [
     Method("srlm", "srlm"),
@@ -220,7 +248,8 @@ def softly(name: str, recipe: str, scores: str = "", **settings: Any) -> Method:
 #: Verdicts of the oracle in the loss of consensus-judge: gold labels, all of them sure.
 GOLD_TARGET = {"objective": "scir", "target": "consensus", "reward_models": ["judge", "external"]}
 
-#: Consensus labels, their rivals, controls, and gold labels under the same losses. docs/method.md, section 8.
+#: Consensus labels, their rivals, controls, and gold labels under the same losses. docs/method.md,
+#: section 8.
 CONSENSUS = [
     Method("srlm", "srlm"),
     Method("srlm-soft", "srlm-soft"),
@@ -270,6 +299,23 @@ CONSENSUS_REAL = [
 ]
 
 
+#: The same in worlds where a voter misleads, or the judge is weaker.
+CONSENSUS_ELSEWHERE = [
+    m
+    for m in CONSENSUS
+    if m.name
+    in (
+        "srlm",
+        "srlm-soft",
+        "scir",
+        "consensus",
+        "consensus-judge",
+        "consensus without the judge",
+        "oracle",
+    )
+]
+
+
 def with_size(**changes: Any) -> Setup:
     return Setup(size=replace(Size(), **changes))
 
@@ -287,5 +333,8 @@ EXPERIMENTS: dict[str, tuple[Setup, list[Method]]] = {
     "judges": (JUDGES, WITH_JUDGES),
     "real": (REAL, ON_REAL),
     "consensus": (Setup(), CONSENSUS),
+    "consensus-hostile": (with_size(systematic_error=0.75), CONSENSUS_ELSEWHERE),
+    "consensus-length-bias": (with_size(length_bias=0.5), CONSENSUS_ELSEWHERE),
+    "consensus-smaller": (with_size(hidden=64, layers=2), CONSENSUS_ELSEWHERE),
     "consensus-real": (REAL, CONSENSUS_REAL),
 }

@@ -1,8 +1,8 @@
 """The pictures of docs/study.md as SVG files: numbers that report.py computed in, a document out;
 pure, and the same bytes every time.
 
-scir_cli.report.plots draws, with its fonts and colours. A file has no page around it, so it brings
-the light paper of the reports and fixed colours: readable on a dark page too. Left out on purpose:
+scir_cli.report.plots draws, with its fonts and colors. A file has no page around it, so it brings
+the light paper of the reports and fixed colors: readable on a dark page too. Left out on purpose:
 tables of the numbers, which the page has.
 """
 
@@ -69,7 +69,7 @@ LOOK = {
     "worse": ("s4", True),
     "open": ("muted", False),
     "unknown": ("muted", False),
-}  # colour, filled
+}  # color, filled
 SAID = {
     "better": "better, 95 % interval without 0",
     "worse": "worse, 95 % interval without 0",
@@ -184,8 +184,16 @@ def _forest(ax: Any, names: Sequence[str], panel: Forest, strong: Set[str]) -> N
                     ends,
                 )
         if not any(marks):
-            ax.text(sum(ends) / 2, y, "not measured", ha="center", va="center", fontsize=8, color=STAND_IN["muted"],
-                    bbox={"facecolor": STAND_IN["paper"], "pad": 1, "linewidth": 0})  # fmt: skip
+            ax.text(
+                sum(ends) / 2,
+                y,
+                "not measured",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=STAND_IN["muted"],
+                bbox={"facecolor": STAND_IN["paper"], "pad": 1, "linewidth": 0},
+            )
 
 
 def _mark(
@@ -207,8 +215,16 @@ def _mark(
             (left, ends[0], 7, "left") if mean < ends[0] else (right, ends[1], -7, "right")
         )
         ax.add_line(tip)
-        ax.annotate(signed(mean, ".2f"), (edge, y), (shift, 0), textcoords="offset points", ha=align, va="center", fontsize=8,
-                    color=STAND_IN[name])  # fmt: skip
+        ax.annotate(
+            signed(mean, ".2f"),
+            (edge, y),
+            (shift, 0),
+            textcoords="offset points",
+            ha=align,
+            va="center",
+            fontsize=8,
+            color=STAND_IN[name],
+        )
         return
     if found != "unknown":
         ax.plot([low, high], [y, y], color=STAND_IN[name], linewidth=1.6)
@@ -227,8 +243,18 @@ def _dot(
 ) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([at[0]], [at[1]], marker=marker, linestyle="", markersize=size, clip_on=False, markeredgecolor=STAND_IN[name], markeredgewidth=1.2,
-                  markerfacecolor=STAND_IN[name if filled else "paper"], label=label)  # fmt: skip
+    return Line2D(
+        [at[0]],
+        [at[1]],
+        marker=marker,
+        linestyle="",
+        markersize=size,
+        clip_on=False,
+        markeredgecolor=STAND_IN[name],
+        markeredgewidth=1.2,
+        markerfacecolor=STAND_IN[name if filled else "paper"],
+        label=label,
+    )
 
 
 def _legend(figure: Any, handles: Sequence[Any], gap: float) -> None:
@@ -333,8 +359,16 @@ def courses(
     def paint(axes: Any) -> None:
         for ax, (heading, lines) in zip(axes, panels.items(), strict=True):
             for place, (name, values) in enumerate(lines.items()):
-                ax.plot(range(len(values)), values, color=plots.colour("", place), label=name, linewidth=1.4 if place else 2.4,
-                        marker=MARKERS[place % 4], linestyle=plots.DASHES[place % 4], zorder=3 - 0.1 * place)  # fmt: skip
+                ax.plot(
+                    range(len(values)),
+                    values,
+                    color=plots.color("", place),
+                    label=name,
+                    linewidth=1.4 if place else 2.4,
+                    marker=MARKERS[place % 4],
+                    linestyle=plots.DASHES[place % 4],
+                    zorder=3 - 0.1 * place,
+                )
             ax.set(xticks=range(len(models)), xlim=(-0.15, len(models) - 0.85))
             ax.set_xticklabels(models)
             ax.set_title(heading, fontsize=9.5, weight="bold")
@@ -349,7 +383,7 @@ def courses(
 def document(svg: str, size: tuple[float, float]) -> str:
     """An element of a page as a file of its own.
 
-    Sizes, paper, and the colours and font that the page's light style sheet gives.
+    Sizes, paper, and the colors and font that the page's light style sheet gives.
     """
     css = (
         (files("scir_cli.report") / "template" / "page.css")

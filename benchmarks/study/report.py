@@ -1,12 +1,11 @@
-"""docs/study.md from the raw results: tables of means and spreads, paired differences with
-intervals, pictures, and what they allow to be said.
+"""docs/study.md and docs/study_appendix.md from the raw results: tables, pictures, and the
+differences that intervals establish.
 
-    python benchmarks/study/report.py        reads benchmarks/study/results/*.json, writes docs/study.md and docs/study/*.svg (with the extra `report`);
-                                             nothing in the page is typed by hand
+    python benchmarks/study/report.py
+        reads benchmarks/study/results/*.json,
+        writes both pages and docs/study/*.svg (with the extra `report`)
 
-A difference is paired by seed (two methods share their M_1, prompts and pairs); its interval is
-Student's t at 95 % over the seeds both have, and there is none for fewer than three seeds, or where
-all are alike: those would establish anything.
+No figure in the pages is typed by hand. This module has the appendix; `summary.py` has the page.
 """
 
 from __future__ import annotations
@@ -15,194 +14,38 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from study import summary
 from study.experiments import EXPERIMENTS
 from study.figures import Forest, Heat, Mark, courses, forest, heat_map
+from study.tables import (
+    CLAIMED,
+    COST,
+    FIGURES,
+    WHY,
+    Json,
+    by_seed,
+    differences,
+    interval,
+    last_iteration,
+    means,
+    paired,
+    present,
+    rank_correlation,
+    said,
+    spread,
+    table,
+)
 
 HERE = Path(__file__).parent
-Json = dict[str, Any]
 PAGE = HERE.parent.parent / "docs" / "study.md"
+APPENDIX = PAGE.with_name("study_appendix.md")
 IMAGES = PAGE.with_suffix("")
-
-FEWEST = 3  # seeds that an interval needs
-#: Student's t, 97.5 %, by degrees of freedom 1, 2, …; beyond the table 2 is close enough.
-T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086
-)  # fmt: skip
-
-#: Figure -> (heading, does a rise help: +1, -1, or 0 for neither)
-FIGURES = {
-    "sampled_quality": ("sampled gold", 1),
-    "greedy_quality": ("greedy gold", 1),
-    "judge_accuracy": ("judge right", 1),
-    "implicit_accuracy": ("implicit right", 1),
-    "rubric_accuracy": ("rubric right", 1),
-    "rationale_accuracy": ("rationale right", 1),
-    "agreed_accuracy": ("right where agreed", 1),
-    "agreement": ("agreement", 1),
-    "flip_rate": ("flips", -1),
-    "judge_calibration_error": ("judge's calibration error", -1),
-    "sampled_tokens": ("tokens", 0),
-    "sampled_cut": ("cut off", 0),
-    "sampled_repetition": ("said twice", 0),
-    "unseen_judge_accuracy": ("judge right, unseen", 1),
-    "unseen_implicit_accuracy": ("implicit right, unseen", 1),
-    "unseen_agreed_accuracy": ("right where agreed, unseen", 1),
-    "unseen_agreement": ("agreement, unseen", 1),
-    "unseen_flip_rate": ("flips, unseen", -1),
-}
-CLAIMED = (
-    "sampled_quality", "greedy_quality", "judge_accuracy", "implicit_accuracy", "agreement", "flip_rate", "rubric_accuracy", "rationale_accuracy",
-    "unseen_judge_accuracy", "unseen_implicit_accuracy", "unseen_agreement",
-)  # fmt: skip
-WHY = {
-    "own_judge_accuracy": "judge right on own pairs",
-    "own_implicit_accuracy": "implicit right on own pairs",
-    "own_agreed_accuracy": "right where agreed on own pairs",
-    "mask_rate": "mask keeps",
-    "judge_abs": "judge mean abs. a",
-    "implicit_abs": "implicit mean abs. a (s = 1)",
-    "scale": "s",
-    "penalty_weight": "lambda",
-    "gradient_judge": "gradient through judge",
-    "gradient_implicit": "gradient through implicit",
-}
-COST = {"steps": "steps", "tokens": "tokens computed", "train_seconds": "seconds of training"}
-
-
-# ------------------------------ statistics
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % interval, mean -+ t s / sqrt(n).
-
-    Infinite for fewer than three, and where they are all the same.
-    """
-    n, mean = len(differences), statistics.fmean(differences)
-    if (
-        n < FEWEST or max(differences) - min(differences) < 1e-5
-    ):  # shares of few pairs, written to six digits, may coincide: that is no spread of 0
-        return mean, -math.inf, math.inf
-    half = (T[n - 2] if n - 2 < len(T) else 2.0) * statistics.stdev(differences) / math.sqrt(n)
-    return mean, mean - half, mean + half
-
-
-def present(records: Sequence[Json], figures: Iterable[str]) -> list[str]:
-    """Those of the figures that some record has: what is measured depends on the world."""
-    return [figure for figure in figures if any(r.get(figure) is not None for r in records)]
-
-
-def by_seed(records: Sequence[Json], method: str, iteration: int, figure: str) -> dict[int, float]:
-    return {
-        r["seed"]: r[figure]
-        for r in records
-        if r["method"] == method and r["iteration"] == iteration and r.get(figure) is not None
-    }
-
-
-def last_iteration(records: Sequence[Json]) -> int:
-    return max((r["iteration"] for r in records), default=1)
-
-
-def paired(
-    records: Sequence[Json], method: str, other: str, iteration: int, figure: str
-) -> list[float]:
-    """method less other on each seed that both have."""
-    a, b = (by_seed(records, name, iteration, figure) for name in (method, other))
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
-
-
-# ------------------------------ tables
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """mean, and the standard deviation over seeds where there are two."""
-    if not values:
-        return "–"
-    mean = f"{statistics.fmean(values):,.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def means(
-    records: Sequence[Json], methods: Sequence[str], iteration: int, figures: dict[str, str]
-) -> str:
-    """A row a method, a column a figure: mean ± standard deviation over seeds."""
-    rows, figures = [], {figure: figures[figure] for figure in present(records, figures)}
-    for method in methods:
-        columns = [list(by_seed(records, method, iteration, figure).values()) for figure in figures]
-        n = max(map(len, columns), default=0)
-        if n:
-            digits = [0 if figure in ("tokens", "steps") else 3 for figure in figures]
-            rows.append(
-                [method, str(n), *(spread(c, d) for c, d in zip(columns, digits, strict=True))]
-            )
-    return table(["method", "seeds", *figures.values()], rows)
-
-
-def differences(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> str:
-    """A row a method.
-
-    Its mean difference to `other` with its interval; ** where the interval does not hold 0.
-    """
-    rows, claimed = [], present(records, CLAIMED)
-    for method in methods:
-        if (
-            method == other
-            or not claimed
-            or not paired(records, method, other, iteration, claimed[0])
-        ):
-            continue
-        cells = []
-        for figure in claimed:
-            mean, low, high = interval(paired(records, method, other, iteration, figure))
-            mark = "**" if low > 0 or high < 0 else ""
-            cells.append(
-                f"{mark}{mean:+.3f}{mark} [{low:+.3f}, {high:+.3f}]"
-                if math.isfinite(low)
-                else f"{mean:+.3f}"
-            )
-        rows.append(
-            [method, str(len(paired(records, method, other, iteration, claimed[0]))), *cells]
-        )
-    return table([f"less {other}", "seeds", *(FIGURES[f][0] for f in claimed)], rows)
-
-
-def said(records: Sequence[Json], methods: Sequence[str], other: str, iteration: int) -> list[str]:
-    """One sentence a method: what the intervals allow to be said against `other`, and no more."""
-    sentences, claimed = [], present(records, CLAIMED)
-    for method in methods:
-        if (
-            method == other
-            or not claimed
-            or len(paired(records, method, other, iteration, claimed[0])) < FEWEST
-        ):
-            continue
-        better, worse = [], []
-        for figure in claimed:
-            _, low, high = interval(paired(records, method, other, iteration, figure))
-            heading, sign = FIGURES[figure]
-            if low > 0 or high < 0:
-                (better if (low > 0) == (sign > 0) else worse).append(heading)
-        verdict = "; ".join(
-            f"{word} in {', '.join(names)}"
-            for word, names in (("better", better), ("worse", worse))
-            if names
-        )
-        sentences.append(
-            f"- `{method}` against `{other}`: {verdict or 'no difference is established'}."
-        )
-    return sentences
 
 
 def sweep(
@@ -234,7 +77,7 @@ def heat(records: Sequence[Json], methods: Sequence[Json], iteration: int, figur
             [f"s = {scale:g}", *(spread(row[w]) for w in weights)] for scale, row in scales.items()
         ]
         parts.append(
-            f"orders {orders}:\n\n"
+            f"judge orders {orders}:\n\n"
             + table([FIGURES[figure][0], *(f"lambda {w:g}" for w in weights)], rows)
         )
     return "\n\n".join(parts)
@@ -276,7 +119,7 @@ def gaps(results: dict[str, Json]) -> str:
                 mark = "**" if low > 0 or high < 0 else ""
                 cells.append("–" if math.isnan(mean) else f"{mark}{mean:+.3f}{mark}")
             rows.append([ABOUT.get(name, (name, ""))[0], str(iteration), str(n), *cells])
-    start = ["judge right", "implicit right", "agreement", "flips"]
+    start = ["judge accuracy", "implicit accuracy", "agreement", "flips"]
     return table(
         [
             "experiment",
@@ -304,8 +147,9 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
         return ""
     own = [m for m in methods if m in (OURS, "scir-likelihood")]
     tables = [
-        "\n\n".join([f"Seeds {name}:", differences(part, own, RIVAL, iteration)]) for name, part in sets.items()
-    ]  # fmt: skip
+        "\n\n".join([f"Seeds {name}:", differences(part, own, RIVAL, iteration)])
+        for name, part in sets.items()
+    ]
     figures = [figure for figure in CLAIMED if figure in present(records, CLAIMED)]
     both = [
         m
@@ -319,8 +163,10 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
         ]
         for figure in figures
     ]
-    alike = table(["rank correlation of the sets", *(FIGURES[f][0] for f in figures)],
-                  [[f"{len(both)} methods", *(f"{rank_correlation(*column):+.2f}" for column in columns)]])  # fmt: skip
+    alike = table(
+        ["rank correlation of the sets", *(FIGURES[f][0] for f in figures)],
+        [[f"{len(both)} methods", *(f"{rank_correlation(*column):+.2f}" for column in columns)]],
+    )
     return "\n\n".join(
         [
             "Settings and defaults were chosen on seeds 0 to 9. Each seed set by itself:",
@@ -328,12 +174,6 @@ def again(records: Sequence[Json], methods: Sequence[str], iteration: int) -> st
             alike,
         ]
     )
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's: the correlation of ranks; equal values have the lowest of theirs."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
-    return statistics.correlation(*ranks)
 
 
 def why(results: dict[str, Json], iteration: int) -> str:
@@ -362,30 +202,51 @@ def why(results: dict[str, Json], iteration: int) -> str:
         for m in there
     ]
     points = [
-        f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, and from {min(changes):+.3f} to {max(changes):+.3f} after iteration {iteration}."
+        (
+            f"**The judge's accuracy does not move**, under any method: {start:.3f} at M_1, and "
+            f"from {min(changes):+.3f} to {max(changes):+.3f} after iteration {iteration}."
+        )
         + (
-            f" Nor does it for labels: the verdict's loss on gold labels of the same pairs for as many steps (`verdict oracle`) leaves it at "
-            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot say whether SCIR makes a better judge."
+            " Gold labels do not change it either: after the verdict's loss on gold labels of "
+            "the same pairs for as many steps (`verdict oracle`) it is "
+            f"{mean('verdict oracle', 'judge_accuracy'):.3f}. So this world cannot "
+            "show whether SCIR improves the judge."
             if by_seed(records, "verdict oracle", iteration, "judge_accuracy")
             else ""
         ),
-        f"**Sampled gold is level.** Of its own pairs in iteration {iteration} SCIR's mask keeps {mean(OURS, 'mask_rate'):.0%}, and what is agreed on is right on "
-        f"{mean(OURS, 'own_agreed_accuracy'):.1%} (the judge, who labels all pairs for `{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also holds the policy: "
-        f"mean |log-odds| of the implicit reward (s = 1) end at {mean(OURS, 'implicit_abs'):.3f}, under `{RIVAL}` at {mean(RIVAL, 'implicit_abs'):.3f}. What better labels give, a smaller "
-        f"move takes; greedy answers, which a large move spoils, keep the gain. Half of the penalty (`scir-r1`) has {mean('scir-r1', 'sampled_quality'):.3f} sampled and "
-        f"{mean('scir-r1', 'greedy_quality'):.3f} greedy, the whole {mean(OURS, 'sampled_quality'):.3f} and {mean(OURS, 'greedy_quality'):.3f}.",
-        f"**The first defaults lose** (`scir-s5-l1`): with s lambda = 5 the penalty is too weak to hold the implicit reward, which falls to {mean('scir-s5-l1', 'own_implicit_accuracy'):.1%} "
-        f"on own pairs, and the mask follows it: what is agreed on is right on {mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty (`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
-    ]  # fmt: skip
+        f"**Sampled quality is equal.** Of its own pairs in iteration {iteration} SCIR's mask "
+        f"keeps {mean(OURS, 'mask_rate'):.0%}, and the agreed labels are correct on "
+        f"{mean(OURS, 'own_agreed_accuracy'):.1%} (the judge, who labels all pairs for "
+        f"`{RIVAL}`, on {mean(RIVAL, 'own_judge_accuracy'):.1%}). But the penalty also "
+        "limits how far the policy moves: "
+        "mean |log-odds| of the implicit reward (s = 1) end at "
+        f"{mean(OURS, 'implicit_abs'):.3f}, under `{RIVAL}` at "
+        f"{mean(RIVAL, 'implicit_abs'):.3f}. The smaller move "
+        "cancels the gain of better labels in sampled answers; greedy answers, which a large "
+        "move makes worse, keep it. Half of the "
+        f"penalty (`scir-r1`) has {mean('scir-r1', 'sampled_quality'):.3f} sampled and "
+        f"{mean('scir-r1', 'greedy_quality'):.3f} greedy, the full penalty "
+        f"{mean(OURS, 'sampled_quality'):.3f} and {mean(OURS, 'greedy_quality'):.3f}.",
+        "**The first defaults lose** (`scir-s5-l1`): with s lambda = 5 the penalty is too "
+        "weak to keep the implicit reward accurate: its accuracy falls to "
+        f"{mean('scir-s5-l1', 'own_implicit_accuracy'):.1%} "
+        "on own pairs, and so do the agreed labels, which are correct on "
+        f"{mean('scir-s5-l1', 'own_agreed_accuracy'):.1%}. Without any penalty "
+        f"(`filter-only`) it is {mean('filter-only', 'own_agreed_accuracy'):.1%}.",
+    ]
     if by_seed(records, "penalty-only", iteration, "greedy_quality"):
         chosen = [
             interval(paired(records, OURS, "penalty-only", iteration, figure))
             for figure in CLAIMED[:4]
         ]
         points.append(
-            "**Selecting by agreement adds little.** `{}` less the same without the mask (`penalty-only`: every pair, the judge's label): sampled {:+.3f} [{:+.3f}, {:+.3f}], greedy {:+.3f} [{:+.3f}, {:+.3f}], "
-            "judge {:+.3f} [{:+.3f}, {:+.3f}], implicit {:+.3f} [{:+.3f}, {:+.3f}].".format(OURS, *(x for one in chosen for x in one))
-        )  # fmt: skip
+            "**Selecting by agreement adds little.** `{}` minus the same without the mask "
+            "(`penalty-only`: every pair, the judge's label): sampled {:+.3f} [{:+.3f}, "
+            "{:+.3f}], greedy {:+.3f} [{:+.3f}, {:+.3f}], "
+            "judge {:+.3f} [{:+.3f}, {:+.3f}], implicit {:+.3f} [{:+.3f}, {:+.3f}].".format(
+                OURS, *(x for one in chosen for x in one)
+            )
+        )
     if real and by_seed(of := real["records"], OURS, 1, "unseen_implicit_accuracy"):
         losses = [
             statistics.fmean(paired(of, m, RIVAL, 1, "unseen_implicit_accuracy"))
@@ -393,9 +254,13 @@ def why(results: dict[str, Json], iteration: int) -> str:
         ]
         held = [mean(m, "implicit_abs", of, 1) for m in (RIVAL, "scir-l0.1", OURS, "scir-l3")]
         points.append(
-            "**On a real model it loses in the implicit reward, the more of the penalty the more.** Means on unseen kinds of damage, less `srlm`: {:+.3f} with lambda 0.1, {:+.3f} by default, {:+.3f} with lambda 3. There "
-            "DPO still improves the implicit reward, and what the penalty does is to shorten its way: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under `srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
-        )  # fmt: skip
+            "**On a real model the implicit reward is less accurate, and more so with a larger "
+            "penalty.** Means on unseen kinds of damage, minus `srlm`: {:+.3f} with lambda 0.1, "
+            "{:+.3f} by default, {:+.3f} with lambda 3. There "
+            "DPO still improves the implicit reward, and the penalty shortens "
+            "its move: the implicit reward's mean |log-odds| (s = 1) end at {:.3f} under "
+            "`srlm`, and at {:.3f}, {:.3f} and {:.3f}.".format(*losses, *held)
+        )
     return "\n\n".join(
         [
             f"Means over the {len(seeds)} seeds that all methods have.",
@@ -416,18 +281,21 @@ def in_short(results: dict[str, Json]) -> str:
     return "\n\n".join(
         [
             "## In short",
-            f"All methods less `{RIVAL}` in the main world, after iteration {last}; an arrow goes on beyond its panel, the numbers are in the section [main](#main):",
+            (
+                f"All methods less `{RIVAL}` in the main world, after iteration {last}; an arrow "
+                "marks a value outside of its panel, and section [main](#main) has the numbers:"
+            ),
             image("methods"),
-            "All that 95 % intervals allow to be said there of SCIR's settings:",
+            "Differences that 95 % intervals establish there, for SCIR's settings:",
             "\n".join(lines),
             *filter(None, [again(main["records"], [m["name"] for m in main["methods"]], last)]),
             f"`{OURS}` less `{RIVAL}` in every world:",
             image("worlds"),
-            "The same as numbers (bold: the interval does not hold 0), and where M_1 stood:",
+            "The same as numbers (bold: the interval excludes 0), beside M_1:",
             gaps(results),
             "## Where it does not win, and why",
             why(results, last),
-            "What was tried next is in the ablation, in the sweep, and in [log.md](log.md).",
+            "Later experiments are in the ablation, in the sweep, and in [log.md](log.md).",
         ]
     )
 
@@ -437,10 +305,22 @@ def in_short(results: dict[str, Json]) -> str:
 
 #: File -> what it shows, for who cannot see it
 ALT = {
-    "methods": "Every method less {rival} in the main world after its last iteration: paired means with 95 % intervals, a panel a figure",
-    "worlds": "{ours} less {rival} in every world, after each iteration: paired means with 95 % intervals, a panel a figure",
-    "courses": "The main world's figures from M_1 to the last model, a line a method: means over the seeds that all have",
-    "sweep": "Means by scale and lambda as heat maps, a row for each setting of orders, a column a figure",
+    "methods": (
+        "Every method less {rival} in the main world after its last iteration: paired means "
+        "with 95 % intervals, one panel per figure"
+    ),
+    "worlds": (
+        "{ours} less {rival} in every world, after each iteration: paired means with 95 % "
+        "intervals, one panel per figure"
+    ),
+    "courses": (
+        "The main world's figures from M_1 to the last model, one line per method: means over the "
+        "seeds that all have"
+    ),
+    "sweep": (
+        "Means by scale and lambda as heat maps, a row for each setting of orders, a column a "
+        "figure"
+    ),
 }
 COURSES = (OURS, RIVAL, "filter-only", "oracle")
 
@@ -584,7 +464,7 @@ def pictures(results: dict[str, Json]) -> dict[str, str]:
 # ------------------------------ the page
 
 
-def page(results: dict[str, Json]) -> str:
+def appendix(results: dict[str, Json]) -> str:
     ordered = {name: results[name] for name in EXPERIMENTS if name in results}
     parts = [
         INTRODUCTION,
@@ -602,21 +482,34 @@ def page(results: dict[str, Json]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-INTRODUCTION = """# Does it help? A study with gold labels
+INTRODUCTION = """# The study's appendix: every experiment
 
-Written by `python benchmarks/study/report.py` from `benchmarks/study/results/`; every figure here is computed from those records. What was tried and
-failed on the way is in [log.md](log.md).
+[study.md](study.md) is the page to read first.
+`python benchmarks/study/report.py` writes both from `benchmarks/study/results/`.
+It computes every figure from those records; failed attempts are in [log.md](log.md).
 
-**The world** (`benchmarks/study/world.py`). Small Llamas answer three kinds of task whose quality a program computes, from 0 to 1: sort digits, drop a letter
-from a word, spell syllables by a small grammar. An answer may begin with a phrase that means nothing, so that length says little about quality. M_0 is
-trained on answers with slips of the pen and on which of two answers is better; M_1 is M_0 after a few steps of DPO on 600 labelled pairs. From there on no
-method sees a label but the oracles (DPO on gold labels; the verdict's loss on them) and `external` (gold and noise). All methods start from the same M_1 of their seed, sample the
-same number of answers to the same prompts in each of two iterations, and take the same number of steps of the same number of pairs. That equalises data and
-steps; SCIR's steps also read the judge's branches, so the tokens they compute are more (last table of each section).
+**The world** (`benchmarks/study/world.py`).
+Small Llamas answer three kinds of task whose quality, from 0 to 1, a program computes:
+sort digits, drop a letter from a word, spell syllables by a small grammar.
+An answer may begin with a phrase without meaning, so length is almost independent of quality.
+M_0 is trained on answers with errors, and on which of two answers is better.
+M_1 is M_0 after a few steps of DPO on 600 labeled pairs.
+After that no method uses a label, except the oracles (DPO on gold labels; the verdict's loss on
+gold labels) and `external` (gold labels and noise).
+All methods start from the same M_1 of their seed, sample the same number of answers to the same
+prompts in each of two iterations, and take the same number of steps of the same number of pairs.
+So data and steps are equal.
+SCIR's steps also compute the judge's branches, so they process more tokens (last table of each
+section).
 
-**How to read it.** "gold" is the mean quality of answers to prompts that nobody trains on, sampled at temperature 1 or greedy. "right", "agreement" and "flips"
-are on 600 held-out labelled pairs. Tables give mean ± standard deviation over seeds. Differences are paired by seed, with a 95 % interval (Student's t);
-bold means that the interval does not hold 0; fewer than three seeds have none. Many intervals are looked at: one in twenty would exclude 0 by chance."""
+**How to read it.**
+"Quality" is the mean quality of answers to prompts that no training uses, sampled at temperature 1
+or greedy.
+Accuracy, agreement and flips are measured on 600 held-out labeled pairs.
+Tables give mean ± standard deviation over seeds.
+Differences are paired by seed, with a 95 % interval (Student's t).
+Bold means that the interval excludes 0; with fewer than three seeds there is no interval.
+With this many intervals, one in twenty would exclude 0 by chance."""
 
 
 #: The last commit that has the settings of all committed arms.
@@ -632,7 +525,10 @@ def removed_arms(name: str, methods: Sequence[str]) -> list[str]:
         return []
     arms = ", ".join(f"`{m}`" for m in removed)
     return [
-        f"The last commit that can run all of these arms is {LAST_WITH_ALL_ARMS}. Since then the settings of {arms} are removed."
+        (
+            f"The last commit that can run all of these arms is {LAST_WITH_ALL_ARMS}. Since then "
+            f"the settings of {arms} are removed."
+        )
     ]
 
 
@@ -640,48 +536,67 @@ def removed_arms(name: str, methods: Sequence[str]) -> list[str]:
 ABOUT = {
     "main": (
         "main",
-        """`scir` is SCIR at its defaults: the implicit reward's scale s fitted to the judge's sizes at M_1, lambda such that the penalty's gradient begins at twice the preference
-loss's. `-r1` has the ratio 1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-s5` and `-s25` that s; `scir-likelihood` has the policy's likelihood as a third model, at ratio 1. `filter-only` has the mask alone,
-`penalty-only` the penalty alone.""",
+        """\
+`scir` is SCIR at its defaults: the implicit reward's scale s fitted to the judge's sizes at M_1,
+lambda such that the penalty's gradient starts at twice the preference loss's. `-r1` has the ratio
+1, `-l1` and `-l3` lambda 1 and 3 for every seed, `-s5` and `-s25` that s; `scir-likelihood` has the
+policy's likelihood as a third model, at ratio 1. `filter-only` has the mask alone, `penalty-only`
+the penalty alone.""",
     ),
     "ablation": (
         "Ablations",
-        """SCIR as it was by default (`scir-l3`: sizes of its reward models matched at M_1, lambda 3), and one setting changed at a time.""",
+        """\
+SCIR as it was by default (`scir-l3`: sizes of its reward models matched at M_1, lambda 3), and one
+setting changed at a time.""",
     ),
     "sweep": (
         "Scale and lambda",
-        """Two seeds, so no intervals. What counts is nearly their product: it is the strength with which the penalty holds the policy.""",
+        """\
+Two seeds, so no intervals. Their product matters most: it sets how much the penalty
+limits the policy.""",
     ),
     "seed-labels-150": (
         "A quarter of the labels",
-        "150 labelled pairs in place of 600 for M_1. M_0 is main's.",
+        "150 labeled pairs instead of 600 for M_1. M_0 is that of main.",
     ),
     "label-noise": ("Wrong labels", "A fifth of the labels are wrong. M_0 is main's."),
     "length-bias": (
-        "Labels that favour length",
+        "Labels that favor length",
         "Half of the labels go to the longer answer, whatever its quality. M_0 is main's.",
     ),
     "position-bias": (
-        "A judge with a favourite seat",
-        """M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state at the verdict. Otherwise main's world.""",
+        "A judge with position bias",
+        """\
+M_0's judge is given 2 nats for seat A, by moving that row of its head along the mean hidden state
+at the verdict. Otherwise main's world.""",
     ),
     "judges": (
         "More ways to judge",
-        """M_0 is taught, with as many of its pairs each as a kind of task has, to give one answer a score of 0 to 5 (rubric: its quality in fifths) and to write both
-scores before its verdict (rationale). Each is SRLM's judge and SCIR's third reward model, or both are with four.""",
+        """\
+M_0 is taught, with as many of its pairs each as a kind of task has, to give one answer a score of 0
+to 5 (rubric: its quality in fifths) and to write both scores before its verdict (rationale). Each
+is SRLM's judge and SCIR's third reward model, or both are with four.""",
     ),
     "smaller": ("A smaller model", "Width 64 and two layers, in place of 96 and three."),
     "larger": ("A larger model", "Width 192 and four layers."),
     "real": (
         "A real model",
-        """SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that came with them, cut to a few sentences, each beside
-the same answer damaged. Three kinds of damage are in the pairs that the judge is taught on and in the unlabelled ones: another prompt's answer of like length
-(foreign), the sentences in another order (shuffled), an answer that stops in the middle (truncated). Two are only measured (unseen): a sentence denied, or said
-twice, in place of another one. M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's loss and {tune[max_steps]} of
-{tune[batch_size]} of DPO, on {size[n_seed_pairs]} labelled pairs; then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
-{size[n_pairs]} pairs without labels, which are given and not sampled: nobody could say how good a sampled answer of this model is. So no quality of the policy is
-measured; of its sampled answers the page says how long they are, which share was cut off at {max_new_tokens} tokens, and which share of three words in a row had been
-said before. Held out: {size[n_heldout]} prompts a seed, each with every kind of damage.""",
+        """\
+SmolLM2-135M-Instruct on real text (`benchmarks/study/real.py`): instructions and the answers that
+came with them, cut to a few sentences, each beside the same answer damaged.
+Three kinds of damage are in the pairs that teach the judge and in the unlabeled ones:
+another prompt's answer of similar length (foreign), the sentences in another order (shuffled), an
+answer that stops in the middle (truncated).
+Two are only measured (unseen): a sentence denied, or repeated, in place of another one.
+M_1 is the model after {base[max_steps]} steps of {base[batch_size]} pairs of the verdict's loss and
+{tune[max_steps]} of {tune[batch_size]} of DPO, on {size[n_seed_pairs]} labeled pairs.
+Then each method takes {loop[max_steps]} steps of {loop[batch_size]} pairs on the same
+{size[n_pairs]} unlabeled pairs, which are fixed and not sampled, because no program can grade a
+sampled answer of this model.
+So the quality of the policy is not measured; of its sampled answers the page gives the length, the
+share that was cut off at {max_new_tokens} tokens, and the share of three words in a row that
+occurred before.
+Held out: {size[n_heldout]} prompts per seed, each with every kind of damage.""",
     ),
 }
 
@@ -719,8 +634,8 @@ def section(name: str, result: Json) -> str:
             ]
         )
     if name == "main":
-        parts += ["Means over the seeds that all of these have:", image("courses")]
-    parts += ["Where everybody starts:", means(start, ["M_1"], 1, columns)]
+        parts += ["Means over the seeds that all of these methods have:", image("courses")]
+    parts += ["M_1:", means(start, ["M_1"], 1, columns)]
     for iteration in shown:
         parts += [
             f"After iteration {iteration} (M_{iteration + 1}):",
@@ -736,17 +651,17 @@ def section(name: str, result: Json) -> str:
     subsets = {key: key.removeprefix("unseen_") for r in records for key in r if " on " in key}
     if subsets:
         parts += [
-            f"Right on each kind, M_1 and after iteration {last}:",
+            f"Accuracy on each kind, M_1 and after iteration {last}:",
             means(start, ["M_1"], 1, subsets),
             means(records, methods, last, subsets),
         ]
     parts += [
-        "What the intervals allow to be said:",
-        "\n".join(lines) or "- Nothing yet: no three seeds are done.",
+        "Differences that the intervals establish:",
+        "\n".join(lines) or "- None: fewer than three seeds are done.",
     ]
     for iteration in shown:
         parts += [
-            f"Why, iteration {iteration} (own pairs: those it was trained on):",
+            f"Diagnostics of iteration {iteration} (own pairs: those of training):",
             means(records, methods, iteration, WHY),
         ]
     return "\n\n".join([*parts, f"Cost of iteration {last}:", means(records, methods, last, COST)])
@@ -757,14 +672,16 @@ def main() -> None:
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted((HERE / "results").glob("*.json"))
     }
-    PAGE.write_text(page(results), encoding="utf-8")
-    print(PAGE)
+    PAGE.write_text(summary.page(results), encoding="utf-8")
+    APPENDIX.write_text(appendix(results), encoding="utf-8")
+    print(PAGE, APPENDIX, sep="\n")
     if find_spec("matplotlib") is None:
         sys.exit(
-            "the page is written, but not its pictures: they need the package matplotlib, pip install 'scir-cli[report]'"
+            "the pages are written, but not their pictures: they need the package matplotlib, pip "
+            "install 'scir-cli[report]'"
         )
     IMAGES.mkdir(exist_ok=True)
-    for name, svg in pictures(results).items():
+    for name, svg in (pictures(results) | summary.pictures(results)).items():
         (IMAGES / f"{name}.svg").write_text(svg, encoding="utf-8")
     print(IMAGES)
 

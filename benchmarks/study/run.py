@@ -1,8 +1,10 @@
 """The study: methods x seeds on one world, through scir's own stages, every method on the same M_1,
 prompts, steps and pairs a step.
 
-    python benchmarks/study/run.py --experiment main --out runs/study     the main table; what is done is not done again
-    python benchmarks/study/report.py                                     docs/study.md from benchmarks/study/results/*.json
+    python benchmarks/study/run.py --experiment main --out runs/study
+        the main table; what is done is not done again
+    python benchmarks/study/report.py
+        docs/study.md from benchmarks/study/results/*.json
 
 A cell is a method on a seed. It runs the steps of the method's recipe (recipes/methods/) in this
 process and is measured after each iteration; its figures go to OUT/cells/, and all of an
@@ -87,8 +89,16 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
         }
     kind = WORLDS[setup.world]
     for name, options in kind.ANSWERS.items():
-        run("generate", model=str(model), input=str(world / "test.jsonl"), max_new_tokens=setup.max_new_tokens, batch_size=256, dtype=setup.dtype,
-            output_dir=out / name, **options)  # fmt: skip
+        run(
+            "generate",
+            model=str(model),
+            input=str(world / "test.jsonl"),
+            max_new_tokens=setup.max_new_tokens,
+            batch_size=256,
+            dtype=setup.dtype,
+            output_dir=out / name,
+            **options,
+        )
         rows = dataset.read_dataset(out / name, "candidates").to_pylist()
         figures |= {
             f"{name}_{figure}": value for figure, value in kind.of_answers(rows, gold).items()
@@ -97,7 +107,7 @@ def measure(model: Path, world: Path, out: Path, setup: Setup, gold: Gold) -> Js
 
 
 def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup) -> Json:
-    """How right, how sure and how much of one mind a model's reward models are on the labelled
+    """How right, how sure and how much of one mind a model's reward models are on the labeled
     pairs of NAME.jsonl.
     """
     asked = {
@@ -126,13 +136,23 @@ def measure_heldout(model: Path, world: Path, name: str, out: Path, setup: Setup
         others = files.read_json(out / f"{name}-others" / "manifest.json")["summary"]["models"]
     judge, implicit = summary["models"]["judge"], summary["models"]["implicit"]
     return {
-        "judge_accuracy": judge["accuracy"], "implicit_accuracy": implicit["accuracy"], "agreed_accuracy": summary["agreed"]["accuracy"],
-        "agreement": summary["between"][0]["agreement"], "flip_rate": judge["flip_rate"], "judge_abs": judge["mean_abs_log_odds"],
-        "implicit_abs": implicit["mean_abs_log_odds"], "judge_calibration_error": judge["calibration_error"],
-        "judge_length_correlation": judge["length_correlation"], "implicit_length_correlation": implicit["length_correlation"],
+        "judge_accuracy": judge["accuracy"],
+        "implicit_accuracy": implicit["accuracy"],
+        "agreed_accuracy": summary["agreed"]["accuracy"],
+        "agreement": summary["between"][0]["agreement"],
+        "flip_rate": judge["flip_rate"],
+        "judge_abs": judge["mean_abs_log_odds"],
+        "implicit_abs": implicit["mean_abs_log_odds"],
+        "judge_calibration_error": judge["calibration_error"],
+        "judge_length_correlation": judge["length_correlation"],
+        "implicit_length_correlation": implicit["length_correlation"],
         **{f"{other}_accuracy": figures["accuracy"] for other, figures in others.items()},
-        **{f"{model} on {kind}": of["models"][model]["accuracy"] for kind, of in summary["by_subset"].items() for model in ("judge", "implicit")},
-    }  # fmt: skip
+        **{
+            f"{model} on {kind}": of["models"][model]["accuracy"]
+            for kind, of in summary["by_subset"].items()
+            for model in ("judge", "implicit")
+        },
+    }
 
 
 def measure_pairs(judged: Path, gold: Gold) -> Json:
@@ -152,21 +172,22 @@ def measure_pairs(judged: Path, gold: Gold) -> Json:
     )
     table = table.set_column(table.schema.get_field_index("gold_label"), "gold_label", labels)
     verdicts = from_table(table)
-    if not {"judge", "implicit"} <= set(verdicts.names):
-        return {}
-    summary = consistency.summary(verdicts, ["judge", "implicit"])
-    return {
-        "own_agreement": summary["agreed"]["rate"],
-        "own_agreed_accuracy": summary["agreed"]["accuracy"],
-        **{
-            f"own_{name}_accuracy": summary["models"][name]["accuracy"]
-            for name in ("judge", "implicit")
-        },
-    }
+    summary = consistency.summary(verdicts)
+    figures = {f"own_{name}_accuracy": of["accuracy"] for name, of in summary["models"].items()}
+    if {"judge", "implicit"} <= set(verdicts.names):
+        agreed = consistency.summary(verdicts, ["judge", "implicit"])["agreed"]
+        figures |= {
+            "own_agreement": agreed["rate"],
+            "own_agreed_accuracy": agreed["accuracy"],
+        }
+    return figures
 
 
 def measure_labels(preferences: Path, gold: Gold) -> Json:
-    """How right the labels are that a method trains on, and how sure of them it is: by gold labels, which training does not see."""
+    """Accuracy and certainty of the labels that a method trains on.
+
+    By gold labels, which training does not see.
+    """
     table = dataset.read_dataset(preferences, "preferences")
     right: list[float] = []
     certainty: list[float] = []
@@ -262,8 +283,16 @@ def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
         ]
         made = world.parent / f"{taught}-{hashing.digest_json(same)[:8]}"
         if not (made / "manifest.json").exists():
-            run("train", objective="sft", reward_models=["judge"], model=str(world / first), input=str(world / f"{lesson}.jsonl"),
-                output_dir=made, **shared, **setup.base)  # fmt: skip
+            run(
+                "train",
+                objective="sft",
+                reward_models=["judge"],
+                model=str(world / first),
+                input=str(world / f"{lesson}.jsonl"),
+                output_dir=made,
+                **shared,
+                **setup.base,
+            )
         shutil.rmtree(world / taught, ignore_errors=True)
         shutil.copytree(made, world / taught)
         if bias := getattr(setup.size, "position_bias", 0.0):
@@ -276,8 +305,15 @@ def prepare(world: Path, setup: Setup, seed: int, gold: Gold) -> Path:
                 for p in pairs
             ]
             plant_position_bias(world / taught, asked, bias)
-        run("train", objective="dpo", model=str(world / taught), input=str(world / "seed.jsonl"), output_dir=world / "m1", **shared,
-            **setup.tune)  # fmt: skip
+        run(
+            "train",
+            objective="dpo",
+            model=str(world / taught),
+            input=str(world / "seed.jsonl"),
+            output_dir=world / "m1",
+            **shared,
+            **setup.tune,
+        )
         files.write_json(
             world / "m1.json", measure(world / "m1", world, world / "measured", setup, gold)
         )
@@ -326,7 +362,7 @@ def run_cell(
         if place.name.endswith("-judged"):
             figures |= measure_pairs(place, gold)
         if step.stage == "filter":
-            figures["kept"] = manifest["summary"]["labelled"] / manifest["rows_in"]
+            figures["kept"] = manifest["summary"]["labeled"] / manifest["rows_in"]
             figures |= measure_labels(place, gold)
             if soft := manifest["summary"].get("soft_labels"):
                 figures["label_temperature"] = soft["temperature"]

@@ -3,7 +3,7 @@ and a random Llama for them, and data sets.
 
 Four families. A response may begin with a phrase that means nothing, so its length says little
 about its quality; how good a response is, is a number from 0 to 1. What a method trains on comes
-from `seed_pairs` (labelled, few) and from its own answers to `prompts` (no label). `Gold` is the
+from `seed_pairs` (labeled, few) and from its own answers to `prompts` (no label). `Gold` is the
 only way to a label: it answers where somebody has said what for, and a test hands the study one
 that raises outside evaluation.
 """
@@ -33,7 +33,7 @@ PROMPTS = {"rubric": "{question}\n{response}\n0-5?", "rationale": "{question}\nA
 #: Names of the models in a world's folder: the first, the same taught to answer and to judge, and
 #: the file that teaches it.
 CHAIN = ("random", "m0", "base")
-#: Who answers the unlabelled prompts.
+#: Who answers the unlabeled prompts.
 BACKEND = "transformers"
 #: How answers are sampled where a policy is measured.
 ANSWERS = {
@@ -181,7 +181,8 @@ class Gold:
     def __call__(self, prompt: str, response: str) -> float:
         if not self.now or self.now[-1] not in self.allowed:
             raise PermissionError(
-                f"a gold label was asked for {self.now[-1] if self.now else 'nothing'}; allowed: {', '.join(self.allowed)}"
+                f"a gold label was asked for {self.now[-1] if self.now else 'nothing'}; "
+                f"allowed: {', '.join(self.allowed)}"
             )
         return self.scorer(prompt, response)
 
@@ -208,9 +209,13 @@ def of_answers(candidates: Sequence[Json], gold: Gold) -> Json:
 # ------------------------------ responses
 
 
-def noisy_answer(draw: Draw, prompt: str, slips: Sequence[float]) -> str:
+def noisy_answer(
+    draw: Draw, prompt: str, slips: Sequence[float], systematic_error: float = 0.0
+) -> str:
     """A right answer with 0, 1, 2 … slips of the pen, drawn with weights `slips`, behind one of the
     phrases.
+
+    systematic_error: probability that its last letter is written three times.
     """
     family = FAMILIES[prompt.split()[0]]
     letters = list(family.answer(draw, prompt))
@@ -225,6 +230,8 @@ def noisy_answer(draw: Draw, prompt: str, slips: Sequence[float]) -> str:
             letters.insert(place, draw.choice(family.alphabet))
         else:
             letters[place] = draw.choice(family.alphabet)
+    if systematic_error and draw.random() < systematic_error:
+        letters += 2 * letters[-1:]
     return draw.choice(PHRASES) + "".join(letters)
 
 
@@ -245,16 +252,21 @@ def draw_prompts(draw: Draw, n: int, taken: set[str], families: Sequence[str]) -
     return found
 
 
-def labelled_pair(
-    draw: Draw, prompt: str, slips: Sequence[float], noise: float = 0.0, length_bias: float = 0.0
+def labeled_pair(
+    draw: Draw,
+    prompt: str,
+    slips: Sequence[float],
+    noise: float = 0.0,
+    length_bias: float = 0.0,
+    systematic_error: float = 0.0,
 ) -> Json | None:
     """Two noisy answers of different quality, the better one chosen; None where none was found.
 
     noise: chance that the label is turned round. length_bias: chance that the longer one is chosen
-    whatever its quality.
+    whatever its quality. systematic_error: as in `noisy_answer`.
     """
     for _ in range(20):
-        one, other = (noisy_answer(draw, prompt, slips) for _ in range(2))
+        one, other = (noisy_answer(draw, prompt, slips, systematic_error) for _ in range(2))
         better, worse = quality(prompt, one), quality(prompt, other)
         if one != other and better != worse:
             break
@@ -288,8 +300,11 @@ def lesson(draw: Draw, judge: str, pair: Json) -> Json:
             f"A {scores[0]} B {scores[1]}\n\nVerdict: {verdict}" for verdict in verdicts
         )
     return {
-        "prompt": PROMPTS[judge].format(question=pair["prompt"], **asked), "chosen": right, "rejected": wrong, "subset": judge,
-    }  # fmt: skip
+        "prompt": PROMPTS[judge].format(question=pair["prompt"], **asked),
+        "chosen": right,
+        "rejected": wrong,
+        "subset": judge,
+    }
 
 
 @dataclass(frozen=True)
@@ -300,15 +315,17 @@ class Size:
     hidden: int = 96
     layers: int = 3
     n_base: int = 16000  # pairs that M_0 is made from: noisy answers, and which is better
-    n_seed: int = 600  # labelled pairs that are drawn
+    n_seed: int = 600  # labeled pairs that are drawn
     n_labels: int = 600  # of them, those that anybody sees
-    n_prompts: int = 256  # unlabelled prompts
-    n_heldout: int = 600  # labelled pairs for measuring
+    n_prompts: int = 256  # unlabeled prompts
+    n_heldout: int = 600  # labeled pairs for measuring
     n_test: int = 200  # prompts for measuring the policy
     slips: tuple[float, ...] = (0.3, 0.3, 0.25, 0.15)
     label_noise: float = 0.0
     length_bias: float = 0.0
     position_bias: float = 0.0  # nats that M_0's judge is given for seat A
+    # share of all answers that have the systematic error, so that the policy finds it likely
+    systematic_error: float = 0.0
     judges: tuple[
         str, ...
     ] = ()  # of PROMPTS: what else M_0 is taught, each by as many of its pairs as a family has
@@ -322,13 +339,14 @@ def write(folder: Path, size: Size, seed: int) -> None:
     draw, taken = Draw(seed), set[str]()
     heldout = draw_prompts(draw, size.n_heldout, taken, size.families)
     test = draw_prompts(draw, size.n_test, taken, size.families)
-    pairs = [labelled_pair(draw, p, size.slips) for p in heldout]
+    error = size.systematic_error
+    pairs = [labeled_pair(draw, p, size.slips, 0, 0, error) for p in heldout]
     seeds = [
-        labelled_pair(draw, p, size.slips, size.label_noise, size.length_bias)
+        labeled_pair(draw, p, size.slips, size.label_noise, size.length_bias, error)
         for p in draw_prompts(draw, size.n_seed, set(taken), size.families)
     ]
     answers = draw_prompts(draw, size.n_base, set(taken), size.families)
-    base = [pair for p in answers if (pair := labelled_pair(draw, p, size.slips))]
+    base = [pair for p in answers if (pair := labeled_pair(draw, p, size.slips, 0, 0, error))]
     kinds = [*["answer"] * len(size.families), *size.judges]
     taught = [(kinds[i % len(kinds)], pair) for i, pair in enumerate(base)]
     rows = {
@@ -363,10 +381,19 @@ def make_model(folder: Path, size: Size, seed: int) -> Path:
 
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
-        "llama", vocab_size=len(tokenizer), hidden_size=size.hidden, intermediate_size=8 * size.hidden // 3 // 8 * 8,
-        num_hidden_layers=size.layers, num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        "llama",
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=8 * size.hidden // 3 // 8 * 8,
+        num_hidden_layers=size.layers,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -375,7 +402,7 @@ def make_model(folder: Path, size: Size, seed: int) -> Path:
 
 
 def plant_position_bias(folder: Path, prompts: Sequence[str], nats: float) -> None:
-    """Has the model in `folder` favour seat A at the verdict.
+    """Has the model in `folder` favor seat A at the verdict.
 
     The row of A in its head moves along the mean hidden state there, h, by nats h / (h h).
     """

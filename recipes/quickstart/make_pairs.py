@@ -1,7 +1,9 @@
 """Writes seed.jsonl and heldout.jsonl from examples.jsonl: pairs with a gold label by construction.
 
-The chosen answer is the example's own, the rejected one the answer, of the most similar length, to another question: which is better is plain, and
-length does not give it away. Seed and held-out pairs share no question and no answer.
+The chosen answer is the example's own.
+The rejected one is the answer to another question that is nearest in length,
+so it is plain which one is better, and length does not give it away.
+Seed and held-out pairs share no question and no answer.
 """
 
 import json
@@ -12,7 +14,10 @@ N_SEED = 112
 
 
 def pairs(examples: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Each example with a foreign answer; every answer is rejected exactly once (neighbours in the order of length)."""
+    """Each example with a foreign answer: neighbors in the order of length.
+
+    Every answer is rejected exactly once.
+    """
     by_length = sorted(examples, key=lambda e: (len(e["response"]), e["prompt"]))
     foreign = {}
     for index in range(0, len(by_length), 2):

@@ -38,12 +38,17 @@ FORMATS = {
 def properties(v: Verdicts, table: pa.Table, own: str | None = None) -> dict[str, Side]:
     """The side of each pair that has a property: longer, each of FORMATS, and "own".
 
+    longer: with reasoning, tokens. "longer answer": without it, characters; left out if no
+    response has reasoning. FORMATS are those of the answer.
+
     own: the judge's name in the column `author`; its responses have the property "own".
     Without it that property is left out; NaN if a response has no author.
 
     -> property: (pairs,)
     """
     sides = {"longer": np.sign(v.length_difference).astype(np.float16)}
+    if not np.isnan(v.answer_length_difference).all():
+        sides["longer answer"] = np.sign(v.answer_length_difference).astype(np.float16)
 
     texts = _encoded(table, "text")
     for name, pattern in FORMATS.items():

@@ -3,7 +3,7 @@
 A logarithmic opinion pool, and its temperature fitted to labeled pairs.
 
 log_odds   (voters, pairs) nats, positive: first better, 0: a tie, NaN: no verdict
-gold       (pairs,) +1 first better, -1 second better, NaN unlabelled
+gold       (pairs,) +1 first better, -1 second better, NaN unlabeled
 
 Pool: Genest & Zidek 1986, doi 10.1214/ss/1177013825.
 Temperature: Guo et al. 2017, arXiv 1706.04599.

@@ -216,10 +216,29 @@ def _model(v: Verdicts, k: int) -> dict[str, Any]:
         "length_correlation": length,
         "length_correlation_low": length_low,
         "length_correlation_high": length_high,
+        **_answer_length(v, log_odds),
         **statistics.rate_with_interval("accuracy", correct),
         "calibration_error": statistics.calibration_error(log_odds, correct),
         # Pairs with both a gold label and a verdict.
-        "labelled": n_labeled,
+        "labeled": n_labeled,
+    }
+
+
+def _answer_length(v: Verdicts, log_odds: Array) -> dict[str, Any]:
+    """Rank correlation of log-odds and length without reasoning, over pairs with reasoning.
+
+    {} if no response has reasoning.  log_odds: (pairs,) nats
+    """
+    difference = v.answer_length_difference
+    if np.isnan(difference).all():
+        return {}
+    known, length = statistics.known_in_both(log_odds, difference)
+    value = statistics.spearman(known, length)
+    low, high = statistics.correlation_interval(value, len(known))
+    return {
+        "answer_length_correlation": value,
+        "answer_length_correlation_low": low,
+        "answer_length_correlation_high": high,
     }
 
 
@@ -281,7 +300,7 @@ def _agreed(v: Verdicts, agreement: Agreement) -> dict[str, Any]:
         "pairs": int(agree.sum()),
         **statistics.rate_with_interval("rate", agreement.agree),
         **statistics.rate_with_interval("accuracy", correct),
-        "labelled": len(statistics.without_nan(correct)),
+        "labeled": len(statistics.without_nan(correct)),
         "mean_margin": statistics.mean_of_known(agreement.margin[agree]),
     }
 

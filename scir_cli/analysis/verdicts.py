@@ -22,7 +22,7 @@ from scir_cli.errors import DataError
 Array = NDArray[np.float64]
 
 MATRICES = ("log_odds", "forward", "swapped", "verdict_mass")
-VECTORS = ("gold", "length_difference")
+VECTORS = ("gold", "length_difference", "answer_length_difference")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +44,10 @@ class Verdicts:
     verdict_mass: Array
     # (pairs,)
     gold: Array
-    # (pairs,) length of first less length of second, tokens
+    # (pairs,) length of first less length of second, tokens, with their reasoning
     length_difference: Array
+    # (pairs,) the same without reasoning, characters; NaN if neither has reasoning
+    answer_length_difference: Array
     # One per pair; None: no subset.
     subset: list[str | None]
     # One per pair; empty if the caller does not need them.
@@ -89,6 +91,7 @@ def from_table(table: pa.Table, ids: bool = True) -> Verdicts:
         verdict_mass=matrix("verdict_mass"),
         gold=gold_signs(table["gold_label"]),
         length_difference=length_difference(table),
+        answer_length_difference=answer_length_difference(table),
         subset=_interned_texts(table["subset"]),
         pair_ids=table["pair_id"].to_pylist() if ids else [],
     )
@@ -122,8 +125,7 @@ def join(parts: Sequence[Verdicts]) -> Verdicts:
         forward=joined_matrix("forward"),
         swapped=joined_matrix("swapped"),
         verdict_mass=joined_matrix("verdict_mass"),
-        gold=np.concatenate([part.gold for part in parts]),
-        length_difference=np.concatenate([part.length_difference for part in parts]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in VECTORS},
         subset=[subset for part in parts for subset in part.subset],
         pair_ids=[pair_id for part in parts for pair_id in part.pair_ids],
     )
@@ -247,7 +249,7 @@ def _floats(values: pa.Array | pa.ChunkedArray) -> Array:
 def length_difference(table: pa.Table) -> Array:
     """Length of first less length of second.  -> (pairs,)
 
-    In tokens, or in characters if one of the two responses has no token ids.
+    With their reasoning: in tokens, or in characters if one of the two has no token ids.
     """
     sides = (table["first"], table["second"])
     token_ids = [pc.struct_field(side, "token_ids") for side in sides]
@@ -255,10 +257,32 @@ def length_difference(table: pa.Table) -> Array:
     if np.min(tokens, initial=1) > 0:
         return np.subtract(*tokens)
 
-    texts = [pc.struct_field(side, "text") for side in sides]
-    characters = [_floats(pc.utf8_length(text)) for text in texts]
+    characters = []
+    for side in sides:
+        reasoning = pc.utf8_length(pc.struct_field(side, "reasoning")).fill_null(0)
+        characters.append(_floats(reasoning) + _characters(side))
     both_have_tokens = np.minimum(*tokens) > 0
     return np.where(both_have_tokens, np.subtract(*tokens), np.subtract(*characters))
+
+
+def answer_length_difference(table: pa.Table) -> Array:
+    """Length of the answer of first less that of second, without reasoning.  -> (pairs,)
+
+    In characters; NaN if neither response has reasoning.
+    """
+    sides = (table["first"], table["second"])
+    reasonings = [pc.struct_field(side, "reasoning") for side in sides]
+    missing = np.full(len(table), np.nan)
+    if all(reasoning.null_count == len(table) for reasoning in reasonings):
+        return missing
+    has_reasoning = [np.asarray(pc.is_valid(reasoning)) for reasoning in reasonings]
+    difference = np.subtract(*[_characters(side) for side in sides])
+    return np.where(np.logical_or(*has_reasoning), difference, missing)
+
+
+def _characters(side: pa.ChunkedArray) -> Array:
+    """Length of the texts of one side, characters.  -> (pairs,)"""
+    return _floats(pc.utf8_length(pc.struct_field(side, "text")))
 
 
 def subset_rows(subset: Sequence[str | None]) -> dict[str, NDArray[np.intp]]:

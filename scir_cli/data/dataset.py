@@ -26,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -89,7 +90,7 @@ def write_dataset(
     *,
     overwrite: bool = False,
     dropped_before: Counter[str] | None = None,
-    summarise: Callable[[Dataset], Json] = lambda made: {},
+    summarize: Callable[[Dataset], Json] = lambda made: {},
     advance: Callable[[int], None] = lambda rows: None,
     share: Callable[[str, list[PartTask], Callable[[int], None]], None] | None = None,
     work: Callable[[], Json] | None = None,
@@ -103,7 +104,7 @@ def write_dataset(
     bounds: row ranges of the input, one per part.
     make(low, high): the part; it must depend on the plan and the range only.
     dropped_before: input rows that reached no part, by reason.
-    summarise: figures of the whole dataset, for the manifest's "summary".
+    summarize: figures of the whole dataset, for the manifest's "summary".
     advance: called with the number of input rows whenever a part is on disk.
     share: writes the parts elsewhere (workers), in place of `make`.
     work: figures about the computation of this run, for the manifest's "work".
@@ -121,32 +122,37 @@ def write_dataset(
 
         drafts = _new_drafts(out, plan)
         todo = _missing_parts(out, drafts, bounds, advance)
-        if share is not None:
-            share(kind, todo, advance)
-        else:
-            for part in todo:
-                write_part(part, kind, make(part.low, part.high))
-                advance(part.n_rows)
         # A dataset has at least one part, which holds its schema.
         if not bounds:
             write_part(PartTask(_part_path(out, 0), drafts, 0, 0), kind, Part([], 0))
+        write = share or partial(_write_parts, make)
+        write(kind, todo, advance)
         if drafts:
             storage.remove(drafts)
 
-        n_parts = max(len(bounds), 1)
-        paths = [_part_path(out, index) for index in range(n_parts)]
+        paths = [_part_path(out, index) for index in range(max(len(bounds), 1))]
         manifest, written = _account(paths, kind, dropped_before or Counter(), named)
-        manifest["seconds"] = round(time.monotonic() - started, 3)
-        if encoding:
-            manifest["encoding"] = encoding
+        manifest |= {"seconds": round(time.monotonic() - started, 3), "encoding": encoding}
         if work:
             manifest["work"] = work()
         manifest["versions"] = versions()
-        manifest["summary"] = summarise(written)
+        manifest["summary"] = summarize(written)
         _write_documents(out, plan, manifest, written)
         for path in paths:
             folders.forget_digest(path)
         return manifest
+
+
+def _write_parts(
+    make: Callable[[int, int], Part],
+    kind: str,
+    todo: Sequence[PartTask],
+    advance: Callable[[int], None],
+) -> None:
+    """Makes and writes the parts in this process, one after the other."""
+    for part in todo:
+        write_part(part, kind, make(part.low, part.high))
+        advance(part.n_rows)
 
 
 def _part_path(out: Path, index: int) -> Path:

@@ -121,7 +121,7 @@ def disk_error(error: OSError, path: Path) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"no space left on the disk while writing {path}; "
-            "finished parts are kept: free some space and run the same command again"
+            "finished parts are kept: free some space and run the same command again to continue"
         )
     return StoreError(f"cannot write {path}: {error.strerror or error}")
 

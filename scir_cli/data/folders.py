@@ -119,7 +119,7 @@ def _clear(out: Path) -> None:
     """Deletes everything in a folder but its lock.
 
     The manifest goes first and the plan last: whenever this is killed, the folder is an unfinished
-    one of ours, which the same command resumes and --overwrite deletes.
+    folder of scir, which the same command continues and --overwrite deletes.
     """
     for path in sorted(out.iterdir(), key=_clearing_order):
         if path.is_dir():

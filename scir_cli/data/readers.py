@@ -15,7 +15,8 @@ A spec is a path (JSONL, JSON, Parquet, CSV, or a folder), `FOLDER:SPLIT` for a 
 `[hf://]ORG/NAME[:CONFIG][:SPLIT]` on the hub; SPLIT is train if it is left out.
 Rows are read in blocks from every source (but a JSON list is parsed as a whole) and stored on disk
 (`spool.Spool`).
-Images and tools in messages are not supported.
+`tools` (descriptions of functions) and `tool_calls` in messages are kept, lists of text parts are
+joined, and images are refused.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from scir_cli.data import dataset, folders, hashing, schemas, spool
+from scir_cli.data.messages import Message, more_of, read_message, with_tools
 from scir_cli.data.storage import to_path
 from scir_cli.errors import DataError, suggest
 
 Row = dict[str, Any]
-Message = dict[str, str]
 
 #: The first of these columns that is not null is the prompt.
 PROMPT_COLUMNS = ("messages", "prompt", "instruction")
@@ -226,6 +227,8 @@ def _prompt_columns(row: Row, messages: list[Message], used: Collection[str] = (
     """
     column = "subset" if "subset" in row else "dataset"
     subset = row.get(column)
+    if messages and "tools" in more_of(messages[0]):
+        used = {*used, "tools"}
     return {
         "prompt_id": hashing.digest_json(messages)[:16],
         "messages": messages,
@@ -357,7 +360,7 @@ def _pair_row(
             "'chosen' and 'rejected' repeat different prompts; "
             "expected to share all but the last message"
         )
-    messages = context or _prompt(row)
+    messages = with_tools(context, row.get("tools")) or _prompt(row)
     if _is_empty(messages):
         return "empty_prompt"
     if chosen == rejected:
@@ -432,12 +435,12 @@ def _prompt(row: Row) -> list[Message]:
             raise DataError(f"'instruction' and 'input' should be text; they hold {parts!r:.80}")
         value = "\n\n".join(part for part in parts if part.strip())
     if isinstance(value, str) and column != "messages":
-        return [{"role": "user", "content": value}]
-
-    messages = _messages(value, column)
+        messages = [{"role": "user", "content": value}]
+    else:
+        messages = _messages(value, column)
     if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1]
-    return messages
+        messages = messages[:-1]
+    return with_tools(messages, row.get("tools"))
 
 
 def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], str]:
@@ -486,17 +489,18 @@ def _hh_transcript(text: str) -> tuple[list[Message], str]:
 
 
 def _messages(value: Any, column: str) -> list[Message]:
-    """The messages of a cell, with role and content only.
+    """The messages of a cell, as `messages.read_message` returns them.
 
     Raises DataError if the cell holds anything else.
     """
+    are_texts = False
+    messages: list[Message] = []
     try:
-        messages = [{"role": message["role"], "content": message["content"]} for message in value]
-    except (TypeError, KeyError, IndexError):
-        # A message that fails the check below.
-        messages = [{"role": None}]
-
-    if not all(isinstance(text, str) for message in messages for text in message.values()):
+        messages = [read_message(message) for message in value]
+        are_texts = all(isinstance(text, str) for turn in messages for text in turn.values())
+    except (TypeError, KeyError, IndexError, AttributeError):
+        pass
+    if not are_texts:
         alternative = "" if column == "messages" else "text or "
         raise DataError(
             f"'{column}' should be {alternative}a list of {{role, content}} messages, both text; "
@@ -508,7 +512,8 @@ def _messages(value: Any, column: str) -> list[Message]:
 def _is_empty(messages: list[Message]) -> bool:
     """Whether the prompt is only white space outside the system message."""
     for message in messages:
-        if message["role"] != "system" and message["content"].strip():
+        has_content = message["content"].strip() or "tool_calls" in more_of(message)
+        if message["role"] != "system" and has_content:
             return False
     return True
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from scir_cli.errors import DataError, suggest
 
 #: Version of the columns below: a dataset of another version is refused.
-VERSION = "2"
+VERSION = "3"
 #: Keys of a table's Arrow metadata.
 KIND_KEY = b"scir.kind"
 VERSION_KEY = b"scir.version"
@@ -42,8 +42,15 @@ def _struct(fields: tuple[Column, ...]) -> pa.StructType:
 
 
 _TURN = (
-    Column("role", pa.string(), False, "system, user or assistant"),
+    Column("role", pa.string(), False, "system, user, assistant or tool"),
     Column("content", pa.string(), False, "text of the message"),
+    Column(
+        "more",
+        pa.string(),
+        True,
+        "its other fields (tool_calls …; on the first message, tools) as one JSON object; "
+        "null: none",
+    ),
 )
 _RESPONSE = (
     Column(
@@ -52,12 +59,23 @@ _RESPONSE = (
         True,
         "id of the candidate; null: the response is from a file of pairs",
     ),
-    Column("text", pa.string(), False, "the response, without its end token"),
+    Column(
+        "reasoning",
+        pa.string(),
+        True,
+        "what its author wrote before the response, with the marker between them; null: nothing",
+    ),
+    Column(
+        "text",
+        pa.string(),
+        False,
+        "the response, which judges read, without reasoning and without its end token",
+    ),
     Column(
         "token_ids",
         pa.list_(pa.int32()),
         False,
-        "its tokens, an end token included; empty: not tokenized yet",
+        "tokens of reasoning and response, an end token included; empty: not tokenized yet",
     ),
     Column(
         "finish_reason",
@@ -209,7 +227,18 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             "candidate_id", pa.string(), False, "hash of prompt, weights key, seed and settings"
         ),
         *_PROMPT,
-        Column("response", pa.string(), False, "the sampled text, without its end token"),
+        Column(
+            "reasoning",
+            pa.string(),
+            True,
+            "what the model wrote before its response, with the marker between them; null: nothing",
+        ),
+        Column(
+            "response",
+            pa.string(),
+            False,
+            "the sampled text, without reasoning and without its end token",
+        ),
         Column(
             "token_ids", pa.list_(pa.int32()), False, "the sampled tokens, an end token included"
         ),
@@ -244,13 +273,13 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             "label",
             pa.string(),
             True,
-            '"first" or "second": the better response; null: unlabelled, kept for the penalty',
+            '"first" or "second": the better response; null: unlabeled, kept for the penalty',
         ),
         Column(
             "margin",
             pa.float64(),
             True,
-            "smallest |log-odds| of the reward models that label, nats; null: unlabelled",
+            "smallest |log-odds| of the reward models that label, nats; null: unlabeled",
         ),
         Column(
             "label_probability",
@@ -269,14 +298,14 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
             "chosen",
             MESSAGES,
             True,
-            "the better response as one assistant message; null: unlabelled",
+            "the better response as one assistant message; null: unlabeled",
             _TURN,
         ),
         Column(
             "rejected",
             MESSAGES,
             True,
-            "the worse response as one assistant message; null: unlabelled",
+            "the worse response as one assistant message; null: unlabeled",
             _TURN,
         ),
     ),

@@ -8,6 +8,7 @@ Nothing downstream decodes ids and encodes them again.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,13 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from scir_cli.data.messages import more_of
+from scir_cli.engine import reasoning
+from scir_cli.engine.reasoning import Markers
 from scir_cli.engine.text_encoding import TextEncoder
 from scir_cli.errors import DataError, ModelError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 #: Errors of a template that cannot render a conversation
 RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
@@ -34,6 +38,7 @@ PROBES = (
     [{"role": "user", "content": "Which of the two is it, 1 or 2?"}],
 )
 PROBE_ANSWER = {"role": "assistant", "content": "Number 4711"}
+PROBE_REASONING = "It could be number 2917"
 
 ADVICE = (
     "pass --chat-template-kwargs that its template reads (enable_thinking=false, for example), "
@@ -44,7 +49,8 @@ ADVICE = (
 class Unrenderable(DataError):
     """A conversation that the chat template cannot render.
 
-    reason: its name among the drops: template_refused, content_missing or prompt_boundary.
+    reason: its name among the drops: template_refused, content_missing,
+        tools_not_rendered or prompt_boundary.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -83,17 +89,21 @@ class Chat:
     """A tokenizer with a chat template, and the token ids that end a turn.
 
     template_kwargs: further variables of the template, as enable_thinking.
+    think_end: the text that ends an answer's reasoning; None: the template's own.
     """
 
     tokenizer: Any
     end_ids: frozenset[int]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    think_end: str | None = None
     # The last prompt and its ids.
     _last_prompt: dict[Any, list[int]] = field(default_factory=dict, compare=False, repr=False)
     # (template, answers) -> `answer_options` of them.
     _options: dict[Any, AnswerOptions] = field(default_factory=dict, compare=False, repr=False)
     # Template -> whether it reads content as a list of parts.
     _reads_parts: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
+    # Template -> the markers around reasoning.
+    _markers: dict[str, Markers | None] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -122,10 +132,7 @@ class Chat:
         Raises Unrenderable if the chat template refuses the conversation or drops its content,
         ModelError if it renders no conversation at all.
         """
-        hidden = []
-        for message in messages:
-            content = self.encoder.hide(message["content"])
-            hidden.append({"role": message["role"], "content": content})
+        hidden = [self._hidden(message) for message in messages]
         text = self._text(hidden, generation, self.reads_parts)
         for index, message in enumerate(hidden):
             if not _contains(text, message) and self._is_dropped(hidden, index, generation):
@@ -135,14 +142,41 @@ class Chat:
                     "pass another template with --chat-template",
                     "content_missing",
                 )
+        self._check_tools(text, hidden)
         return self.encoder.encode(text)
+
+    def _hidden(self, message: Message) -> dict[str, Any]:
+        """A message with all its fields, in which special tokens are replaced by marks."""
+
+        def hide(value: Any) -> Any:
+            if isinstance(value, str):
+                return self.encoder.hide(value)
+            if isinstance(value, dict):
+                return {hide(name): hide(item) for name, item in value.items()}
+            return [hide(item) for item in value] if isinstance(value, list) else value
+
+        fields = {"role": message["role"], "content": hide(message["content"])}
+        return {**hide(more_of(message)), **fields} if message.get("more") else fields
+
+    def _check_tools(self, text: str, messages: Sequence[Message]) -> None:
+        """Raises Unrenderable if a rendered conversation lacks the name of a tool or tool call."""
+        for message in messages:
+            for field_name in ("tools", "tool_calls"):
+                for tool in message.get(field_name, ()):
+                    name = tool.get("function", tool).get("name")
+                    if name and str(name) not in text:
+                        raise Unrenderable(
+                            f"{self._name} does not render {field_name} ({name}); "
+                            "pass another template with --chat-template, or remove such rows",
+                            "tools_not_rendered",
+                        )
 
     def _is_dropped(self, messages: Sequence[Message], index: int, generation: bool) -> bool:
         """Whether the template writes nothing of a turn's content.
 
         A template may change a content, and remove the reasoning of an earlier answer.
         """
-        probe = {"role": messages[index]["role"], "content": PROBE_ANSWER["content"]}
+        probe = {**messages[index], "content": PROBE_ANSWER["content"]}
         probed = [*messages[:index], probe, *messages[index + 1 :]]
         return not _contains(self._text(probed, generation, self.reads_parts), probe)
 
@@ -152,16 +186,22 @@ class Chat:
         Raises Unrenderable if the template refuses it, ModelError if it is not Jinja.
         """
         conversation: list[dict[str, Any]] = []
+        tools = None
         for message in messages:
             content: Any = message["content"]
-            if parts:
+            if not content and message.get("tool_calls"):
+                content = None
+            elif parts:
                 content = [{"type": "text", "text": content}]
-            conversation.append({"role": message["role"], "content": content})
+            turn = {**message, "content": content}
+            tools = turn.pop("tools", None) or tools
+            conversation.append(turn)
         try:
             text = self.tokenizer.apply_chat_template(
                 conversation,
                 tokenize=False,
                 add_generation_prompt=generation,
+                tools=tools,
                 **self.template_kwargs,
             )
         except RENDER_ERRORS as error:
@@ -188,6 +228,10 @@ class Chat:
         return self._reads_parts[template]
 
     def _find_content_form(self) -> bool:
+        """Whether the template needs content as a list of parts: the first form that it renders.
+
+        Raises ModelError if it renders neither.
+        """
         messages = [*PROBES[0], PROBE_ANSWER]
         refusal = None
         for parts in (False, True):
@@ -211,7 +255,7 @@ class Chat:
         Pairs of one prompt are neighbors, so the ids of the last prompt are cached.
         Raises Unrenderable or ModelError as `render` does.
         """
-        turns = [(m["role"], m["content"]) for m in messages]
+        turns = [(m["role"], m["content"], m.get("more")) for m in messages]
         key = (str(self.tokenizer.chat_template), *turns)
         if key not in self._last_prompt:
             ids = self.render(messages, generation=True)
@@ -236,7 +280,7 @@ class Chat:
             )
         return self._finished(full[len(prompt) :])
 
-    def labelled_ids(
+    def labeled_ids(
         self, messages: Sequence[Message], responses: Sequence[str]
     ) -> tuple[list[int], list[list[int]]]:
         """Token ids of a prompt, and of finished answers to it that no model sampled.
@@ -310,9 +354,17 @@ class Chat:
         """The answers that consist of one of these words, each with one token of its own.
 
         `endings` holds that token alone.
-        Raises ModelError if a word is several tokens, or none, beside what all words share.
+        Raises ModelError if a word is unknown to the tokenizer, or if it is several tokens, or
+        none, beside what all words share.
         """
         options = self.answer_options(words)
+        unknown = self.tokenizer.unk_token_id
+        for word in words:
+            if unknown is not None and unknown in self.encoder.encode_content(word):
+                raise ModelError(
+                    f"the verdict {word!r} is not in the vocabulary of this tokenizer "
+                    f"(model: {self.tokenizer.name_or_path}); choose others with --verdict-tokens"
+                )
         tails = [ending[::-1] for ending in options.endings]
         n_after = n_shared(tails)
         bodies = []
@@ -328,6 +380,65 @@ class Chat:
                     "choose others with --verdict-tokens"
                 )
         return AnswerOptions(options.n_removed, options.cue, tuple(bodies))
+
+    @property
+    def markers(self) -> Markers | None:
+        """The texts around an answer's reasoning; None if the model writes none."""
+        template = str(self.tokenizer.chat_template)
+        if template not in self._markers:
+            self._markers[template] = self._find_markers(template)
+        return self._markers[template]
+
+    def _find_markers(self, template: str) -> Markers | None:
+        """The markers, from what the template renders of an answer with reasoning and without."""
+        answer = {**PROBE_ANSWER, **dict.fromkeys(reasoning.KEYS, PROBE_REASONING)}
+        generation = plain = reasoned = ""
+        try:
+            generation = self._text(PROBES[0], True, self.reads_parts)
+            if self.think_end:
+                return reasoning.with_end(self.think_end, generation)
+            plain = self._text([*PROBES[0], PROBE_ANSWER], False, self.reads_parts)
+            reasoned = self._text([*PROBES[0], answer], False, self.reads_parts)
+        except Unrenderable:
+            # A template that refuses one of them may still name a common marker.
+            reasoned = ""
+        texts = (PROBE_REASONING, PROBE_ANSWER["content"])
+        found = reasoning.from_rendered(generation, plain, reasoned, *texts)
+        return found or reasoning.from_spelling(generation, template, self._added_tokens)
+
+    @property
+    def _added_tokens(self) -> set[str]:
+        return {added.content for added in self.tokenizer.added_tokens_decoder.values()}
+
+    def split(self, text: str, *, sampled: bool) -> tuple[str, str]:
+        """The reasoning of an answer, "" if it has none, and the rest of the answer.
+
+        The rest is "" if the text ends inside its reasoning.
+        sampled: the text follows the generation prompt; else it is from a file.
+        """
+        return self.markers.split(text, sampled=sampled) if self.markers else ("", text)
+
+    def n_reasoning_tokens(self, sampled: Sequence[int]) -> int | None:
+        """Length of the reasoning at the start of sampled ids; None if they end inside it."""
+        text = self.tokenizer.decode(list(sampled))
+        thought, answer = self.split(text, sampled=True)
+        if not thought:
+            return 0
+        if not answer and self.markers and self.markers.end not in text:
+            return None
+
+        def ends_within(length: int) -> bool:
+            assert self.markers
+            return self.markers.end in self.tokenizer.decode(list(sampled[:length]))
+
+        return bisect.bisect_left(range(len(sampled)), True, key=ends_within)
+
+    def encoding_digest(self) -> str:
+        """A hex digest of vocabulary and chat template: token ids are valid for equal ones only."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        state.update(str(self.tokenizer.chat_template).encode())
+        return state.hexdigest()
 
     def template_digest(self) -> str:
         """A hex digest of everything that determines how text becomes ids."""

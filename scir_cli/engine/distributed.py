@@ -288,5 +288,5 @@ class ChildReportedError(StageFailed):
     """A child process has printed its error on stderr; only its exit status is passed on."""
 
     def __init__(self, status: int) -> None:
-        super().__init__("")
+        super().__init__()
         self.exit_code = status

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from scir_cli.engine.batches import Batch
 from scir_cli.engine.trees import Forest
 
 #: Logits in memory at once: 64 MiB in fp32 on a CPU, 256 MiB on a GPU (docs/performance.md).
@@ -42,7 +43,7 @@ Bounds = tuple[int, int, int, int]
 class LogitTransform:
     """How a model changes its logits after the head: first scaled, then soft-capped.
 
-    scale: of Cohere and Granite. cap: of Gemma.
+    scale: of Cohere, Granite and Falcon-H1. cap: of Gemma, RecurrentGemma and xLSTM.
     """
 
     scale: float = 1.0
@@ -51,10 +52,12 @@ class LogitTransform:
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
         """The transform that a model's text config describes."""
-        scale = getattr(config, "logit_scale", None)
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
         if not scale:
             scale = 1 / (getattr(config, "logits_scaling", None) or 1)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        caps = [getattr(config, name, None) for name in names]
+        return cls(scale, next((cap for cap in caps if cap), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1:
@@ -70,15 +73,17 @@ class LogitTransform:
         return self.scale * (1 - (z / self.cap).square())
 
 
-def target_logps(hidden: Tensor, head: Any, transform: LogitTransform, forest: Forest) -> Tensor:
+def target_logps(
+    hidden: Tensor, head: Any, transform: LogitTransform, targets: Forest | Batch
+) -> Tensor:
     """Log-probability of each target, in nats.
 
     hidden: (tokens, width) -> (targets,) fp32
     """
     # Answers that start alike have targets in common: each (row, token) is computed once.
     # np.unique sorts the pairs by row.
-    targets = np.stack([forest.target_hidden, forest.target_token], axis=1)
-    pairs, pair_of_target = np.unique(targets, axis=0, return_inverse=True)
+    all_pairs = np.stack([targets.target_hidden, targets.target_token], axis=1)
+    pairs, pair_of_target = np.unique(all_pairs, axis=0, return_inverse=True)
     rows, row_of_pair = np.unique(pairs[:, 0], return_inverse=True)
 
     index = torch.from_numpy(rows).to(hidden.device)

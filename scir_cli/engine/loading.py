@@ -1,4 +1,4 @@
-"""A policy from a model spec: tokenizer, weights, dtype, and the tree-attention probe."""
+"""A policy from a model spec: tokenizer, weights, dtype, and the probe of how it is scored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,20 +20,25 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from scir_cli.engine import model_files, tree_attention, trees
+from scir_cli.engine import model_files, tree_attention
+from scir_cli.engine.batches import Batching
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.policy import Policy
+from scir_cli.engine.probe import select_batching, select_tree_attention
 from scir_cli.engine.throughput import Meter
-from scir_cli.engine.tree_attention import TreeLayout
-from scir_cli.engine.trees import Branch
 from scir_cli.errors import ConfigError, ModelError, install_hint, warn
-from scir_cli.settings import ModelSettings
+from scir_cli.settings import ModelSettings, SplitSettings
 
-#: Relative difference up to which two log-probabilities are equal to the probe.
-#: bf16 has 8 bits for a logit of 10.
-PROBE_TOLERANCE_FP32 = 1e-3
-PROBE_TOLERANCE_BF16 = 0.03
+#: What the user reads about a model that takes no trees, by its batching.
+_SLOWER: dict[Batching, str] = {
+    "padded": "cannot score token trees ({reason}); it is scored in padded batches: "
+    "same results, slower",
+    "equal": "cannot score token trees ({reason}), and padding changes its results; it is scored "
+    "in batches of equal length: same results, slower",
+    "alone": "cannot score token trees ({reason}), and batches change its results; it is scored "
+    "one branch at a time: same results, much slower",
+}
 
 #: A text that a tokenizer must decode to itself.
 ROUND_TRIP_TEXT = "Is 2 + 2 = 4?\nYes, it's so."
@@ -78,12 +82,10 @@ def load(
 
     tree_attention.register()
     policy.tree_attention = select_tree_attention(policy)
-    policy.reshard()
     if not policy.takes_trees:
-        warn(
-            f"{path.name} cannot score token trees; it is scored one branch at a time: "
-            "same results, slower"
-        )
+        policy.batching = select_batching(policy)
+        warn(f"{path.name} {_SLOWER[policy.batching].format(reason=policy.tree_refusal)}")
+    policy.reshard()
     return policy
 
 
@@ -180,69 +182,15 @@ def nf4_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-@torch.no_grad()
-def select_tree_attention(policy: Policy) -> str | None:
-    """The first tree attention that scores a small forest like the model's plain attention.
-
-    Sets it on the model. Returns None, and leaves the plain attention, if there is no such one.
-    """
-    config = policy.model.config.get_text_config()
-    branches = _probe_branches(config.vocab_size)
-    plain = policy._score_without_trees(branches)
-    for name in tree_attention.candidates(policy.device, policy.model.dtype):
-        layout = policy.build_layout(branches)
-        try:
-            policy.model.set_attn_implementation(name)
-            tree = policy._forest_logps(layout)
-        except (TypeError, AssertionError, AttributeError, RuntimeError, ValueError, ImportError):
-            continue
-        same = _is_close(tree, plain, policy.model.dtype)
-        if same and _is_tree_compatible(config, layout.plan):
-            return name
-    policy.model.set_attn_implementation(policy.plain_attention)
-    return None
-
-
-def _probe_branches(vocabulary: int) -> list[Branch]:
-    """Three branches of random tokens that share prefixes of 5 and 8 tokens."""
-    random = np.random.default_rng(0)
-    ids = [int(i) % vocabulary for i in random.integers(0, 2**31, 24)]
-    return [
-        trees.continuation(ids[:8], ids[8:14]),
-        trees.continuation(ids[:8], ids[14:20]),
-        trees.verdict([*ids[:5], *ids[20:]], 1 % vocabulary),
-    ]
-
-
-def _is_close(tree: Tensor, plain: Tensor, dtype: torch.dtype) -> bool:
-    """Whether log-probabilities agree within the tolerance of the dtype.  both: (targets,)"""
-    tolerance = PROBE_TOLERANCE_FP32 if dtype == torch.float32 else PROBE_TOLERANCE_BF16
-    return bool(((tree - plain).abs() <= tolerance * (1 + plain.abs())).all())
-
-
-def _is_tree_compatible(config: Any, layout: TreeLayout) -> bool:
-    """Whether the model computes long sequences in a way that trees reproduce.
-
-    The probe is too short for these: rotary frequencies that depend on the longest sequence of a
-    batch, attention in chunks, and a sliding window that is not passed to attention.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    ropes = [r for r in [rope, *rope.values()] if isinstance(r, dict)]
-    if any(r.get("rope_type") in ("dynamic", "longrope") for r in ropes):
-        return False
-    if getattr(config, "attention_chunk_size", None):
-        return False
-    window = getattr(config, "sliding_window", None)
-    return not window or window in layout.windows
-
-
 def load_chat(path: Path, settings: ModelSettings) -> Chat:
     """The tokenizer in a model folder, with its chat template and end tokens.
 
     Raises ModelError as `load_tokenizer` does, and if the template renders no conversation.
     """
     tokenizer = load_tokenizer(path, settings)
-    chat = Chat(tokenizer, end_ids(path, tokenizer), settings.chat_template_kwargs or {})
+    think_end = settings.think_end if isinstance(settings, SplitSettings) else None
+    kwargs = settings.chat_template_kwargs or {}
+    chat = Chat(tokenizer, end_ids(path, tokenizer), kwargs, think_end)
     chat.check()
     return chat
 

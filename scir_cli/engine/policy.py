@@ -3,8 +3,8 @@
 Every log-probability of a transformers model is computed by `Policy.branch_logps`.
 A forest (trees.py) passes through the model's layers once, with their attention replaced
 (tree_attention.py), and only hidden states with targets are multiplied by the vocabulary
-(lm_head.py). When a model is loaded, a small forest is scored with and without trees (loading.py).
-If the results differ, the model is scored branch by branch from then on.
+(lm_head.py). When a model is loaded, a small forest is scored with and without trees (probe.py).
+If the results differ, the model is scored in batches of padded paths from then on (batches.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scir_cli.engine import trees
+from scir_cli.engine import batches, trees
+from scir_cli.engine.batches import Batch, Batching
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.lm_head import LogitTransform, target_logps
@@ -45,34 +47,43 @@ class TreeScorer(nn.Module):
         self.core = core
 
     @property
+    def text(self) -> nn.Module:
+        """The part of the model that reads and writes text; not a vision tower beside it."""
+        tower: nn.Module = self.core.get_decoder()
+        return tower
+
+    @property
     def blocks(self) -> nn.ModuleList:
-        """The layers of the model: its longest list of modules."""
-        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
-        return max(lists, key=len)
+        """The layers of the model: the longest list of modules in its text tower.
+
+        Lists inside another one are parts of a layer: experts, for example.
+        """
+        lists = {n: m for n, m in self.text.named_modules() if isinstance(m, nn.ModuleList)}
+        inner = {n for n in lists if any(n.startswith(f"{outer}.") for outer in lists)}
+        return max((lists[n] for n in lists if n not in inner), key=len)
 
     def forward(
         self,
         ids: Tensor,
         positions: Tensor | None = None,
         plan: TreeLayout | None = None,
-        forest: Forest | None = None,
+        targets: Forest | Batch | None = None,
     ) -> Tensor:
-        """Log-probabilities of the forest's targets, in nats; logits if there is no forest.
+        """Log-probabilities of the targets, in nats; logits if there are no targets.
 
-        ids, positions: (1, tokens) -> (targets,) fp32, or (1, tokens, vocab) without a forest
+        ids: (rows, tokens), one row for a forest; positions: (1, tokens), for a forest
+        -> (targets,) fp32, or (rows, tokens, vocab) without targets
         """
-        if forest is None:
+        if targets is None:
             return self.core(input_ids=ids, use_cache=False).logits
-        output = self.core.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            use_cache=False,
-            plan=plan,
-        )
-        hidden = output.last_hidden_state[0]
+        of_forest: dict[str, Any] = {}
+        if plan is not None:
+            of_forest = {"position_ids": positions, "plan": plan}
+        output = self.core.base_model(input_ids=ids, use_cache=False, **of_forest)
+        hidden = output.last_hidden_state.flatten(0, 1)
         head = self.core.get_output_embeddings()
         transform = LogitTransform.of(self.core.config.get_text_config())
-        return target_logps(hidden, head, transform, forest)
+        return target_logps(hidden, head, transform, targets)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Layout:
     forest: Forest
     ids: Tensor  # (1, tokens)
     plan: TreeLayout
+    batches: Sequence[Batch] = ()  # of a model that takes no trees
 
 
 @dataclass
@@ -100,6 +112,10 @@ class Policy:
     plain_attention: str = "sdpa"
     #: The attention for trees; None if the model does not support trees.
     tree_attention: str | None = SDPA
+    #: Why the model does not support trees.
+    tree_refusal: str = ""
+    #: How paths are scored if the model does not support trees.
+    batching: Batching = "padded"
     #: The ranks over which the weights are sharded; all of them have to score at the same time.
     ranks: DistributedContext | None = None
     meter: Meter = field(default_factory=Meter)
@@ -112,8 +128,13 @@ class Policy:
 
     @property
     def takes_trees(self) -> bool:
-        """Whether the model scores trees, and not one branch at a time."""
+        """Whether the model scores trees, and not paths in batches."""
         return self.tree_attention is not None
+
+    @property
+    def keeps_ranks_in_step(self) -> bool:
+        """Whether any branches take exactly one forward pass, as sharded weights require."""
+        return self.takes_trees or self.batching == "padded"
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +151,11 @@ class Policy:
             return torch.zeros(0, device=self.device)
         layout = layout or self.build_layout(branches)
         if self.takes_trees:
-            logps = self._forest_logps(layout)
+            logps = self.forest_logps(layout)
+        elif self.batching == "alone":
+            logps = self.alone_logps(branches)
         else:
-            logps = self._score_without_trees(branches)
+            logps = self._logps_of_batches(layout.batches)
         branch_of_target = torch.from_numpy(layout.forest.target_branch).to(logps.device)
         sums = torch.zeros(len(branches), device=logps.device)
         return sums.index_add(0, branch_of_target, logps)
@@ -148,13 +171,40 @@ class Policy:
             # Computed and cached here, for all layers.
             _ = plan.gather
         ids = to_device(forest.tokens, self.device)[None]
-        return Layout(forest, ids, plan)
+        if self.takes_trees:
+            return Layout(forest, ids, plan)
+        return Layout(forest, ids, plan, self._batches(branches, self.batching, len(forest)))
 
-    def _forest_logps(self, layout: Layout) -> Tensor:
+    def _batches(
+        self, branches: Sequence[Branch], batching: Batching, max_tokens: int
+    ) -> list[Batch]:
+        """The batches of some branches; one batch for sharded ranks, which keeps them in step.
+
+        max_tokens: of the batches that are not sharded.
+        """
+        return batches.build(branches, batching, None if self.ranks else max_tokens)
+
+    def forest_logps(self, layout: Layout) -> Tensor:
         """Log-probability of each target of the forest, in nats.  -> (targets,) fp32"""
         return self.scorer(layout.ids, layout.plan.positions[None], layout.plan, layout.forest)
 
-    def _score_without_trees(self, branches: Sequence[Branch]) -> Tensor:
+    def batched_logps(self, branches: Sequence[Branch], batching: Batching) -> Tensor:
+        """The same numbers, from batches of paths.  -> (targets,) fp32"""
+        n_tokens = sum(len(b.ids) for b in branches)
+        return self._logps_of_batches(self._batches(branches, batching, n_tokens))
+
+    def _logps_of_batches(self, parts: Sequence[Batch]) -> Tensor:
+        """Log-probability of each target of all batches, in nats.  -> (targets,) fp32"""
+        logps = []
+        order = []
+        for batch in parts:
+            ids = to_device(batch.ids, self.device)
+            logps.append(self.scorer(ids, targets=batch))
+            order.append(batch.targets)
+        place = np.argsort(np.concatenate(order))
+        return torch.cat(logps)[torch.from_numpy(place).to(self.device)]
+
+    def alone_logps(self, branches: Sequence[Branch]) -> Tensor:
         """The same numbers, one branch at a time, with the model's attention and full logits.
 
         Returns (targets,) fp32.
@@ -198,6 +248,8 @@ class Policy:
         """Tokens that the model computes for the branches."""
         if self.takes_trees:
             return len(layout.forest.tokens)
+        if layout.batches:
+            return sum(batch.ids.size for batch in layout.batches)
         return sum(len(b.ids) for b in branches)
 
     def reshard(self) -> None:

@@ -6,10 +6,10 @@ This is variable-length attention with gathered keys, implemented three times.
 When a model is loaded (loading.py), the first one that works is selected, in this order:
 
     scir_tree_varlen   one flash-attention call for all segments (torch.nn.attention.varlen;
-                       CUDA, half precision, no soft-capping)
+                       CUDA, half precision, no soft-capping, no sinks)
     scir_tree_flex     one FlexAttention kernel whose block mask is the inequality of trees.py
-                       (CUDA; with soft-capping and any head size)
-    scir_tree          one SDPA call per segment; plain torch for soft-capping
+                       (CUDA; with soft-capping, sinks and any head size)
+    scir_tree          one SDPA call per segment; plain torch for soft-capping and sinks
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class TreeLayout:
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
     #: The windows with which the model's layers have called attention.
     windows: set[int | None] = field(default_factory=set)
+    #: Calls of attention by the model's layers.
+    n_calls: int = 0
 
     @classmethod
     def of(cls, forest: Forest, device: torch.device) -> TreeLayout:
@@ -150,6 +152,7 @@ class AttentionOptions(NamedTuple):
     scaling: float | None  # of the scores; by default 1 / sqrt(head size)
     window: int | None  # positions that a query sees, itself included; by default all
     softcap: float | None  # the scores become softcap * tanh(scores / softcap); by default not
+    sinks: Tensor | None = None  # (heads,), a score without a value, part of the normalizer
 
 
 #: query (1, heads, tokens, head size), key and value (1, key heads, tokens, head size), layout and
@@ -188,7 +191,7 @@ def _attend(
     q: (1, heads, queries, head size); k, v: (1, key heads, keys, head size);
     mask: (queries, keys) bool, None for causal -> (1, heads, queries, head size)
     """
-    if options.softcap is None:
+    if options.softcap is None and options.sinks is None:
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -198,16 +201,31 @@ def _attend(
             scale=options.scaling,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-    # Gemma 2's soft-capping, which SDPA does not support.
+    # Gemma 2's soft-capping and gpt-oss's sinks, which SDPA does not support.
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1)
     v = v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(-1, -2) * (options.scaling or q.shape[-1] ** -0.5)
-    scores = options.softcap * torch.tanh(scores / options.softcap)
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    weights = scores.float().masked_fill(~mask, -math.inf).softmax(-1)
-    return weights.to(v.dtype) @ v
+    scores = scores.float().masked_fill(~mask, -math.inf)
+    out = scores.softmax(-1).to(v.dtype) @ v
+    if options.sinks is None:
+        return out
+    return with_sinks(out, scores.logsumexp(-1), options.sinks)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention with a sink per head, from attention without.
+
+    A sink takes the share exp(sink) / (exp(sink) + exp(lse)) of the weights and has no value.
+    out: (1, heads, queries, head size); lse: (1, heads, queries), the log of the sum of the
+    exponentiated scores; sinks: (heads,) -> as out
+    """
+    share = torch.sigmoid(lse.float() - sinks.float()[None, :, None])
+    return out * share[..., None].to(out.dtype)
 
 
 def varlen_tree_attention(
@@ -220,12 +238,15 @@ def varlen_tree_attention(
     """Attention on a forest in one flash-attention call. Shapes as in TreeAttention.
 
     Each segment is a sequence whose keys are gathered, causal from the end of its path.
-    Raises ValueError for soft-capping.
+    Raises ValueError for soft-capping and sinks.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     if options.softcap is not None:
         raise ValueError("flash attention does not support soft-capping")
+    if options.sinks is not None:
+        # varlen_attn returns a log-sum-exp, but without a gradient (torch 2.13).
+        raise ValueError("flash attention does not support sinks")
     index = layout.gather
     q = query[0].transpose(0, 1)  # (tokens, heads, head size)
     k = key[0].transpose(0, 1).index_select(0, index.keys)  # (keys, key heads, head size)
@@ -273,7 +294,8 @@ def flex_tree_attention(
 
     # On a CPU, for tests, FlexAttention has only a forward pass, and needs no compilation.
     attend = _compiled_flex() if query.is_cuda else flex_attention
-    out: Any = attend(
+    aux = {} if options.sinks is None else {"return_aux": _log_sum_exp()}
+    result: Any = attend(
         query,
         key,
         value,
@@ -281,8 +303,22 @@ def flex_tree_attention(
         block_mask=layout.block_mask(options.window),
         scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        **aux,
     )
-    return out.transpose(1, 2)
+    if options.sinks is None:
+        return result.transpose(1, 2)
+    out, other = result
+    return with_sinks(out, other.lse, options.sinks).transpose(1, 2)
+
+
+def _log_sum_exp() -> Any:
+    """The request for FlexAttention's log-sum-exp.
+
+    Raises ImportError if torch is too old to return one with a gradient.
+    """
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    return AuxRequest(lse=True)
 
 
 @cache
@@ -305,6 +341,42 @@ def register() -> None:
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
 
 
+#: Keywords of transformers' models that change nothing here, whatever their value:
+#: dropout: a policy is scored without dropout, in training too; deterministic: of its backward.
+#: position_ids: packed sequences are recognized by them; the layout has its own positions.
+#: use_cache, output_attentions, output_hidden_states, output_router_logits, return_dict,
+#: cache_position, num_items_in_batch: what else a model returns or keeps.
+HARMLESS = frozenset(
+    {
+        "dropout",
+        "deterministic",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "cache_position",
+        "num_items_in_batch",
+    }
+)
+
+
+class UnsupportedAttentionError(ValueError):
+    """A model's attention computes something that trees do not reproduce."""
+
+
+def _check_keywords(keywords: dict[str, Any]) -> None:
+    """Raises UnsupportedAttentionError for a keyword that might change the result.
+
+    An unknown keyword would be ignored, so each of them has to be None.
+    """
+    for name, value in keywords.items():
+        if value is None or name in HARMLESS or (name == "is_causal" and value is True):
+            continue
+        raise UnsupportedAttentionError(f"its attention uses {name}, which is not supported")
+
+
 def _for_transformers(attend: TreeAttention) -> Callable[..., tuple[Tensor, None]]:
     """The implementation with the signature that transformers' attention interface requires.
 
@@ -322,12 +394,20 @@ def _for_transformers(attend: TreeAttention) -> Callable[..., tuple[Tensor, None
         sliding_window: int | None = None,
         softcap: float | None = None,
         plan: TreeLayout | None = None,
-        **_: Any,
+        s_aux: Tensor | None = None,
+        **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """Shapes as in TreeAttention. plan: from the keywords of the model's forward pass."""
-        assert plan is not None, "the model does not pass keywords on to attention"
+        """Shapes as in TreeAttention. s_aux: sinks.
+
+        plan: from the keywords of the model's forward pass.
+        Raises UnsupportedAttentionError for a keyword that is not known and not None.
+        """
+        if plan is None:
+            raise UnsupportedAttentionError("it does not pass keywords on to attention")
+        _check_keywords({"attention_mask": attention_mask, **keywords})
         plan.windows.add(sliding_window)
-        options = AttentionOptions(scaling, sliding_window, softcap)
+        plan.n_calls += 1
+        options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
         return attend(query, key, value, plan, options), None
 
     return torch.compiler.disable(attention, recursive=False)

@@ -835,7 +835,7 @@ def _group_tiles(group: str, members: Sequence[_StageResult]) -> list[Tile]:
         start = percent(first["rate"])
         note = f"{group}: from {start} in {n_checks} checks"
     tiles = [Tile("all agree", percent(last["rate"]), note)]
-    if last.get("labelled"):
+    if last.get("labeled"):
         name = note.split(":")[0]
         tile = Tile(
             "accuracy on agreed pairs",
@@ -892,7 +892,7 @@ def _agreement_tiles(summary: Json) -> list[Tile]:
         note = "verdicts of the judge that change with the order"
         tiles.append(Tile("order-flip rate", percent(flip_rate), note))
 
-    if agreed.get("labelled"):
+    if agreed.get("labeled"):
         accuracy = percent(agreed["accuracy"])
         interval = _interval(agreed, "accuracy")
         tiles.append(Tile("accuracy on agreed pairs", accuracy, interval))
@@ -973,6 +973,7 @@ def _preferences(model: str, biases: Json) -> list[Picture]:
     named = {
         "position": "seat A",
         "longer": "longer response",
+        "longer answer": "longer answer",
         "own": "own response",
     }
     rows: list[NamedRate] = []

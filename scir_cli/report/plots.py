@@ -118,7 +118,7 @@ class Picture:
     caption: str = ""
 
 
-def colour(name: str, index: int) -> str:
+def color(name: str, index: int) -> str:
     """The stand-in color of a reward model, or of the series at `index` if it is none."""
     number = SERIES.get(name, index % 8)
     return STAND_IN[f"s{number}"]
@@ -169,8 +169,8 @@ def _inline(svg: str, label: str) -> str:
     svg = re.sub(r"\s+", " ", svg)
     # Numbers in the text between tags stay as they are.
     svg = re.sub(r"<[^>]+>", lambda tag: _rounded(tag[0]), svg)
-    labelled = f'<svg role="img" aria-label="{_attribute(label)}"'
-    return svg.replace("<svg", labelled, 1).strip()
+    labeled = f'<svg role="img" aria-label="{_attribute(label)}"'
+    return svg.replace("<svg", labeled, 1).strip()
 
 
 def _with_css_variables(svg: str) -> str:
@@ -249,7 +249,7 @@ def _zero_line(draw_line: Callable[..., Any], at: float = 0, **style: Any) -> No
 def _line_style(name: str, index: int) -> dict[str, Any]:
     """Color, marker and dashes of the series at `index`."""
     return {
-        "color": colour(name, index),
+        "color": color(name, index),
         "marker": MARKERS[index % 5],
         "linestyle": DASHES[index % 4],
     }
@@ -433,6 +433,7 @@ def quadrants(first: str, second: str, a: Array, b: Array) -> Picture:
     height = reach_b * 1.16
 
     def paint(ax: Any) -> None:
+        """One dot per pair, or a density of many pairs."""
         _zero_line(ax.axhline)
         _zero_line(ax.axvline)
         if few:
@@ -605,10 +606,10 @@ def spread(
         for y, (name, values) in enumerate(quantiles.items()):
             low, lower_quartile, median, upper_quartile, high = values
             reward_model = name.rsplit(" ", 1)[-1]
-            color = colour(reward_model, y)
-            _bar(ax, y, low, high, color, linewidth=1.6)
-            _bar(ax, y, lower_quartile, upper_quartile, color, linewidth=6.5, alpha=0.55)
-            _dot(ax, median, y, color, markersize=5.5)
+            bar_color = color(reward_model, y)
+            _bar(ax, y, low, high, bar_color, linewidth=1.6)
+            _bar(ax, y, lower_quartile, upper_quartile, bar_color, linewidth=6.5, alpha=0.55)
+            _dot(ax, median, y, bar_color, markersize=5.5)
         _rows(ax, list(quantiles))
         ax.set_xlabel(label)
         _zero_line(ax.axvline)
@@ -643,10 +644,10 @@ def rates(
 
     def paint(ax: Any) -> None:
         for y, (name, rate, low, high) in enumerate(drawn):
-            color = colour(model or name, 0)
+            bar_color = color(model or name, 0)
             if low is not None and high is not None:
-                _bar(ax, y, low, high, color, linewidth=1.8)
-            _dot(ax, rate, y, color, markersize=6)
+                _bar(ax, y, low, high, bar_color, linewidth=1.8)
+            _dot(ax, rate, y, bar_color, markersize=6)
         if chance is not None:
             _zero_line(ax.axvline, chance, linestyle="--")
         _rows(ax, names)
@@ -671,6 +672,7 @@ def reliability(curves: Mapping[str, Points]) -> Picture:
     """
 
     def paint(ax: Any) -> None:
+        """One calibration curve per reward model, beside the diagonal."""
         ax.plot(
             [0.5, 1],
             [0.5, 1],
@@ -724,6 +726,7 @@ def risk_coverage(curves: Mapping[str, Points]) -> Picture:
     """
 
     def paint(ax: Any) -> None:
+        """One risk-coverage curve per reward model."""
         for index, (name, points) in enumerate(curves.items()):
             x = _values(points, "coverage")
             low = _values(points, "accuracy_low")
@@ -758,7 +761,7 @@ def risk_coverage(curves: Mapping[str, Points]) -> Picture:
     keys = ("coverage", "pairs", "accuracy", "accuracy_low", "accuracy_high")
     headings = ("", "coverage", "pairs", "accuracy", "95 % from", "to")
     caption = (
-        "Accuracy on the most confident labelled pairs, by their share. "
+        "Accuracy on the most confident labeled pairs, by their share. "
         "“agreed”: pairs on which all agree, ordered by their smallest margin. Bands: 95 %."
     )
     svg = draw(paint, "Risk and coverage")
@@ -774,6 +777,7 @@ def length_bias(odds: Mapping[str, Array], difference: Array) -> Picture:
     rows = _wins_by_length(odds, difference)
 
     def paint(ax: Any) -> None:
+        """One curve of preference by length difference per reward model."""
         _zero_line(ax.axhline, 0.5, linestyle="--")
         for index, name in enumerate(odds):
             points = [row for row in rows if row[0] == name]
@@ -851,6 +855,7 @@ def iterations(
     labels = [_short(name) for name in names]
 
     def paint(ax: Any) -> None:
+        """One line of rates with intervals per series."""
         for index, (name, values) in enumerate(series.items()):
             # Neighboring series are moved aside so that their intervals do not overlap.
             middle = (len(series) - 1) / 2
@@ -930,6 +935,7 @@ def steps(
     title_names_all = all(name.replace("_", " ") in title.lower() for name in curves)
 
     def paint(ax: Any) -> None:
+        """One line per curve over optimizer steps."""
         from matplotlib.ticker import MaxNLocator
 
         for index, (name, (x, y)) in enumerate(curves.items()):

@@ -131,16 +131,16 @@ def consistency_tables(summary: Figures) -> list[Table]:
     return tables
 
 
-def _is_labelled(summary: Figures) -> bool:
+def _is_labeled(summary: Figures) -> bool:
     """Whether any pair with a verdict has a gold label."""
-    return any(m["labelled"] for m in summary["models"].values())
+    return any(m["labeled"] for m in summary["models"].values())
 
 
 def _models_table(summary: Figures) -> Table:
     """Verdicts, confidence, order flips and accuracy, one row per reward model."""
-    labelled = _is_labelled(summary)
+    labeled = _is_labeled(summary)
     headings = ["reward model", "verdicts", "median\n|a|", "order\nflips", "mass", "length\nr"]
-    if labelled:
+    if labeled:
         headings.append("accuracy (95 %)")
     table = table_of(*headings, title=f"{summary['pairs']} pairs")
 
@@ -153,7 +153,7 @@ def _models_table(summary: Figures) -> Table:
             number(m["verdict_mass"]),
             number(m["length_correlation"]),
         ]
-        if labelled:
+        if labeled:
             cells.append(_rate(m, "accuracy"))
         table.add_row(*cells)
     table.caption = "\n".join(_models_remarks(summary)) or None
@@ -179,6 +179,12 @@ def _models_remarks(summary: Figures) -> list[str]:
             f"{name}: {count} verdicts unknown: "
             "their tokens are not among the endpoint's top log-probabilities"
         )
+    of_answers = []
+    for name, m in models.items():
+        if "answer_length_correlation" in m:
+            of_answers.append(f"{name} {number(m['answer_length_correlation'])}")
+    if of_answers:
+        remarks.append(f"length r without reasoning: {', '.join(of_answers)}")
     optional = ("flip_rate", "verdict_mass", "length_correlation")
     if any(m[key] is None for m in models.values() for key in optional):
         remarks.append("–: no order to flip, no verdict tokens, or all lengths or verdicts equal")
@@ -197,10 +203,10 @@ def _between_table(summary: Figures) -> Table:
             number(b["spearman"]),
         )
     agreed = summary["agreed"]
-    if _is_labelled(summary):
+    if _is_labeled(summary):
         accuracy = _rate(agreed, "accuracy")
-        labelled = agreed["labelled"]
-        table.caption = f"accuracy on agreed pairs: {accuracy} of {labelled} labelled pairs"
+        labeled = agreed["labeled"]
+        table.caption = f"accuracy on agreed pairs: {accuracy} of {labeled} labeled pairs"
     table.add_row(
         "all",
         str(agreed["pairs"]),
@@ -265,6 +271,7 @@ def bias_tables(biases: Figures | None) -> list[Table]:
     named = {
         "position": "seat A",
         "longer": "longer",
+        "longer answer": "longer answer",
         "own": "judge's own",
     }
     # Four columns with intervals are wider than 80 columns.
@@ -671,7 +678,8 @@ def verdict_tables(manifest: Figures) -> list[Any]:
 def summary_line(stage: str, out: str, manifest: Figures) -> str:
     """The result of a stage in one line.
 
-    It has rows in, rows out, drops by reason, missing verdicts, the folder and seconds.
+    It has rows in, rows out, drops by reason, missing verdicts, responses that the length limit
+    cut, the folder and seconds.
     """
     if manifest.get("dry_run"):
         rows = manifest.get("rows_in", "all")
@@ -681,7 +689,8 @@ def summary_line(stage: str, out: str, manifest: Figures) -> str:
     rows_out = manifest["rows_out"]
     dropped = drops_by_reason(manifest) or "0 dropped"
     missing = _missing_verdicts(manifest["nulls"])
-    counts = f"{rows_in} in = {rows_out} out + {dropped}{missing}"
+    unfinished = _unfinished(manifest.get("summary") or {})
+    counts = f"{rows_in} in = {rows_out} out + {dropped}{missing}{unfinished}"
 
     if manifest.get("reused"):
         time = "(already done)"
@@ -697,6 +706,16 @@ def drops_by_reason(manifest: Figures) -> str:
     for reason, count in sorted(manifest["drops"].items()):
         parts.append(f"{count} {reason}")
     return ", ".join(parts)
+
+
+def _unfinished(summary: Figures) -> str:
+    """The number of sampled responses that were cut, and of those without an answer, if any."""
+    text = ""
+    if summary.get("cut"):
+        text += f", {summary['cut']} cut at the length limit"
+    if summary.get("without_answer"):
+        text += f", {summary['without_answer']} without an answer after their reasoning"
+    return text
 
 
 def _missing_verdicts(nulls: Figures) -> str:

@@ -30,6 +30,14 @@ class RewardOutput:
     # (pairs,) probability on the verdict tokens, mean over the prompts of the pair
     verdict_mass: Tensor | None = None
 
+    def where(self, decided: Tensor) -> RewardOutput:
+        """This output, with log-odds NaN for the other pairs.  decided: (pairs,) bool"""
+        log_odds = self.log_odds.masked_fill(~decided, torch.nan)
+        orders = self.orders
+        if orders is not None:
+            orders = orders.masked_fill(~decided, torch.nan)
+        return RewardOutput(log_odds, orders, self.verdict_mass)
+
 
 def average_orders(verdict_logps: Tensor) -> RewardOutput:
     """Log-odds of a pairwise judge from log P(A), log P(B) in both orders.

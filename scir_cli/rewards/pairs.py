@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scir_cli.data import schemas
 from scir_cli.engine.chat import Chat, Message, Unrenderable
+from scir_cli.errors import warn
 from scir_cli.rewards.columns import with_column
 
 SIDES = ("first", "second")
@@ -85,17 +86,7 @@ class Context:
         )
 
 
-def encoding_digest(chat: Chat) -> str:
-    """A hex digest of tokenizer and chat template: token ids are valid for equal ones only.
-
-    The template's variables are no part of it: ids that were sampled with others stay valid.
-    """
-    return replace(chat, template_kwargs={}).template_digest()
-
-
-def without_foreign_ids(
-    table: pa.Table, encoding: str | None, own: str
-) -> tuple[pa.Table, int]:
+def without_foreign_ids(table: pa.Table, encoding: str | None, own: str) -> tuple[pa.Table, int]:
     """The pairs without what depends on another encoding, and the number of pairs that lost ids.
 
     These are the token ids of responses and rationales, and the log-probabilities of those tokens.
@@ -108,11 +99,24 @@ def without_foreign_ids(
     if not has_ids.any():
         return table, 0
     for name, side in zip(SIDES, sides, strict=True):
-        rows = dict.fromkeys(range(len(table)), list[int]())
-        table = with_column(table, name, _with_token_ids(side, rows))
+        no_ids: dict[int, list[int]] = {row: [] for row in range(len(table))}
+        table = with_column(table, name, _with_token_ids(side, no_ids))
     table = with_column(table, "rewards", _without_rationales(table["rewards"]))
     no_logps = pa.array([[]] * len(table), schemas.REFERENCE_LOGPS)
     return with_column(table, "reference_logps", no_logps), int(has_ids.sum())
+
+
+def warn_of_foreign_ids(manifest: Mapping[str, Any], spec: str, model: str) -> None:
+    """Warns if a manifest counts pairs that were encoded again.
+
+    spec: where the pairs are from; model: whose tokenizer and chat template were used
+    """
+    count = manifest.get("encoded_again")
+    if count and not manifest.get("reused"):
+        warn(
+            f"{spec}: {count} pairs hold token ids of another tokenizer or chat template than "
+            f"{model}'s; their texts were encoded again"
+        )
 
 
 def _without_rationales(rewards: pa.ChunkedArray) -> pa.Array:
@@ -140,13 +144,14 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
     Neighbors with the same prompt share one tuple of its ids.
     Drops: template_refused, content_missing (the chat template refuses the conversation, or
     leaves out a turn), prompt_boundary (it does not render a response as a continuation of its
-    prompt).
+    prompt), no_answer (a response ends inside its reasoning).
+    Responses that are tokenized here are split into reasoning and text.
     """
     sides = [_response_fields(table, side) for side in SIDES]
     lacking = [_without_token_ids(side) for side in sides]
     texts = []
     for side, lacks in zip(sides, lacking, strict=True):
-        texts.append(side["text"].to_pylist() if lacks.any() else [])
+        texts.append(_whole_texts(side) if lacks.any() else [])
 
     # of each side: row -> token ids
     encoded: list[dict[int, list[int]]] = [{} for _ in SIDES]
@@ -159,6 +164,7 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
             side[row] if lacks[row] else None for side, lacks in zip(texts, lacking, strict=True)
         ]
         try:
+            _check_answers(chat, responses)
             opened = _opened(chat, messages, sides, row) if opens else None
             prompt, answers = opened or _encoded(chat, messages, responses)
         except Unrenderable as error:
@@ -172,8 +178,10 @@ def tokenize_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, PromptIds, Co
             if response is not None:
                 rows[row] = answer
 
-    for name, side, rows in zip(SIDES, sides, encoded, strict=True):
+    for name, side, rows, whole in zip(SIDES, sides, encoded, texts, strict=True):
         if rows:
+            if chat.markers is not None:
+                _split_texts(side, {row: whole[row] for row in rows}, chat)
             table = with_column(table, name, _with_token_ids(side, rows))
     return table.filter(pa.array(rendered)), prompt_ids, drops
 
@@ -192,7 +200,7 @@ def _encoded(
 def _opened(
     chat: Chat, messages: Sequence[Message], sides: Sequence[Mapping[str, pa.Array]], row: int
 ) -> tuple[tuple[int, ...], list[list[int]]] | None:
-    """A labelled row's prompt with the start of an answer without reasoning, and both responses.
+    """A labeled row's prompt with the start of an answer without reasoning, and both responses.
 
     None for a row with a candidate, whose ids follow the prompt that it was sampled after, and for
     responses that do not start in this way.
@@ -202,8 +210,9 @@ def _opened(
     for side in sides:
         if side["candidate_id"][row].is_valid:
             return None
-        responses.append(side["text"][row].as_py())
-    prompt, answers = chat.labelled_ids(messages, responses)
+        reasoning = side["reasoning"][row].as_py() or ""
+        responses.append(reasoning + side["text"][row].as_py())
+    prompt, answers = chat.labeled_ids(messages, responses)
     for side, answer in zip(sides, answers, strict=True):
         stored = side["token_ids"][row].as_py()
         if stored and stored != answer:
@@ -218,6 +227,39 @@ def _response_fields(table: pa.Table, side: str) -> dict[str, pa.Array]:
         values = pc.struct_field(table[side], response_field.name)
         fields[response_field.name] = values.combine_chunks()
     return fields
+
+
+def _whole_texts(side: dict[str, pa.Array]) -> list[str]:
+    """Reasoning and text of one side's responses.  -> (pairs,)"""
+    if side["reasoning"].null_count == len(side["reasoning"]):
+        texts: list[str] = side["text"].to_pylist()
+        return texts
+    reasoning = side["reasoning"].fill_null("")
+    whole: list[str] = pc.binary_join_element_wise(reasoning, side["text"], "").to_pylist()
+    return whole
+
+
+def _check_answers(chat: Chat, responses: Sequence[str | None]) -> None:
+    """Raises Unrenderable if a response ends inside its reasoning; None is no response."""
+    for response in responses:
+        reasoning, answer = chat.split(response or "", sampled=False)
+        if reasoning and not answer.strip():
+            raise Unrenderable(f"the response {reasoning[:40]!r} has no answer", "no_answer")
+
+
+def _split_texts(side: dict[str, pa.Array], whole: Mapping[int, str], chat: Chat) -> None:
+    """Splits responses of one side into reasoning and text, in place.
+
+    whole: row -> both together.
+    """
+    reasonings = side["reasoning"].to_pylist()
+    texts = side["text"].to_pylist()
+    for row, response in whole.items():
+        if reasonings[row] is None:
+            reasoning, texts[row] = chat.split(response, sampled=False)
+            reasonings[row] = reasoning or None
+    side["reasoning"] = pa.array(reasonings, side["reasoning"].type)
+    side["text"] = pa.array(texts, side["text"].type)
 
 
 def _without_token_ids(side: dict[str, pa.Array]) -> np.ndarray:

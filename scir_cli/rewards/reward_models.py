@@ -86,6 +86,10 @@ class RewardModel(ABC):
         """Prompts (token ids) to answer in text before `branches` is called; usually none."""
         return []
 
+    def decides(self, pair: Pair) -> bool:
+        """Whether the model has a verdict on the pair, given the answers to its `requests`."""
+        return True
+
     @abstractmethod
     def branches(self, pair: Pair) -> list[Branch]:
         """Token paths to score.
@@ -99,6 +103,16 @@ class RewardModel(ABC):
 
         logps: (branches, pairs), nats -> log_odds: (pairs,), nats
         """
+
+    def _question(self, pair: Pair) -> str:
+        """The pair's conversation as text, without the reasoning in earlier answers."""
+        turns = []
+        for turn in pair.messages:
+            content = turn["content"]
+            if turn["role"] == "assistant":
+                _, content = self.chat.split(content, sampled=False)
+            turns.append({**turn, "content": content})
+        return question_text(turns, system=not self.settings.hide_system, quoted=True)
 
 
 def _verdict_branches(prompts: Sequence[list[int]], tokens: Sequence[int]) -> list[Branch]:
@@ -116,6 +130,8 @@ class Judge(RewardModel):
     n_branches = 4
     reads_verdicts = True
     has_seats = True
+    #: Starts of lines that no text in the prompt may have, beside the template's own
+    reserved: ClassVar[tuple[str, ...]] = ()
 
     @cached_property
     def template(self) -> str:
@@ -128,10 +144,10 @@ class Judge(RewardModel):
     def _prompts(self, pair: Pair) -> list[list[int]]:
         """Token ids of the judge's prompt in both orders."""
         first, second = pair.texts
-        question = question_text(pair.messages, system=not self.settings.hide_system)
+        question = self._question(pair)
         prompts = []
         for a, b in ((first, second), (second, first)):
-            messages = fill(self.template, question=question, a=a, b=b)
+            messages = fill(self.template, self.reserved, question=question, a=a, b=b)
             prompts.append(self.chat.prompt_ids(messages))
         return prompts
 
@@ -155,6 +171,8 @@ class Judge(RewardModel):
 
 class Rationale(Judge):
     """The judge with a rationale, which the model writes before its verdict is read."""
+
+    reserved = ("Verdict:",)
 
     def _prompt(self) -> tuple[Path | None, str]:
         return self.settings.rationale_prompt, PAIRWISE_RATIONALE
@@ -204,15 +222,22 @@ class Rationale(Judge):
     def _encode(self, text: str) -> list[int]:
         return self.chat.encoder.encode_content(text)
 
+    def decides(self, pair: Pair) -> bool:
+        """False if a rationale ends inside its reasoning."""
+        rationales = pair.rationale_token_ids.get("rationale", ())
+        return all(self.chat.n_reasoning_tokens(ids) is not None for ids in rationales)
+
     def _without_verdict(self, rationale: Sequence[int]) -> list[int]:
         """The rationale up to its own verdict, which is read from probabilities instead.
 
-        Special tokens that the model wrote, such as a channel header, are kept as they are.
+        Its reasoning, and special tokens that the model wrote, such as a channel header, are kept
+        as they are.
         """
         content = [token for token in rationale if token not in self.chat.end_ids]
         specials = set(self.chat.encoder.special_ids.values())
         positions = [index for index, token in enumerate(content) if token in specials]
         start = positions[-1] + 1 if positions else 0
+        start = max(start, self.chat.n_reasoning_tokens(content) or 0)
         text = self.chat.tokenizer.decode(content[start:])
         return [*content[:start], *self._encode(text.split("Verdict:")[0].rstrip())]
 
@@ -233,7 +258,7 @@ class Rubric(RewardModel):
         return self.chat.verdicts([str(score) for score in range(6)])
 
     def branches(self, pair: Pair) -> list[Branch]:
-        question = question_text(pair.messages, system=not self.settings.hide_system)
+        question = self._question(pair)
         prompts = []
         for text in pair.texts:
             request = fill(self.template, question=question, response=text)
@@ -434,6 +459,11 @@ def _check(model: RewardModel, pair: Pair, branches: list[Branch]) -> None:
         )
 
 
+def undecided(models: dict[str, RewardModel], pair: Pair) -> list[str]:
+    """The models without a verdict on the pair."""
+    return [name for name, model in models.items() if not model.decides(pair)]
+
+
 def answer_logps(models: dict[str, RewardModel], logps: Tensor) -> Tensor | None:
     """The policy's log-probabilities of both answers, None if no model scores them.
 
@@ -473,12 +503,12 @@ def all_outputs(
     for name, output in outputs.items():
         if not isinstance(output, RewardOutput) or output.log_odds.shape != shape:
             raise ConfigError(
-                f"reward model '{name}' has to return RewardOutput with one log-odds per pair, "
+                f"reward model '{name}' must return a RewardOutput with one log-odds per pair, "
                 f"a tensor of {len(context.external)}"
             )
         if models[name].has_seats != (output.orders is not None):
             raise ConfigError(
-                f"reward model '{name}': its RewardOutput have `orders` if, and only if, "
+                f"reward model '{name}': its RewardOutput must have `orders` if, and only if, "
                 "its attribute has_seats is True"
             )
     return outputs

@@ -86,7 +86,7 @@ def _write(pairs: Dataset, plan: Json, settings: CheckConsistencySettings) -> Js
             bounds,
             make,
             overwrite=settings.overwrite,
-            summarise=summarize,
+            summarize=summarize,
             advance=advance,
             inputs={"input": settings.input},
         )

@@ -115,6 +115,7 @@ def _sampled(candidate: Row) -> Row:
     """A candidate as one side of a pair."""
     return {
         "candidate_id": candidate["candidate_id"],
+        "reasoning": candidate["reasoning"],
         "text": candidate["response"],
         "token_ids": candidate["token_ids"],
         "finish_reason": candidate["finish_reason"],

@@ -115,7 +115,7 @@ def run(settings: EvalMtBenchSettings) -> Json:
         make,
         overwrite=settings.overwrite,
         dropped_before=dropped,
-        summarise=summarize,
+        summarize=summarize,
         inputs={
             "input": settings.input,
             "model": settings.model or None,
@@ -435,7 +435,8 @@ def branches(chat: Chat, conversation: list[Row], reference: list[str]) -> list[
     preamble = ""
     if reference:
         preamble = f"A reference answer to the last question: {reference[0]}\n\n"
-    text = fill(GRADE, reference=preamble, conversation=question_text(conversation))
+    turns = question_text(conversation, quoted=True)
+    text = fill(GRADE, reference=preamble, conversation=turns)
     answers = chat.answer_options([str(grade) for grade in GRADES])
     prompt = answers.prompt_ids(chat.prompt_ids(text))
     return [continuation(prompt, ending) for ending in answers.endings]

@@ -1,4 +1,4 @@
-"""eval rewards: accuracy of each reward model on labelled pairs.
+"""eval rewards: accuracy of each reward model on labeled pairs.
 
 OUT/judged   the pairs with their verdicts, as `judge` writes them; all figures come from them
 OUT/         a `scores` dataset: one row per pair and reward model
@@ -39,11 +39,11 @@ CANDIDATE_ID = re.compile(r"(.*)/(chosen|rejected)/(\d+)/(\d+)", re.DOTALL)
 
 
 def run(settings: EvalRewardsSettings) -> Json:
-    """Writes a score per labelled pair and reward model; returns the manifest.
+    """Writes a score per labeled pair and reward model; returns the manifest.
 
     The accuracies are under "summary" of the manifest.
     Raises ConfigError if the input needs a judge and --model is missing, and DataError if no
-    labelled pair has a verdict.
+    labeled pair has a verdict.
     """
     path = to_path(settings.input)
     has_verdicts = folders.is_dataset(path) and not settings.model
@@ -77,7 +77,7 @@ def run(settings: EvalRewardsSettings) -> Json:
         [(0, 1)],
         make,
         overwrite=settings.overwrite,
-        summarise=lambda written: _summary(judged),
+        summarize=lambda written: _summary(judged),
         inputs={
             "input": settings.input,
             "model": settings.model,
@@ -109,16 +109,16 @@ def _scores(judged: Path, source: str, drops: Json) -> Part:
 
     source: the input, for messages
     drops: input rows by reason, for messages
-    Raises DataError if no labelled pair has a verdict.
+    Raises DataError if no labeled pair has a verdict.
     """
     pairs = dataset.read_dataset(judged, *JUDGED)
     v = verdicts.from_table(pairs)
     rows = _accuracy_rows(v)
     if all(row["value"] is None for row in rows):
         n_pairs = len(v.gold)
-        n_labelled = n_pairs - int(np.isnan(v.gold).sum())
+        n_labeled = n_pairs - int(np.isnan(v.gold).sum())
         raise DataError(
-            f"{source} leaves no labelled pair with a verdict ({n_labelled} of {n_pairs} pairs "
+            f"{source} leaves no labeled pair with a verdict ({n_labeled} of {n_pairs} pairs "
             f"have a gold label; dropped: {drops or 'none'})"
         )
     return Part(rows, len(rows))

@@ -29,6 +29,7 @@ from scir_cli.analysis.win_rates import Array, Gamed
 from scir_cli.data import dataset, folders, hashing, readers, schemas
 from scir_cli.data.dataset import Part
 from scir_cli.data.files import Json, write_json
+from scir_cli.data.messages import without_nulls
 from scir_cli.data.storage import to_path
 from scir_cli.errors import DataError, install_hint
 from scir_cli.report import html
@@ -122,7 +123,7 @@ def run(settings: EvalWinrateSettings) -> Json:
         make,
         overwrite=settings.overwrite,
         dropped_before=dropped,
-        summarise=summarize,
+        summarize=summarize,
         inputs={
             "inputs": ", ".join(inputs),
             "model": settings.model,
@@ -488,7 +489,7 @@ def _pair(row: Row) -> Row:
     """A row of a judged dataset, without verdicts: the model's response is the first."""
     return {
         "pair_id": _pair_id(row),
-        "prompt_id": hashing.digest_json(row["messages"])[:16],
+        "prompt_id": hashing.digest_json(without_nulls(row["messages"]))[:16],
         "messages": row["messages"],
         "subset": row["subset"],
         "first": _response(row["output"], row["author"]),

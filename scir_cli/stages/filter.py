@@ -1,4 +1,4 @@
-"""filter: judged pairs -> labelled preference pairs.
+"""filter: judged pairs -> labeled preference pairs.
 
 Every dropped row is counted under the first reason that applies to it.
 """
@@ -20,6 +20,7 @@ from scir_cli.analysis import label_rules, statistics, verdicts
 from scir_cli.data import dataset, files, hashing, schemas
 from scir_cli.data.dataset import Dataset, Part
 from scir_cli.data.files import Json
+from scir_cli.data.messages import more_of
 from scir_cli.data.storage import to_path
 from scir_cli.errors import ConfigError, DataError, suggest
 from scir_cli.report.progress import progress
@@ -35,14 +36,15 @@ REASONS = (
     "below_confidence",
     "below_margin",
     "not_sampled",
+    "cut",
     "too_short",
     "too_long",
     "duplicate",
     "over_prompt_cap",
 )
 
-#: Up to this reason a dropped pair has no label, and --keep-unlabelled keeps it without one.
-LAST_UNLABELLED = REASONS.index("not_sampled")
+#: Up to this reason a dropped pair has no label, and --keep-unlabeled keeps it without one.
+LAST_UNLABELED = REASONS.index("not_sampled")
 
 #: Number of rows written to trl.jsonl at a time.
 TRL_ROWS = 10_000
@@ -132,7 +134,7 @@ def run(settings: FilterSettings) -> Json:
     if settings.dry_run:
         return {"dry_run": True, "plan": plan, "rows_in": pairs.num_rows}
     out = settings.output_dir
-    label = PairLabeller(settings, pairs, rule)
+    label = PairLabeler(settings, pairs, rule)
     with progress("filter", pairs.num_rows) as advance:
         manifest = dataset.write_dataset(
             out,
@@ -142,19 +144,20 @@ def run(settings: FilterSettings) -> Json:
             label,
             overwrite=settings.overwrite,
             advance=advance,
-            summarise=lambda made: _summary(made) | label.figures,
+            summarize=lambda made: _summary(made) | label.figures,
             inputs={
                 "input": settings.input,
                 "previous": settings.cream_previous,
                 "calibration": settings.calibrate_on,
             },
+            encoding=pairs.encoding,
         )
     if settings.trl_jsonl and not (out / "trl.jsonl").exists():
         write_trl(dataset.open_dataset(out, "preferences"), out / "trl.jsonl")
     return manifest
 
 
-class PairLabeller:
+class PairLabeler:
     """Computes parts of preferences.
 
     Some rules depend on all rows. The constructor reads them part by part and stores numbers only,
@@ -162,6 +165,10 @@ class PairLabeller:
     """
 
     def __init__(self, settings: FilterSettings, pairs: Dataset, rule: Rule) -> None:
+        """Computes what depends on all pairs: fitted values, label probabilities, repetitions.
+
+        Raises ConfigError or DataError if the settings do not fit the pairs.
+        """
         self.settings, self.pairs, self.rule = settings, pairs, rule
         self.pool: soft_labels.Pool | None = None
         if settings.is_soft:
@@ -191,7 +198,7 @@ class PairLabeller:
         """The preferences of the rows [low, high), and the number of dropped rows by reason."""
         table = self.pairs.slice(low, high - low)
         reasons, sign, margin = self.decide(table, low)
-        kept = (reasons == 0) | (self.settings.keep_unlabelled & (reasons <= LAST_UNLABELLED))
+        kept = (reasons == 0) | (self.settings.keep_unlabeled & (reasons <= LAST_UNLABELED))
         drops = {
             REASONS[one["values"]]: one["counts"]
             for one in pc.value_counts(pa.array(reasons[~kept])).to_pylist()
@@ -269,6 +276,7 @@ class PairLabeller:
             (1 / (1 + np.exp(-margin)) < settings.min_confidence, "below_confidence"),
             (margin < settings.min_margin, "below_margin"),
             (~self._drawn(table), "not_sampled"),
+            (_cut(table) & (not settings.keep_cut), "cut"),
             (np.minimum(*sides) < settings.min_response_tokens, "too_short"),
             (np.maximum(*sides) > (settings.max_response_tokens or np.inf), "too_long"),
         ]
@@ -350,6 +358,12 @@ def _prompts(table: pa.Table) -> np.ndarray:
     return hashing.hash_texts(table["prompt_id"])
 
 
+def _cut(table: pa.Table) -> np.ndarray:
+    """Whether the length limit cut one of the two responses.  -> (pairs,) bool"""
+    reasons = [pc.struct_field(table[side], "finish_reason") for side in ("first", "second")]
+    return np.logical_or(*[pc.equal(reason, "length").to_numpy() for reason in reasons])
+
+
 def _texts(table: pa.Table) -> pa.Table:
     """The prompt ids and the texts of both responses."""
     return pa.table(
@@ -398,7 +412,7 @@ def _preferences(
     )
     known = pa.array(sign != 0)
     first_better = pa.array(sign > 0)
-    texts = [pc.struct_field(part[side], "text").combine_chunks() for side in ("first", "second")]
+    texts = [_whole_text(part[side]) for side in ("first", "second")]
     words = pc.if_else(first_better, pa.scalar("first"), pa.scalar("second"))
     part = part.append_column("label", pc.if_else(known, words, pa.scalar(None, pa.string())))
     part = part.append_column("margin", pa.array(margin, mask=np.isnan(margin) | (sign == 0)))
@@ -412,6 +426,16 @@ def _preferences(
     )
 
 
+def _whole_text(side: pa.ChunkedArray) -> pa.Array:
+    """The responses of one side with their reasoning.  -> (pairs,)"""
+    reasoning, text = (
+        pc.struct_field(side, name).combine_chunks() for name in ("reasoning", "text")
+    )
+    if reasoning.null_count == len(reasoning):
+        return text
+    return pc.binary_join_element_wise(reasoning.fill_null(""), text, "")
+
+
 def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     """One assistant message per row, null if the pair has no label.
 
@@ -420,7 +444,8 @@ def _assistant(texts: pa.Array, known: np.ndarray) -> pa.Array:
     if isinstance(texts, pa.ChunkedArray):
         texts = texts.combine_chunks()
     turns = pa.StructArray.from_arrays(
-        [pa.repeat("assistant", len(texts)), texts], names=["role", "content"]
+        [pa.repeat("assistant", len(texts)), texts, pa.nulls(len(texts), pa.string())],
+        names=["role", "content", "more"],
     )
     return pa.ListArray.from_arrays(
         pa.array(np.arange(len(texts) + 1), pa.int32()),
@@ -442,18 +467,18 @@ def _summary(made: Dataset) -> Json:
             (~np.isnan(both)).sum(),
             (both > 0).sum(),
         ]
-    labelled, unlabelled, with_gold, right = counts.tolist()
+    labeled, unlabeled, with_gold, right = counts.tolist()
     accuracy = right / with_gold if with_gold else None
     return {
-        "labelled": labelled,
-        "unlabelled": unlabelled,
+        "labeled": labeled,
+        "unlabeled": unlabeled,
         "label_accuracy": accuracy,
         "with_gold": with_gold,
     }
 
 
 def write_trl(pairs: Dataset, path: Path) -> None:
-    """Writes the labelled pairs as JSON lines, in the format of TRL's DPOTrainer.
+    """Writes the labeled pairs as JSON lines, in the format of TRL's DPOTrainer.
 
     Each line holds prompt, chosen and rejected as lists of messages.
     """
@@ -482,8 +507,22 @@ def _json(messages: pa.ListArray) -> pa.StringArray:
     turns = messages.flatten()
     role, content = (_escaped(turns.field(name)) for name in ("role", "content"))
     objects = pc.binary_join_element_wise('{"role": "', role, '", "content": "', content, '"}', "")
+    objects = _with_more(objects, turns)
     ends = np.append(0, np.cumsum(pc.list_value_length(messages)))
     return pc.binary_join(pa.ListArray.from_arrays(pa.array(ends, pa.int32()), objects), ", ")
+
+
+def _with_more(objects: pa.StringArray, turns: pa.StructArray) -> pa.StringArray:
+    """The JSON of messages, with the fields of `more` among those of a message that has some."""
+    has_more = pc.is_valid(turns.field("more"))
+    if not pc.any(has_more).as_py():
+        return objects
+    whole = []
+    for turn in turns.filter(has_more).to_pylist():
+        message = {"role": turn["role"], "content": turn["content"], **more_of(turn)}
+        message.pop("tools", None)
+        whole.append(json.dumps(message, ensure_ascii=False))
+    return pc.replace_with_mask(objects, has_more, pa.array(whole, objects.type))
 
 
 def _escaped(texts: pa.StringArray) -> pa.StringArray:

@@ -1,4 +1,4 @@
-"""judge: candidates or labelled pairs -> pairs with the log-odds of each internal reward model.
+"""judge: candidates or labeled pairs -> pairs with the log-odds of each internal reward model.
 
 pairing.py makes the pairs; scoring.py scores them.
 """

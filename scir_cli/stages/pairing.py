@@ -4,6 +4,8 @@ all          every two candidates of a prompt
 random:K     K of these pairs per prompt, drawn before scoring
 best-worst   the pair of the best and the worst candidate of a prompt, selected after scoring
 cross        each candidate with the nearest in length of another prompt
+damaged      each candidate with itself damaged (cut, shuffled or repeated), and with a response to
+             another prompt; the undamaged one has the gold label
 """
 
 from __future__ import annotations

@@ -83,5 +83,5 @@ def _run_in_child(step: Step, quiet: bool) -> None:
     status = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
     raise StageFailed(
         f"{step.stage} {status}; finished parts are kept."
-        f" To resume, run the same command again: {step.shell_command()}"
+        f" To continue, run the same command again: {step.shell_command()}"
     )

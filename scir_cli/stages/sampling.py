@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pyarrow.compute as pc
+
 from scir_cli import backends, workers
 from scir_cli.backends import Request, Sampling
 from scir_cli.data import dataset, hashing, readers
@@ -76,8 +78,25 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
             advance=lambda rows: advance(rows * n),
             share=share,
             work=model.meter.figures,
+            summarize=_summary,
             inputs={"input": settings.input, "model": settings.model},
+            encoding=model.encoding,
         )
+
+
+def _summary(candidates: dataset.Dataset) -> Json:
+    """The number of candidates that the length limit cut, and of those without an answer.
+
+    An answer is missing where a candidate ends inside its reasoning.
+    """
+    cut = 0
+    without_answer = 0
+    for table in candidates.tables():
+        cut += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+        is_empty = pc.equal(table["response"], "")
+        unfinished = pc.and_(is_empty, pc.is_valid(table["reasoning"]))
+        without_answer += pc.sum(unfinished).as_py() or 0
+    return {"cut": cut, "without_answer": without_answer}
 
 
 def make_part_maker(settings: SamplerSettings) -> Sampler:
@@ -155,6 +174,8 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
         response = (row["prompt_id"], completion.token_ids)
         first_id = first_ids.setdefault(response, candidate_id)
         text_ids = [token for token in completion.token_ids if token not in model.chat.end_ids]
+        text = model.chat.tokenizer.decode(text_ids)
+        reasoning, answer = model.chat.split(text, sampled=True)
         candidates.append(
             {
                 "candidate_id": candidate_id,
@@ -162,7 +183,8 @@ def _candidates(rows: list[dict[str, Any]], sampler: Sampler) -> Part:
                 "messages": row["messages"],
                 "subset": row["subset"],
                 "extra": row["extra"],
-                "response": model.chat.tokenizer.decode(text_ids),
+                "reasoning": reasoning or None,
+                "response": answer,
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "duplicate_of": None if first_id == candidate_id else first_id,

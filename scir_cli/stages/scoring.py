@@ -41,6 +41,7 @@ from scir_cli.rewards.pairs import (
     PromptIds,
     make_pairs,
     tokenize_pairs,
+    warn_of_foreign_ids,
     without_foreign_ids,
 )
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
@@ -116,8 +117,6 @@ def write_judged_dataset(
         rows_in = table.num_rows + dropped.total()
         return {"dry_run": True, "plan": plan, "rows_in": rows_in}
 
-    if isinstance(table, dataset.Dataset):
-        warn_of_foreign_ids(str(settings.input), pair_input.encoding, settings.model, scorer.model)
     inputs = {}
     for name in ("input", "model", "reward_reference"):
         inputs[name] = getattr(settings, name, None)
@@ -130,7 +129,7 @@ def write_judged_dataset(
         progress(stage, table.num_rows, scorer.meter) as advance,
         closing(JudgePart(scorer, pair_input)) as make,
     ):
-        return dataset.write_dataset(
+        manifest = dataset.write_dataset(
             settings.output_dir,
             "judged",
             plan,
@@ -142,9 +141,11 @@ def write_judged_dataset(
             share=share,
             work=scorer.meter.figures,
             inputs=inputs,
-            summarise=summarize,
+            summarize=summarize,
             encoding=scorer.encoding,
         )
+        warn_of_foreign_ids(manifest, str(inputs["input"]), settings.model)
+        return manifest
 
 
 def count_verdicts_beyond_top_logprobs(judged: dataset.Dataset, scorer: Scorer) -> Json:
@@ -180,6 +181,10 @@ class Scorer:
     """
 
     def __init__(self, settings: ScoringSettings, backend: BackendSettings | None = None) -> None:
+        """Prepares the reward models; weights are loaded on first use.
+
+        Raises ConfigError or ModelError if the models cannot be used with these settings.
+        """
         self.settings = settings
         self.backend_settings = backend
         self.meter = Meter()
@@ -230,7 +235,7 @@ class Scorer:
     def score(self, table: pa.Table) -> tuple[pa.Table, Counter[str]]:
         """The pairs with `rewards` and `reference_logps` filled in, and the drops by reason.
 
-        Drops: prompt_boundary, too_long.
+        Drops: as in `tokenize_pairs`, and too_long.
         """
         table, prompt_ids, drops = tokenize_pairs(table, self.model.chat)
         fits = _total_tokens(table, prompt_ids) <= self.max_total_tokens
@@ -298,6 +303,10 @@ class Scorer:
         """
         context = self._context(table, pairs)
         outputs = reward_models.all_outputs(self.models, logps, context)
+        for name, model in self.models.items():
+            decided = torch.tensor([model.decides(pair) for pair in pairs], dtype=torch.bool)
+            if not decided.all():
+                outputs[name] = outputs[name].where(decided)
 
         policy_logps = reward_models.answer_logps(self.models, logps)
         if policy_logps is not None:

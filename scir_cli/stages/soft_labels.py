@@ -150,7 +150,7 @@ def check_voters(log_odds: Array, voters: list[str], source: Any) -> Array:
                 else "a verdict on none of the"
             )
             raise DataError(
-                f"{source}: '{voter}' has {what} pairs, so it has no vote; "
+                f"{source}: '{voter}' has {what} pairs, so it cannot vote; "
                 "leave it out of the voters"
             )
     if (~np.isnan(log_odds).any(0)).sum() > 2:

@@ -260,7 +260,7 @@ def one_sided(orders: Tensor, probability: Tensor) -> Tensor:
 
     H(t, p) = -t log p - (1 - t) log(1 - p) = softplus(a) - t a,  p = sigmoid(a),  dH/da = p - t
 
-    The label has no gradient: the judge moves towards the consensus, and the consensus towards nobody.
+    The label has no gradient: the judge moves towards the consensus, which stays as it is.
 
     orders: (orders, pairs) log-odds;  probability: (pairs,) t, that first is better -> (pairs,)
     """

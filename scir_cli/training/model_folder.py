@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
 
 from scir_cli import __version__
@@ -25,14 +24,14 @@ def write_model_folder(
     trainer: Trainer,
     plan: Json,
     metrics: Metrics,
-    drops: Counter[str],
+    account: Json,
 ) -> Json:
     """Writes the model to settings.output_dir and returns its manifest.
 
     The checkpoints are removed last.
     policy: the trained model, unsharded. weights_digest: of the model that training started from.
     metrics: the last figures, for the manifest's "summary".
-    drops: number of input pairs that were not trained on, by reason.
+    account: rows in, rows out and drops of everything that was read.
     Raises StoreError if the folder cannot be written.
     """
     out = Path(settings.output_dir)
@@ -40,7 +39,7 @@ def write_model_folder(
         _write_weights(settings, policy, weights_digest, out)
         card = _card(settings, plan, trainer)
         (out / "README.md").write_text(card, encoding="utf-8")
-    manifest = _manifest(out, trainer, metrics, drops)
+    manifest = _manifest(out, trainer, metrics, account)
     if isinstance(trainer.objective, objectives.Scir):
         manifest["fitted"] = {
             "implicit_scale": settings.implicit_scale,
@@ -67,16 +66,13 @@ def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str,
         (out / generation.name).write_bytes(generation.read_bytes())
 
 
-def _manifest(out: Path, trainer: Trainer, metrics: Metrics, drops: Counter[str]) -> Json:
+def _manifest(out: Path, trainer: Trainer, metrics: Metrics, account: Json) -> Json:
     """The manifest of the written weights, without the fitted values."""
     digests = [hashing.digest_file(path) for path in sorted(out.glob("*.safetensors"))]
-    n_examples = len(trainer.examples)
     return {
         "kind": "model",
         "digest": hashing.digest_json(digests),
-        "rows_in": n_examples + drops.total(),
-        "rows_out": n_examples,
-        "drops": dict(drops),
+        **account,
         "nulls": {},
         "steps": trainer.n_steps,
         "seconds": round(time.monotonic() - trainer.started, 3),

@@ -1,8 +1,8 @@
 """The objectives of `train`: which branches are scored, and the loss of their scores.
 
-    sft    labelled pairs: negative log-likelihood of the chosen response and of the judge's verdict
-    dpo    labelled pairs: a preference loss against the model that training starts from
-    scir   unlabelled pairs: SCIR's penalty; the preference loss of pairs on which the models agree
+    sft    labeled pairs: negative log-likelihood of the chosen response and of the judge's verdict
+    dpo    labeled pairs: a preference loss against the model that training starts from
+    scir   unlabeled pairs: SCIR's penalty; the preference loss of pairs on which the models agree
 
 An objective gets all pairs of an optimizer step at once, because SCIR's mask normalizes over the
 step. `separable` means that the loss is a plain mean over pairs, so the parts of a step can be
@@ -51,7 +51,7 @@ COLLAPSE_WINDOW = 20
 class Example:
     """A pair to train on.
 
-    label: +1 if the first response is better, -1 if the second is, 0 if the pair is unlabelled.
+    label: +1 if the first response is better, -1 if the second is, 0 if the pair is unlabeled.
     label_probability: probability that the label is correct.
     """
 
@@ -64,10 +64,12 @@ class Objective(Protocol):
     """What `train` minimizes.
 
     separable: the loss is a mean over pairs, so parts of a step can be computed one by one.
+    models: the reward models of the settings, by name.
     branch_slices: reward model -> its branches among those of a pair.
     """
 
     separable: bool
+    models: dict[str, RewardModel]
     branch_slices: dict[str, slice]
 
     def branches(self, example: Example) -> list[Branch]:
@@ -229,7 +231,7 @@ def verdict_nll(verdicts: Tensor, label: Tensor) -> Tensor:
 
 
 class Dpo(_Base):
-    """Labelled pairs: DPO (arXiv 2305.18290) or another preference loss.
+    """Labeled pairs: DPO (arXiv 2305.18290) or another preference loss.
 
     The reference of the log-ratios is the model that training starts from.
     """
@@ -298,7 +300,7 @@ class Scir(_Base):
         return reward_models.all_branches(self.models, example.pair)
 
     def loss(self, logps: Tensor, examples: Sequence[Example]) -> tuple[Tensor, Metrics]:
-        """SCIR's loss on the unlabelled pairs, plus the verdict loss on the anchors.
+        """SCIR's loss on the unlabeled pairs, plus the verdict loss on the anchors.
 
         logps: (pairs, branches), nats.
         """
@@ -307,8 +309,8 @@ class Scir(_Base):
         loss = logps.sum() * 0
         metrics: Metrics = {}
         if not bool(is_anchor.all()):
-            unlabelled = [example for example in examples if not example.label]
-            terms, metrics = self._scir(logps[~is_anchor], unlabelled)
+            unlabeled = [example for example in examples if not example.label]
+            terms, metrics = self._scir(logps[~is_anchor], unlabeled)
             loss = terms.loss
             self.collapse_warning(metrics["abs_log_odds/judge"], metrics["scir/flip_rate"])
         if bool(is_anchor.any()):
@@ -320,7 +322,7 @@ class Scir(_Base):
         return loss, metrics
 
     def loss_terms(self, logps: Tensor, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The preference loss, and the penalty before lambda, of the unlabelled pairs.
+        """The preference loss, and the penalty before lambda, of the unlabeled pairs.
 
         logps: (pairs, branches), nats -> scalars.
         """
@@ -328,14 +330,14 @@ class Scir(_Base):
         if not indices:
             zero = logps.sum() * 0
             return {"preference": zero, "penalty": zero}
-        unlabelled = [examples[i] for i in indices]
-        terms, _ = self._scir(logps[indices], unlabelled)
+        unlabeled = [examples[i] for i in indices]
+        terms, _ = self._scir(logps[indices], unlabeled)
         return {"preference": terms.preference_loss, "penalty": terms.penalty}
 
     def _scir(self, logps: Tensor, examples: Sequence[Example]) -> tuple[losses.Scir, Metrics]:
         """The terms of SCIR's objective and their figures.
 
-        logps: (pairs, branches), nats; examples: unlabelled.
+        logps: (pairs, branches), nats; examples: unlabeled.
         """
         settings = self.settings
         pairs = [example.pair for example in examples]

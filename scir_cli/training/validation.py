@@ -1,4 +1,4 @@
-"""Figures of each reward model on labelled pairs, during training."""
+"""Figures of each reward model on labeled pairs, during training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ValidationMetrics:
     (docs/method.md, guard 5).
     A reward model is left out if it cannot score these pairs: the implicit reward without a reward
     reference, a model that writes text first, external scores.
-    examples: labelled pairs. reward_key: weights key of the reward reference, if there is one.
+    examples: labeled pairs. reward_key: weights key of the reward reference, if there is one.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def run(
     except (EOFError, OSError) as error:
         raise EngineError(
             f"the Ray cluster was lost (its log is {log}); "
-            "finished parts are kept, the same command resumes from there"
+            "finished parts are kept, run the same command again to continue"
         ) from error
     finally:
         parent_pipe.close()

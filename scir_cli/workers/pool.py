@@ -143,7 +143,7 @@ def _count_failure(failures: Counter[str], name: str, error: ScirError) -> None:
     if failures[name] == MAX_FAILURES:
         raise EngineError(
             f"{name} failed {MAX_FAILURES} times, last because {error}; "
-            "finished parts are kept, the same command resumes from there"
+            "finished parts are kept, run the same command again to continue"
         )
 
 
