@@ -527,7 +527,7 @@ def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], Message]
     value = row[column] or ""
     if isinstance(value, str):
         transcript = turns.hh_turns(value)
-        if transcript:
+        if transcript and not _quotes_transcript(row):
             # Without the assistant's turn at its end there is no response.
             is_answered = transcript[-1]["role"] == "assistant"
             last = transcript[-1] if is_answered else {"role": "assistant", "content": ""}
@@ -548,6 +548,17 @@ def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], Message]
             f"its role is '{last['role']}'"
         )
     return messages[:-1], last
+
+
+def _quotes_transcript(row: Row) -> bool:
+    """Whether a text like a transcript is an answer: a prompt stands beside it, and another text.
+
+    Beside a prompt both responses are transcripts, or neither is one.
+    """
+    if not any(row.get(name) for name in PROMPT_COLUMNS):
+        return False
+    responses = (row.get("chosen"), row.get("rejected"))
+    return not all(isinstance(text, str) and turns.HH_TURN.match(text) for text in responses)
 
 
 def _messages(value: Any, column: str) -> list[Message]:
