@@ -264,10 +264,9 @@ def trainer(root: Path, out: Path, **values: Any) -> Trainer:
     settings = config.build(TrainSettings, base | values, where="test")
     start = LazyPolicy(settings, settings.model)
     objective = train.build_objective(settings, start, "M_0")
-    rows, _ = load_training_rows(settings.input, settings.limit)
-    examples, _ = encode_examples(
-        rows, objective, start, settings.input, labeled=settings.objective != "scir"
-    )
+    rows = load_training_rows(settings.input, settings.limit)
+    labeled = settings.objective != "scir"
+    examples = encode_examples(rows, objective, start, labeled=labeled).examples
     for example in examples:
         example.pair.reference_logps.update(
             {start.weights_key: (-20.0, -21.0), "M_0": (-20.5, -20.0)}

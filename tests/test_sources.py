@@ -151,7 +151,7 @@ def test_the_subset_is_kept_as_text(tmp_path: Path) -> None:
         ),
         (
             {
-                "prompt": "shortened",
+                "prompt": USER["content"] + "\n",
                 "chosen": [USER, answer("good")],
                 "rejected": [USER, answer("bad")],
             },

@@ -52,11 +52,13 @@ class Part:
     rows: dicts, or a table.
     rows_in: number of input rows.
     drops: number of input rows that were dropped, by reason.
+    encoded_again: number of rows whose token ids another tokenizer or chat template made.
     """
 
     rows: Sequence[Mapping[str, Any]] | pa.Table
     rows_in: int
     drops: Counter[str] = field(default_factory=Counter)
+    encoded_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def write_dataset(
     share: Callable[[str, list[PartTask], Callable[[int], None]], None] | None = None,
     work: Callable[[], Json] | None = None,
     inputs: Mapping[str, Any] = MappingProxyType({}),
+    encoding: str | None = None,
 ) -> Json:
     """Writes a dataset of `kind` part by part; returns its manifest.
 
@@ -106,6 +109,7 @@ def write_dataset(
     share: writes the parts elsewhere (workers), in place of `make`.
     work: figures about the computation of this run, for the manifest's "work".
     inputs: setting -> path or model as the user named it, for the manifest; None is left out.
+    encoding: digest of tokenizer and chat template of the token ids, for the manifest.
     Raises PlanMismatch or StoreError as `folders.claim_folder` and `files.atomic_write` do.
     """
     started = time.monotonic()
@@ -128,7 +132,7 @@ def write_dataset(
 
         paths = [_part_path(out, index) for index in range(max(len(bounds), 1))]
         manifest, written = _account(paths, kind, dropped_before or Counter(), named)
-        manifest["seconds"] = round(time.monotonic() - started, 3)
+        manifest |= {"seconds": round(time.monotonic() - started, 3), "encoding": encoding}
         if work:
             manifest["work"] = work()
         manifest["versions"] = versions()
@@ -203,7 +207,8 @@ def write_part(todo: PartTask, kind: str, part: Part) -> None:
         f"{todo.path}: {part.rows_in} in, {table.num_rows} out, {part.drops} dropped"
     )
 
-    account = json.dumps({"rows_in": part.rows_in, "drops": dict(part.drops)})
+    counts = {"rows_in": part.rows_in, "drops": dict(part.drops)}
+    account = json.dumps(counts | {"encoded_again": part.encoded_again})
     metadata_of_part = {
         **schemas.schema(kind).metadata,
         **(table.schema.metadata or {}),
@@ -235,11 +240,13 @@ def _account(
     drops = dropped_before
     nulls = Counter[str]()
     rows_in = dropped_before.total()
+    encoded_again = 0
     for path in paths:
         table = read_part(path)
         account = json.loads(table.schema.metadata[ACCOUNT_KEY])
         drops = drops + Counter(account["drops"])
         rows_in += account["rows_in"]
+        encoded_again += account.get("encoded_again", 0)
         nulls += count_nulls(table)
         digest = folders.recorded_digest(path) or hashing.digest_part(path)
         parts.append({"file": path.name, "rows": table.num_rows, "digest": digest})
@@ -256,6 +263,8 @@ def _account(
         "nulls": _in_column_order(nulls, schemas.schema(kind).names),
         "parts": parts,
     }
+    if encoded_again:
+        manifest["encoded_again"] = encoded_again
     return manifest, written
 
 
@@ -395,6 +404,7 @@ class Dataset:
     ends: rows up to the end of each part.
     limit: number of rows that are read; None: all.
     columns: names of the columns that are read; None: all.
+    encoding: digest of tokenizer and chat template of its token ids; None: unknown.
     """
 
     kind: str
@@ -402,6 +412,7 @@ class Dataset:
     ends: list[int]
     limit: int | None = None
     columns: list[str] | None = None
+    encoding: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -512,7 +523,12 @@ def open_dataset(path: Path, *kinds: str) -> Dataset:
         schemas.check_nulls(table, kind)
 
     paths = [path / part["file"] for part in parts]
-    return Dataset(kind, paths, _part_ends(parts))
+    return Dataset(kind, paths, _part_ends(parts), encoding=manifest.get("encoding"))
+
+
+def encoding_of(rows: Rows) -> str | None:
+    """Digest of tokenizer and chat template of the token ids of rows; None: unknown, or no ids."""
+    return rows.encoding if isinstance(rows, Dataset) else None
 
 
 def _check_finished(path: Path, needed: str) -> None:

@@ -6,6 +6,10 @@
               transcripts that both repeat it (messages, or text with "\\n\\nHuman:" and
               "\\n\\nAssistant:" as in hh-rlhf); lists of texts (RewardBench 2) become every chosen
               text beside every rejected one, with `id` as a part of the candidate ids
+              a prompt beside transcripts is joined with them: turns that begin alike are the same,
+              others follow, and a row in which they contradict each other is dropped
+    system    optional: `system` or `system_prompt`, the text of a system turn
+    history   optional: earlier turns, as messages or as [question, answer] pairs
     authors   optional: `chosen_model` and `rejected_model`, as in RewardBench
     subset    optional: `subset`, or `dataset` as in AlpacaEval
     extra     every other column, `id` among them, as one JSON object per row (`extra_of`):
@@ -19,7 +23,8 @@ hub; SPLIT is train if it is left out. `SPEC?prompt=question,chosen=answer_a` na
 Rows are read in blocks from every source (but a JSON list is parsed as a whole) and stored on disk
 (`spool.Spool`).
 `tools` (descriptions of functions) and `tool_calls` in messages are kept, lists of text parts are
-joined, and images are refused.
+joined, and images are refused. A cell may hold messages as JSON or as Python prints them, or a
+transcript of hh-rlhf. Answers with tool calls, or with their reasoning in a field, are dropped.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
@@ -48,7 +53,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from scir_cli.data import dataset, folders, hashing, layouts, schemas, spool
-from scir_cli.data.messages import Message, more_of, read_message, with_tools
+from scir_cli.data import messages as turns
+from scir_cli.data.messages import Message, more_of, with_tools
 from scir_cli.data.storage import to_path
 from scir_cli.errors import DataError, suggest
 
@@ -58,6 +64,8 @@ Row = dict[str, Any]
 PROMPT_COLUMNS = ("messages", "prompt", "instruction")
 #: Never stored in `extra`: texts of prompts and responses are large.
 TEXT_COLUMNS = frozenset((*PROMPT_COLUMNS, "chosen", "rejected"))
+#: Columns whose text is the system turn of the prompt
+SYSTEM_COLUMNS = ("system", "system_prompt")
 AUTHOR_COLUMNS = ("chosen_model", "rejected_model")
 OUR_PROMPTS = frozenset(schemas.schema("prompts").names)
 OUR_COLUMNS = frozenset(column.name for columns in schemas.COLUMNS.values() for column in columns)
@@ -67,7 +75,6 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ROWS_AT_A_TIME = 1000
 #: Bytes of a Parquet column that are read at a time.
 BUFFER = 1 << 20
-HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 HUB_SPEC = re.compile(
     r"(?:hf://(?:datasets/)?)?(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?(?::([^:]+))??(?::([^:]+))?"
 )
@@ -88,11 +95,20 @@ NAMED_COLUMNS = (
 )
 
 
+#: Fields of an answer -> the reason for which a pair with them is dropped
+ANSWER_DROPS = {
+    "tool_calls": "tool_call_answer",
+    "reasoning_content": "reasoning_beside_answer",
+    "reasoning": "reasoning_beside_answer",
+    "thinking": "reasoning_beside_answer",
+}
+
+
 def open_prompts(spec: str, limit: int | None = None) -> tuple[dataset.Rows, Counter[str]]:
     """The prompts of `spec` as rows of kind "prompts", and the dropped rows by reason.
 
     limit: number of input rows that are read; None: all.
-    Drops: empty_prompt, duplicate_prompt.
+    Drops: empty_prompt, different_prompts (of prompt, `system` and `history`), duplicate_prompt.
     Raises DataError, with file and row or column, if the input is not as expected.
     """
     source = _resolve_spec(spec)
@@ -115,7 +131,8 @@ def open_pairs(
     (scores whose difference is the log-odds), for the reward model "external"; null or NaN is no
     verdict.
     Drops: empty_prompt, empty_response, identical_responses, different_prompts (of two transcripts
-    as text), duplicate_pair.
+    as text, or of a prompt and a transcript), tool_call_answer, reasoning_beside_answer,
+    duplicate_pair.
     Raises DataError, with file and row or column, if the input is not as expected.
     """
     source = _resolve_spec(spec)
@@ -174,7 +191,7 @@ def layout_of(row: Row) -> str:
     prompt = next((name for name in PROMPT_COLUMNS if row.get(name) is not None), None)
     if "chosen" in row and "rejected" in row:
         if isinstance(row["chosen"], str):
-            is_transcript = prompt is None and HH_TURN.match(row["chosen"]) is not None
+            is_transcript = prompt is None and turns.HH_TURN.match(row["chosen"]) is not None
             return "pairs: transcripts of hh-rlhf" if is_transcript else "pairs: prompt and texts"
         is_lists = _is_text_list(row["chosen"])
         return "pairs: lists of texts" if is_lists else "pairs: conversations"
@@ -268,6 +285,8 @@ def _prompt_row(row: Row) -> Row | str:
     """A row of kind "prompts", or the reason for a drop."""
     row = layouts.as_prompt(row)
     messages = _prompt(row)
+    if messages is None:
+        return "different_prompts"
     if _is_empty(messages):
         return "empty_prompt"
     return _prompt_columns(row, messages)
@@ -282,6 +301,7 @@ def _prompt_columns(row: Row, messages: list[Message], used: Collection[str] = (
     subset = row.get(column)
     if messages and "tools" in more_of(messages[0]):
         used = {*used, "tools"}
+    used = {*used, *SYSTEM_COLUMNS, "history"}
     return {
         "prompt_id": hashing.digest_json(messages)[:16],
         "messages": messages,
@@ -407,10 +427,12 @@ def _pair_row(
     candidate_ids: text of a response -> its id, if it has one.
     Raises DataError if the two sides repeat different prompts as messages.
     """
-    context, chosen = _prompt_and_response(row, "chosen")
-    other_context, rejected = _prompt_and_response(row, "rejected")
-    if not (chosen.strip() and rejected.strip()):
-        return "empty_response"
+    context, chosen_turn = _prompt_and_response(row, "chosen")
+    other_context, rejected_turn = _prompt_and_response(row, "rejected")
+    unusable = _why_unusable(chosen_turn) or _why_unusable(rejected_turn)
+    if unusable:
+        return unusable
+    chosen, rejected = chosen_turn["content"], rejected_turn["content"]
     if context != other_context:
         if isinstance(row["chosen"], str):
             return "different_prompts"
@@ -418,7 +440,9 @@ def _pair_row(
             "'chosen' and 'rejected' repeat different prompts; "
             "expected to share all but the last message"
         )
-    messages = with_tools(context, row.get("tools")) or _prompt(row)
+    messages = _prompt(row, context)
+    if messages is None:
+        return "different_prompts"
     if _is_empty(messages):
         return "empty_prompt"
     if chosen == rejected:
@@ -442,6 +466,14 @@ def _pair_row(
         "rewards": rewards,
         "reference_logps": [],
     }
+
+
+def _why_unusable(answer: Message) -> str | None:
+    """The reason to drop a pair with this answer: it is empty, or has what no column holds."""
+    for name in more_of(answer):
+        if name in ANSWER_DROPS:
+            return ANSWER_DROPS[name]
+    return None if answer["content"].strip() else "empty_response"
 
 
 def _shuffle_sides(messages: list[Message], chosen: str, rejected: str) -> list[str]:
@@ -470,13 +502,52 @@ def _response(text: str, candidate_id: str | None, author: str | None) -> Row:
     }
 
 
-def _prompt(row: Row) -> list[Message]:
+def _prompt(row: Row, context: Sequence[Message] = ()) -> list[Message] | None:
     """The prompt of a row as messages, without an answer at their end; [] if it is null.
 
+    context: the turns that `chosen` and `rejected` repeat before their last one.
+    None if system, history, prompt and context contradict each other.
     Raises DataError if the row has no column for a prompt, or one of the wrong type.
     """
+    prompt = _prompt_cell(row, required=not context)
+    history = turns.read_history(row.get("history") or [])
+    messages = turns.join(_system(row), prompt)
+    if messages is not None:
+        messages = turns.with_history(messages, history)
+    if messages is not None:
+        messages = turns.join(messages, context)
+    if messages is None:
+        return None
+    if not context and messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    return with_tools(messages, row.get("tools"))
+
+
+def _system(row: Row) -> list[Message]:
+    """The system turn in a column of its own, if there is one.
+
+    Raises DataError if it is no text, or if two columns hold different ones.
+    """
+    values = {name: row[name] for name in SYSTEM_COLUMNS if row.get(name) not in (None, "")}
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise DataError(
+                f"'{name}' should be the text of a system turn; it holds {value!r:.80}. "
+                "Rename the column if it has another meaning"
+            )
+    texts = set(values.values())
+    if len(texts) > 1:
+        raise DataError(f"{' and '.join(map(repr, values))} hold different texts; remove one")
+    return [{"role": "system", "content": text} for text in texts]
+
+
+def _prompt_cell(row: Row, *, required: bool) -> list[Message]:
+    """The messages of the prompt's column; [] if it is null.
+
+    Raises DataError for a cell of the wrong type, and for a row without the column if required.
+    """
     present = [column for column in PROMPT_COLUMNS if column in row]
-    if not present:
+    if not present and required:
         raise DataError(
             "no column holds the prompt: expected 'messages', 'prompt' or 'instruction' "
             "(a pair may have it in the transcripts of 'chosen' and 'rejected' instead); "
@@ -492,19 +563,18 @@ def _prompt(row: Row) -> list[Message]:
         if not all(isinstance(part, str) for part in parts):
             raise DataError(f"'instruction' and 'input' should be text; they hold {parts!r:.80}")
         value = "\n\n".join(part for part in parts if part.strip())
-    if isinstance(value, str) and column != "messages":
-        messages = [{"role": "user", "content": value}]
-    else:
-        messages = _messages(value, column)
-    if messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    return with_tools(messages, row.get("tools"))
+    if isinstance(value, str):
+        transcript = turns.parse_messages(value) or turns.hh_turns(value)
+        if not transcript and column != "messages":
+            return [{"role": "user", "content": value}]
+        value = transcript or value
+    return _messages(value, column)
 
 
-def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], str]:
-    """The prompt that a response column repeats, and the text of the response.
+def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], Message]:
+    """The prompt that a response column repeats, and the turn of the response.
 
-    The prompt is [] if the column repeats none, the text "" if the cell is null.
+    The prompt is [] if the column repeats none, the response "" if the cell is null.
     Raises DataError if the column is missing or its messages do not end with the assistant's.
     """
     if column not in row:
@@ -514,10 +584,19 @@ def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], str]:
         )
     value = row[column] or ""
     if isinstance(value, str):
-        has_prompt = any(row.get(name) for name in PROMPT_COLUMNS)
-        if HH_TURN.match(value) and not has_prompt:
-            return _hh_transcript(value)
-        return [], value
+        transcript = turns.hh_turns(value)
+        if transcript and not _quotes_transcript(row):
+            # Without the assistant's turn at its end there is no response.
+            is_answered = transcript[-1]["role"] == "assistant"
+            last = transcript[-1] if is_answered else {"role": "assistant", "content": ""}
+            return transcript[:-1], last
+        parsed = turns.parse_messages(value)
+        if not parsed:
+            prompt = row.get("prompt")
+            is_transcript = isinstance(prompt, str) and turns.HH_TURN.match(prompt)
+            text = value.removeprefix(" ") if is_transcript else value
+            return [], {"role": "assistant", "content": text}
+        value = parsed
 
     messages = _messages(value, column)
     last = messages[-1]
@@ -526,24 +605,18 @@ def _prompt_and_response(row: Row, column: str) -> tuple[list[Message], str]:
             f"the last message of '{column}' should be the assistant's; "
             f"its role is '{last['role']}'"
         )
-    return messages[:-1], last["content"]
+    return messages[:-1], last
 
 
-def _hh_transcript(text: str) -> tuple[list[Message], str]:
-    """The turns before the last of a transcript of hh-rlhf, and the text of the last.
+def _quotes_transcript(row: Row) -> bool:
+    """Whether a text like a transcript is an answer: a prompt stands beside it, and another text.
 
-    The text is "" if the last turn is not the assistant's.
+    Beside a prompt both responses are transcripts, or neither is one.
     """
-    # The text before the first marker is empty; then markers and contents alternate.
-    _, *parts = HH_TURN.split(text)
-    turns = []
-    for name, content in zip(parts[::2], parts[1::2], strict=True):
-        role = "user" if name == "Human" else "assistant"
-        turns.append({"role": role, "content": content})
-
-    last = turns[-1]
-    response = last["content"] if last["role"] == "assistant" else ""
-    return turns[:-1], response
+    if not any(row.get(name) for name in PROMPT_COLUMNS):
+        return False
+    responses = (row.get("chosen"), row.get("rejected"))
+    return not all(isinstance(text, str) and turns.HH_TURN.match(text) for text in responses)
 
 
 def _messages(value: Any, column: str) -> list[Message]:
@@ -553,8 +626,10 @@ def _messages(value: Any, column: str) -> list[Message]:
     """
     are_texts = False
     messages: list[Message] = []
+    if isinstance(value, Mapping) and {"role", "content"} <= value.keys():
+        value = [value]
     try:
-        messages = [read_message(message) for message in value]
+        messages = [turns.read_message(message) for message in value]
         are_texts = all(isinstance(text, str) for turn in messages for text in turn.values())
     except (TypeError, KeyError, IndexError, AttributeError):
         pass

@@ -433,6 +433,13 @@ class Chat:
 
         return bisect.bisect_left(range(len(sampled)), True, key=ends_within)
 
+    def encoding_digest(self) -> str:
+        """A hex digest of vocabulary and chat template: token ids are valid for equal ones only."""
+        state = hashlib.blake2b(digest_size=16)
+        state.update(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        state.update(str(self.tokenizer.chat_template).encode())
+        return state.hexdigest()
+
     def template_digest(self) -> str:
         """A hex digest of everything that determines how text becomes ids."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

@@ -54,6 +54,11 @@ class LazyPolicy:
         return self.ranks is not None
 
     @cached_property
+    def encoding(self) -> str:
+        """Digest of tokenizer and chat template, which datasets keep beside token ids."""
+        return self.chat.encoding_digest()
+
+    @cached_property
     def context_length(self) -> int:
         """The number of positions of the model, from its config."""
         base = model_files.base_model_path(self.path)

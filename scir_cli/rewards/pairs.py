@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scir_cli.data import schemas
 from scir_cli.engine.chat import Chat, Message, Unrenderable
+from scir_cli.errors import warn
 from scir_cli.rewards.columns import with_column
 
 SIDES = ("first", "second")
@@ -83,6 +84,48 @@ class Context:
             reference_logps=torch.tensor(reference, dtype=torch.float32, device=device).T,
             external=external.double().cpu(),
         )
+
+
+def without_foreign_ids(table: pa.Table, encoding: str | None, own: str) -> tuple[pa.Table, int]:
+    """The pairs without what depends on another encoding, and the number of pairs that lost ids.
+
+    These are the token ids of responses and rationales, and the log-probabilities of those tokens.
+    encoding: digest of the encoding of the ids; None: unknown. own: that of the model.
+    """
+    if encoding == own:
+        return table, 0
+    sides = [_response_fields(table, side) for side in SIDES]
+    has_ids = ~np.all([_without_token_ids(side) for side in sides], axis=0)
+    if not has_ids.any():
+        return table, 0
+    for name, side in zip(SIDES, sides, strict=True):
+        no_ids: dict[int, list[int]] = {row: [] for row in range(len(table))}
+        table = with_column(table, name, _with_token_ids(side, no_ids))
+    table = with_column(table, "rewards", _without_rationales(table["rewards"]))
+    no_logps = pa.array([[]] * len(table), schemas.REFERENCE_LOGPS)
+    return with_column(table, "reference_logps", no_logps), int(has_ids.sum())
+
+
+def warn_of_foreign_ids(manifest: Mapping[str, Any], spec: str, model: str) -> None:
+    """Warns if a manifest counts pairs that were encoded again.
+
+    spec: where the pairs are from; model: whose tokenizer and chat template were used
+    """
+    count = manifest.get("encoded_again")
+    if count and not manifest.get("reused"):
+        warn(
+            f"{spec}: {count} pairs hold token ids of another tokenizer or chat template than "
+            f"{model}'s; their texts were encoded again"
+        )
+
+
+def _without_rationales(rewards: pa.ChunkedArray) -> pa.Array:
+    """The verdicts of each pair, without the token ids of their rationales."""
+    rows = rewards.to_pylist()
+    for row in rows:
+        for verdict in row:
+            verdict["rationale_token_ids"] = None
+    return pa.array(rows, schemas.REWARDS)
 
 
 def encode_pairs(table: pa.Table, chat: Chat) -> tuple[pa.Table, list[Pair], Counter[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,7 @@ CANDIDATE_ID = re.compile(r"(.*)/(chosen|rejected)/(\d+)/(\d+)", re.DOTALL)
 def run(settings: EvalRewardsSettings) -> Json:
     """Writes a score per labeled pair and reward model; returns the manifest.
 
-    The accuracies are under "summary" of the manifest.
+    The accuracies are under "summary" of the manifest. Counts are in pairs times reward models.
     Raises ConfigError if the input needs a judge and --model is missing, and DataError if no
     labeled pair has a verdict.
     """
@@ -105,10 +106,10 @@ def _judge(settings: EvalRewardsSettings, scorer: Scorer, digest: str) -> Json:
 
 
 def _scores(judged: Path, source: str, drops: Json) -> Part:
-    """The part with all score rows.
+    """The part with all score rows. Its counts are pairs times reward models.
 
     source: the input, for messages
-    drops: input rows by reason, for messages
+    drops: input rows by reason
     Raises DataError if no labeled pair has a verdict.
     """
     pairs = dataset.read_dataset(judged, *JUDGED)
@@ -121,7 +122,9 @@ def _scores(judged: Path, source: str, drops: Json) -> Part:
             f"{source} leaves no labeled pair with a verdict ({n_labeled} of {n_pairs} pairs "
             f"have a gold label; dropped: {drops or 'none'})"
         )
-    return Part(rows, len(rows))
+    n_models = len(v.names)
+    in_rows = Counter({reason: count * n_models for reason, count in drops.items()})
+    return Part(rows, len(rows) + in_rows.total(), in_rows)
 
 
 def _summary(judged: Path) -> Json:
@@ -189,7 +192,7 @@ def _benchmark(pairs: pa.Table, v: Verdicts, by_subset: Json) -> Json | None:
     """
     listed = _listed_pairs(pairs)
     if listed and len(listed) == len(v.pair_ids):
-        return {"name": "RewardBench 2", "models": _reward_bench_2(listed, v)}
+        return {"name": "RewardBench 2", "models": _reward_bench_2(listed, pairs, v)}
 
     subsets = set(by_subset)
     has_subsets = bool(subsets - {"(none)"})
@@ -213,11 +216,12 @@ def _reward_bench(names: Sequence[str], by_subset: Json) -> Json:
     return scores
 
 
-def _reward_bench_2(listed: list[ListedPair], v: Verdicts) -> Json:
+def _reward_bench_2(listed: list[ListedPair], pairs: pa.Table, v: Verdicts) -> Json:
     """The scores of each reward model in RewardBench 2.
 
-    listed: one per pair of `v`
+    listed: one per pair of `pairs` and `v`
     """
+    listed = _told_apart(listed, pairs["prompt_id"].to_pylist())
     scores = {}
     for k, name in enumerate(v.names):
         margins = _margins(listed, v, v.log_odds[k])
@@ -250,6 +254,28 @@ def _listed_pairs(pairs: pa.Table) -> list[ListedPair]:
         )
         listed.append(pair)
     return listed
+
+
+def _told_apart(listed: list[ListedPair], prompt_ids: list[str]) -> list[ListedPair]:
+    """The pairs, with "#2" and so on after the ids of later examples with an id that is taken.
+
+    The pairs of an example are neighbors, in the order of their indices, with one prompt.
+    """
+    # id -> number of examples with it, and the last pair of the last one
+    examples: dict[str, int] = {}
+    last: dict[str, tuple[Any, tuple[int, int]]] = {}
+    renamed = []
+    for pair, prompt_id in zip(listed, prompt_ids, strict=True):
+        name = pair.example_id
+        shape = (prompt_id, pair.n_chosen, pair.n_rejected)
+        place = (pair.chosen, pair.rejected)
+        before = last.get(name)
+        if before is None or before[0] != shape or place <= before[1]:
+            examples[name] = examples.get(name, 0) + 1
+        last[name] = (shape, place)
+        number = examples[name]
+        renamed.append(pair if number == 1 else pair._replace(example_id=f"{name}#{number}"))
+    return renamed
 
 
 def _margins(

@@ -214,12 +214,20 @@ def load_responses(spec: str, dropped: Counter[str], limit: int | None = None) -
 def _from_candidates(path: Path, limit: int | None) -> dict[str, Row]:
     """The first response to each prompt in a candidates dataset, by instruction.
 
+    Prompts that differ in their system turns only have those turns in their instructions.
     limit: number of prompts
     """
-    responses: dict[str, Row] = {}
+    first: dict[str, Row] = {}
     candidates = dataset.read_dataset(path, "candidates")
     for row in candidates.to_pylist():
+        first.setdefault(hashing.digest_json(row["messages"]), row)
+    taken = Counter(prompts.question_text(row["messages"]) for row in first.values())
+
+    responses: dict[str, Row] = {}
+    for row in first.values():
         instruction = prompts.question_text(row["messages"])
+        if taken[instruction] > 1:
+            instruction = prompts.question_text(row["messages"], system=True)
         response = {
             "messages": row["messages"],
             "output": row["response"],

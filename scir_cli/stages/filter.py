@@ -150,6 +150,7 @@ def run(settings: FilterSettings) -> Json:
                 "previous": settings.cream_previous,
                 "calibration": settings.calibrate_on,
             },
+            encoding=pairs.encoding,
         )
     if settings.trl_jsonl and not (out / "trl.jsonl").exists():
         write_trl(dataset.open_dataset(out, "preferences"), out / "trl.jsonl")

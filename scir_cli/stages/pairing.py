@@ -71,6 +71,11 @@ class PairInput:
     before_scoring: PartRule = keep_all
     after_scoring: PartRule = keep_all
 
+    @property
+    def encoding(self) -> str | None:
+        """Digest of tokenizer and chat template of the token ids; None: unknown, or no ids."""
+        return dataset.encoding_of(self.table)
+
 
 def load_pair_input(settings: JudgeSettings) -> PairInput:
     """Opens `judge --input`: candidates, from which pairs are made, or pairs.

@@ -80,6 +80,7 @@ def write_candidates(settings: SamplerSettings, model: LazyPolicy | None = None)
             work=model.meter.figures,
             summarize=_summary,
             inputs={"input": settings.input, "model": settings.model},
+            encoding=model.encoding,
         )
 
 

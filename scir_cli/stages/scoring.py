@@ -41,6 +41,8 @@ from scir_cli.rewards.pairs import (
     PromptIds,
     make_pairs,
     tokenize_pairs,
+    warn_of_foreign_ids,
+    without_foreign_ids,
 )
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import (
@@ -73,10 +75,12 @@ class JudgePart:
         n_pairs = len(pairs) + not_paired.total()
 
         pairs, not_selected = self.pair_input.before_scoring(pairs)
+        own = self.scorer.encoding
+        pairs, encoded_again = without_foreign_ids(pairs, self.pair_input.encoding, own)
         pairs, not_scored = self.scorer.score(pairs)
         pairs, not_kept = self.pair_input.after_scoring(pairs)
         drops = not_paired + not_selected + not_scored + not_kept
-        return Part(pairs, n_pairs, drops)
+        return Part(pairs, n_pairs, drops, encoded_again)
 
     def close(self) -> None:
         """Closes the scorer."""
@@ -125,7 +129,7 @@ def write_judged_dataset(
         progress(stage, table.num_rows, scorer.meter) as advance,
         closing(JudgePart(scorer, pair_input)) as make,
     ):
-        return dataset.write_dataset(
+        manifest = dataset.write_dataset(
             settings.output_dir,
             "judged",
             plan,
@@ -138,7 +142,10 @@ def write_judged_dataset(
             work=scorer.meter.figures,
             inputs=inputs,
             summarize=summarize,
+            encoding=scorer.encoding,
         )
+        warn_of_foreign_ids(manifest, str(inputs["input"]), settings.model)
+        return manifest
 
 
 def count_verdicts_beyond_top_logprobs(judged: dataset.Dataset, scorer: Scorer) -> Json:
@@ -192,6 +199,11 @@ class Scorer:
             self.reference_key = self.reference.weights_key
         self.keys = {"model": self.model.weights_key, "reward_reference": self.reference_key}
         self.opened = ExitStack()
+
+    @property
+    def encoding(self) -> str:
+        """Digest of the model's tokenizer and chat template."""
+        return self.model.encoding
 
     @cached_property
     def backend(self) -> Any:

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-
 from scir_cli import config
 from scir_cli.data import dataset, folders, manifests, readers
 from scir_cli.data.files import Json
@@ -37,12 +35,18 @@ from scir_cli.recipe import Step
 from scir_cli.report import html
 from scir_cli.report.progress import progress
 from scir_cli.report.training_view import View, watching
-from scir_cli.rewards.pairs import Pair
+from scir_cli.rewards.pairs import Pair, warn_of_foreign_ids
 from scir_cli.rewards.references import add_missing_logps, open_reward_reference
 from scir_cli.settings import TrainSettings
 from scir_cli.training import adapters, dry_run, fitting, objectives, trackers
 from scir_cli.training.consensus import Consensus, warn_of_hard_labels
-from scir_cli.training.examples import encode_examples, load_labeled_rows, load_training_rows
+from scir_cli.training.examples import (
+    Encoded,
+    PairRows,
+    encode_examples,
+    load_labeled_rows,
+    load_training_rows,
+)
 from scir_cli.training.model_folder import write_model_folder
 from scir_cli.training.objectives import Example, Metrics, Objective
 from scir_cli.training.trainer import Trainer
@@ -93,7 +97,7 @@ def run_rank(settings: TrainSettings, ranks: DistributedContext) -> Json:
         job.add_reference_logps(data)
         trainer = job.fit(data)
         metrics = job.train(trainer)
-        return job.write(trainer, data.drops, metrics)
+        return job.write(trainer, data.account, metrics)
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,27 @@ class TrainData:
 
     examples: pairs to train on, including the anchors.
     validation: pairs to measure on.
-    drops: number of pairs that are in neither, by reason.
     """
 
     examples: list[Example]
     validation: list[Example]
-    drops: Counter[str]
+    # Name of the setting -> the pairs that it names
+    sources: dict[str, Encoded]
+
+    @property
+    def account(self) -> Json:
+        """Rows in, rows out and drops over everything that is read, as the manifest holds them.
+
+        With more than one source, those of each source too.
+        """
+        sources = self.sources.values()
+        examples = [example for source in sources for example in source.examples]
+        drops = sum((source.drops for source in sources), Counter[str]())
+        again = sum(source.encoded_again for source in sources)
+        account = Encoded(examples, drops, again).account
+        if len(self.sources) > 1:
+            account["sources"] = {name: source.account for name, source in self.sources.items()}
+        return account
 
 
 @dataclass(frozen=True)
@@ -121,8 +140,7 @@ class TrainJob:
 
     settings: TrainSettings
     ranks: DistributedContext
-    rows: pa.Table
-    dropped: Counter[str]
+    rows: PairRows
     policy: LazyPolicy
     reference: LazyPolicy | None
     objective: Objective
@@ -137,7 +155,7 @@ class TrainJob:
         """
         trackers.check(settings.report_to)
         check_deepspeed(settings, ranks)
-        rows, dropped = load_training_rows(settings.input, settings.limit)
+        rows = load_training_rows(settings.input, settings.limit)
         digests: Json = {"input": readers.digest(settings.input)}
         for name, spec in (("validation", settings.validation), ("anchors", settings.anchors)):
             digests[name] = spec and readers.digest(spec)
@@ -172,7 +190,7 @@ class TrainJob:
         objective = build_objective(settings, policy, reward_key)
         if isinstance(objective, objectives.Scir):
             objectives.check_scir(settings, objective.models)
-        return cls(settings, ranks, rows, dropped, policy, reference, objective, fitted, plan)
+        return cls(settings, ranks, rows, policy, reference, objective, fitted, plan)
 
     @property
     def reward_key(self) -> str | None:
@@ -181,16 +199,13 @@ class TrainJob:
 
     def estimate(self) -> Json:
         """Returns the plan and an estimate of tokens, memory and time; writes nothing."""
-        examples, drops = self._encode_input()
-        return {
-            "dry_run": True,
-            "plan": self.plan,
-            "rows_in": len(self.rows) + self.dropped.total(),
-            "drops": dict(self.dropped + drops),
-            "estimate": dry_run.estimate(
-                self.policy.load(), examples, self.settings, self.objective
-            ),
-        }
+        data = self.encode()
+        estimate = dry_run.estimate(
+            self.policy.load(), data.examples, self.settings, self.objective
+        )
+        account = data.account
+        del account["rows_out"]
+        return {"dry_run": True, "plan": self.plan, **account, "estimate": estimate}
 
     @contextmanager
     def claim(self) -> Iterator[Json | None]:
@@ -207,28 +222,29 @@ class TrainJob:
             yield self.ranks.broadcast_from_main(finished)
 
     def encode(self) -> TrainData:
-        """The rows with token ids. Raises DataError if none of them can be trained on."""
-        examples, drops = self._encode_input()
-        anchors, anchor_drops = self._encode_labeled(self.settings.anchors)
-        validation, _ = self._encode_labeled(self.settings.validation)
-        return TrainData([*examples, *anchors], validation, self.dropped + drops + anchor_drops)
+        """The rows with token ids. Raises DataError if a source has none that can be used."""
+        sources = {"input": self._encode_input()}
+        for name in ("anchors", "validation"):
+            spec = getattr(self.settings, name)
+            if spec is not None:
+                rows = load_labeled_rows(spec)
+                sources[name] = encode_examples(rows, self.objective, self.policy, labeled=True)
+        if self.ranks.is_main:
+            for name, source in sources.items():
+                spec = getattr(self.settings, name)
+                warn_of_foreign_ids(source.account, spec, self.settings.model)
+        anchors = sources.get("anchors", Encoded())
+        validation = sources.get("validation", Encoded())
+        examples = [*sources["input"].examples, *anchors.examples]
+        return TrainData(examples, validation.examples, sources)
 
-    def _encode_input(self) -> tuple[list[Example], Counter[str]]:
+    def _encode_input(self) -> Encoded:
         # SCIR makes labels of its own, unless its target is the consensus that the data hold.
         labeled = self.settings.objective != "scir" or self.settings.learns_consensus
-        examples, drops = encode_examples(
-            self.rows, self.objective, self.policy, self.settings.input, labeled=labeled
-        )
+        encoded = encode_examples(self.rows, self.objective, self.policy, labeled=labeled)
         if self.settings.learns_consensus and self.ranks.is_main:
-            warn_of_hard_labels(examples)
-        return examples, drops
-
-    def _encode_labeled(self, spec: str | None) -> tuple[list[Example], Counter[str]]:
-        if spec is None:
-            return [], Counter()
-        return encode_examples(
-            load_labeled_rows(spec), self.objective, self.policy, spec, labeled=True
-        )
+            warn_of_hard_labels(encoded.examples)
+        return encoded
 
     def add_reference_logps(self, data: TrainData) -> None:
         """Adds log-probabilities under the frozen models to every pair.
@@ -253,7 +269,12 @@ class TrainJob:
         if isinstance(self.objective, objectives.Scir) and settings.implicit_scale == "fitted":
             pairs = [example.pair for example in data.examples]
             scale = fitting.fit_implicit_scale(
-                self.rows, pairs, self.objective.models, self.policy, self.reward_key, settings
+                self.rows.table,
+                pairs,
+                self.objective.models,
+                self.policy,
+                self.reward_key,
+                settings,
             )
             settings = settings.model_copy(update={"implicit_scale": scale})
         policy = self.policy.load()
@@ -292,7 +313,7 @@ class TrainJob:
         with watching(view) if self.ranks.is_main else nullcontext(lambda *_: None) as show:
             return trainer.train(show)
 
-    def write(self, trainer: Trainer, drops: Counter[str], metrics: Metrics) -> Json:
+    def write(self, trainer: Trainer, account: Json, metrics: Metrics) -> Json:
         """Writes the model folder on the main rank and returns its manifest on every rank."""
         policy = self._unsharded(trainer.policy) if self.policy.sharded else trainer.policy
         manifest = None
@@ -304,7 +325,7 @@ class TrainJob:
                 trainer,
                 self.plan,
                 metrics,
-                drops,
+                account,
             )
         return self.ranks.broadcast_from_main(manifest)
 

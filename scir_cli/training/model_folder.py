@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def write_model_folder(
     trainer: Trainer,
     plan: Json,
     metrics: Metrics,
-    drops: Counter[str],
+    account: Json,
 ) -> Json:
     """Writes the model to settings.output_dir and returns its manifest.
 
@@ -47,7 +46,7 @@ def write_model_folder(
     The checkpoints are removed last.
     policy: the trained model, unsharded. weights_digest: of the model that training started from.
     metrics: the last figures, for the manifest's "summary".
-    drops: number of input pairs that were not trained on, by reason.
+    account: rows in, rows out and drops of everything that was read.
     Raises StoreError if the folder cannot be written.
     """
     out = Path(settings.output_dir)
@@ -61,7 +60,7 @@ def write_model_folder(
         entries = file_lists.describe(out, [file for file in moved if file.name != CARD])
         with files.atomic_write(out / CARD) as temporary:
             temporary.write_text(_card(settings, plan, trainer), encoding="utf-8")
-    manifest = _manifest(entries, trainer, metrics, drops)
+    manifest = _manifest(entries, trainer, metrics, account)
     if isinstance(trainer.objective, objectives.Scir):
         manifest["fitted"] = {
             "implicit_scale": settings.implicit_scale,
@@ -121,7 +120,7 @@ def _check_finite(model: Any) -> None:
             )
 
 
-def _manifest(entries: list[Json], trainer: Trainer, metrics: Metrics, drops: Counter[str]) -> Json:
+def _manifest(entries: list[Json], trainer: Trainer, metrics: Metrics, account: Json) -> Json:
     """The manifest of the written weights, without the fitted values.
 
     entries: the files of the folder, as `file_lists.describe` returns them.
@@ -131,13 +130,10 @@ def _manifest(entries: list[Json], trainer: Trainer, metrics: Metrics, drops: Co
         name = entry["file"]
         if name.endswith(".safetensors") and "/" not in name:
             digests.append(entry["digest"])
-    n_examples = len(trainer.examples)
     return {
         "kind": "model",
         "digest": hashing.digest_json(digests),
-        "rows_in": n_examples + drops.total(),
-        "rows_out": n_examples,
-        "drops": dict(drops),
+        **account,
         "nulls": {},
         "files": entries,
         "steps": trainer.n_steps,
