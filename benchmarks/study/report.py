@@ -598,6 +598,12 @@ share that was cut off at {max_new_tokens} tokens, and the share of three words 
 occurred before.
 Held out: {size[n_heldout]} prompts per seed, each with every kind of damage.""",
     ),
+    "consensus-hostile": (
+        "Consensus labels in a hostile world",
+        """\
+In three quarters of all answers, M_0's lessons included, the last letter is written three times,
+which costs quality: the policy finds an error likely, and likelihood misleads where it decides.""",
+    ),
     "powered-real": (
         "A real model, with power",
         """\
