@@ -182,3 +182,16 @@ def test_prompts_that_differ_in_the_system_turn_are_compared_one_by_one(
     ]
     found = eval_winrate.load_responses(given["baseline"], Counter())
     assert [row["output"] for row in found.values()] == ["b 0", "b 1", "b 2"]
+
+
+def test_annotations_that_contradict_each_other_are_counted_and_none_of_them_wins(tmp_path: Path):
+    def annotation(instruction: str, preference: float | None) -> dict[str, Any]:
+        outputs = {"output_1": "a", "output_2": "b", "generator_1": "x", "generator_2": "y"}
+        return {"instruction": instruction, "preference": preference, **outputs}
+
+    votes = [("Q1", 2.0), ("Q1", 1.0), ("Q2", 2.0), ("Q2", 2.0), ("Q3", None), ("Q3", 1.0)]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([annotation(*vote) for vote in votes]), encoding="utf-8")
+    manifest = run("eval winrate", annotations=[str(path)], output_dir=tmp_path / "out")
+    assert (manifest["rows_in"], manifest["rows_out"]) == (6, 1)
+    assert manifest["drops"] == {"contradictory_annotation": 4, "duplicate_annotation": 1}

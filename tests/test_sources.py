@@ -195,11 +195,17 @@ def test_each_unusable_pair_is_dropped_for_its_reason(tmp_path: Path) -> None:
             "chosen": "b",
             "rejected": "a",
         },  # the first pair again, labeled the other way round
+        {"prompt": "p", "chosen": "c", "rejected": "d"},
+        {"prompt": "p", "chosen": "c", "rejected": "d"},
     ]
     table, drops = readers.load_pairs(jsonl(tmp_path / "p.jsonl", rows))
-    assert pair(table)[1:] == ("a", "b")
+    assert pair(table)[1:] == ("c", "d")
     assert drops == Counter(
-        identical_responses=1, empty_prompt=1, empty_response=3, duplicate_pair=1
+        identical_responses=1,
+        empty_prompt=1,
+        empty_response=3,
+        duplicate_pair=1,
+        contradictory_label=2,
     )
 
 

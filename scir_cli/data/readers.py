@@ -132,7 +132,7 @@ def open_pairs(
     verdict.
     Drops: empty_prompt, empty_response, identical_responses, different_prompts (of two transcripts
     as text, or of a prompt and a transcript), tool_call_answer, reasoning_beside_answer,
-    duplicate_pair.
+    duplicate_pair, contradictory_label (every row of a pair that is labeled both ways).
     Raises DataError, with file and row or column, if the input is not as expected.
     """
     source = _resolve_spec(spec)
@@ -235,13 +235,15 @@ def _collect(
 ) -> tuple[spool.Spool, Counter[str]]:
     """The rows that `make` returns for the rows of a source, and the dropped rows by reason.
 
-    Of rows with equal ids only the first is kept.
+    Of rows with equal ids only the first is kept, and none if their gold labels differ.
     make: row of the input -> rows of `kind`, or a text for a drop: its reason.
     noun: "prompt" or "pair", for the name of the id.
     Raises DataError if the source has no rows.
     """
     drops: Counter[str] = Counter()
     ids = array("Q")
+    # 1 if the first response is the better one, else 0
+    labels = array("B")
 
     def tables() -> Iterator[pa.Table]:
         numbered = enumerate(itertools.islice(_read(source), limit), 1)
@@ -254,15 +256,27 @@ def _collect(
                     else:
                         rows.append(result)
             ids.extend(int(row[f"{noun}_id"], 16) for row in rows)
+            labels.extend(row.get("gold_label") == "first" for row in rows)
             yield schemas.to_table(kind, rows)
         if not (ids or drops):
             raise DataError(f"{source.location} is empty; expected at least one row")
 
     collected = spool.Spool(schemas.schema(kind), tables())
+    contradictory = _contradictory(np.asarray(ids), np.asarray(labels))
     duplicates = hashing.later_duplicates(np.asarray(ids)[None])
+    duplicates = np.setdiff1d(duplicates, contradictory)
+    drops["contradictory_label"] += len(contradictory)
     drops[f"duplicate_{noun}"] += len(duplicates)
     # The plus removes reasons without drops.
-    return collected.drop_rows(duplicates), +drops
+    return collected.drop_rows(np.union1d(duplicates, contradictory)), +drops
+
+
+def _contradictory(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rows whose id occurs with two labels.  (rows,) each -> (rows that contradict,)"""
+    order = np.lexsort((labels, ids))
+    sorted_ids, sorted_labels = ids[order], labels[order]
+    differs = (np.diff(sorted_labels) != 0) & (sorted_ids[1:] == sorted_ids[:-1])
+    return np.flatnonzero(np.isin(ids, sorted_ids[1:][differs]))
 
 
 def _convert_row(

@@ -362,8 +362,8 @@ def from_annotations(
 
     dropped: Counter[str] = Counter()
     matches = []
-    for (model, other), rows in by_pair.items():
-        dropped["duplicate_annotation"] += _drop_duplicates(rows)
+    for (model, other), annotations in by_pair.items():
+        rows = _without_repeated(annotations, dropped)
         preference = np.array([row.pop("preference") for row in rows])
         matches.append(Match(model, other, rows, preference))
     return matches, +dropped
@@ -391,17 +391,25 @@ def _check_one_annotator(spec: str, rows: list[Row]) -> None:
         )
 
 
-def _drop_duplicates(rows: list[Row]) -> int:
-    """Removes repeated annotations of the same two outputs in place; returns their number."""
-    n_dropped = 0
-    seen: set[tuple[str, str, str]] = set()
-    for row in list(rows):
+def _without_repeated(rows: list[Row], dropped: Counter[str]) -> list[Row]:
+    """The first annotation of each two outputs; none if their preferences differ.
+
+    Counts the others in `dropped`.
+    """
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
         key = (row["instruction"], row["output"], row["other_output"])
-        if key in seen:
-            n_dropped += 1
-            rows.remove(row)
-        seen.add(key)
-    return n_dropped
+        groups.setdefault(key, []).append(row)
+
+    kept = []
+    for group in groups.values():
+        # As text, NaN equals itself.
+        if len({str(row["preference"]) for row in group}) > 1:
+            dropped["contradictory_annotation"] += len(group)
+            continue
+        dropped["duplicate_annotation"] += len(group) - 1
+        kept.append(group[0])
+    return kept
 
 
 def _preference(row: Row, spec: str, number: int) -> float:
