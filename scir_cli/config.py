@@ -144,8 +144,13 @@ class Settings(BaseModel):
     They are frozen, and an unknown name is an error.
     """
 
+    # A command builds the validator of its own settings only.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        defer_build=True,
     )
 
     #: Setting or group -> the group in which this command's help shows it instead.

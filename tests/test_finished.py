@@ -211,3 +211,20 @@ def test_a_stage_of_a_recipe_that_a_signal_kills_is_named(world: Path, tmp_path:
     )
     assert done.returncode == 1
     assert "generate was killed by signal 9" in done.stderr
+
+
+def test_importing_the_stages_asks_nothing_of_cuda():
+    """A process that has asked cannot use a GPU after a fork, as the stages of a recipe do."""
+    code = """
+import importlib
+import torch
+asked = []
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device"):
+    setattr(torch.cuda, name, lambda *values, name=name: asked.append(name))
+from scir_cli import registry
+for stage in registry.STAGES.values():
+    importlib.import_module(stage.run.partition(":")[0])
+print(asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
