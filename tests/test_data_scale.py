@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from scir_cli import config, registry, stages
 from scir_cli.data import dataset, files, hashing, schemas
+from scir_cli.engine.policy import Policy
 
 MODELS = ("judge", "implicit", "rubric")
 
@@ -297,9 +298,9 @@ def test_check_consistency_in_parts_equals_that_of_a_whole_table(world: Path, tm
     assert digest == "e517fb78b48ef511d8edbbefdb23f149"
 
 
-def odd_candidates(folder: Path) -> Path:
-    """Candidates of which some repeat others or are blank (also to Unicode alone), of prompts with
-    one to five of them, with scores or without.
+def odd_candidates(folder: Path, encoding: str) -> Path:
+    """Candidates with token ids of an encoding; some repeat others or are blank (also to Unicode
+    alone), of prompts with one to five of them, with scores or without.
     """
     draw = random.Random(5)
     words = ["", " ", "\u3000\x1c\x85", "a", "b c", "Zürich", "x" * 300]
@@ -337,9 +338,9 @@ def odd_candidates(folder: Path) -> Path:
             table.append_column("score", pa.array(scores[low:high], pa.float64())), high - low
         )
 
-    dataset.write_dataset(
-        folder, "candidates", {"stage": "generate"}, dataset.part_bounds(len(rows), 130), make
-    )
+    bounds = dataset.part_bounds(len(rows), 130)
+    plan = {"stage": "generate"}
+    dataset.write_dataset(folder, "candidates", plan, bounds, make, encoding=encoding)
     return folder
 
 
@@ -351,12 +352,15 @@ JUDGED = {
 }
 
 
-def test_judge_makes_the_pairs_that_it_made_row_by_row(tiny_llama: Path, tmp_path: Path):
+def test_judge_makes_the_pairs_that_it_made_row_by_row(
+    tiny_llama: Path, tiny_policy: Policy, tmp_path: Path
+):
     """The digests are of what the code of 2026-11-24 wrote, before it went column by column.
 
     Its one rounding of external scores to single precision was taken out for these digests.
     """
-    source = str(odd_candidates(tmp_path / "candidates"))
+    encoding = tiny_policy.chat.encoding_digest()
+    source = str(odd_candidates(tmp_path / "candidates", encoding))
     settings = {
         "model": str(tiny_llama),
         "device": "cpu",

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from scir_cli import config, recipe, registry, stages
 from scir_cli.analysis import consistency
 from scir_cli.analysis.verdicts import from_table
-from scir_cli.data import dataset, files, hashing
+from scir_cli.data import dataset, files, hashing, manifests
 from study import real
 from study.experiments import EXPERIMENTS, RATIONALES, WORLDS, Method, Setup
 from study.world import JUDGE_PROMPT, Gold, plant_position_bias, quality_of_rows
@@ -496,7 +496,7 @@ def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
     """
     from study.world import Draw
 
-    manifest = files.read_json(candidates / "manifest.json")
+    manifest = manifests.read(candidates)
     if manifest.get("scores") == purpose:
         return
     for part in manifest["parts"]:
@@ -523,9 +523,7 @@ def add_scores(candidates: Path, purpose: str, gold: Gold, seed: int) -> None:
             writer.write_table(table)
         part["digest"] = hashing.digest_part(path)
     digest = hashing.digest_json([part["digest"] for part in manifest["parts"]])
-    files.write_json(
-        candidates / "manifest.json", {**manifest, "digest": digest, "scores": purpose}
-    )
+    manifests.write(candidates, {**manifest, "digest": digest, "scores": purpose})
 
 
 # ------------------------------ an experiment

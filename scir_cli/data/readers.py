@@ -246,6 +246,7 @@ def _collect(
     labels = array("B")
 
     def tables() -> Iterator[pa.Table]:
+        """Blocks of rows; counts `drops` and extends `ids` and `labels` as they are read."""
         numbered = enumerate(itertools.islice(_read(source), limit), 1)
         while block := list(itertools.islice(numbered, ROWS_AT_A_TIME)):
             rows = []
