@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from scir_cli.data import dataset, folders, schemas
+from scir_cli.data import dataset, folders, readers, schemas
 from scir_cli.data.dataset import Part
 from scir_cli.errors import DataError, PlanMismatch, StoreError
 
@@ -269,3 +269,12 @@ def test_no_digest_file_stays_in_a_finished_folder(tmp_path: Path):
     hidden = [path.name for path in (tmp_path / "o").iterdir() if path.name.startswith(".")]
     assert hidden == [".lock"]
     assert folders.recorded_digest(tmp_path / "o" / "data-00000.arrow") is None
+
+
+def test_a_dataset_whose_plan_became_a_folder_is_not_read_as_shards_of_others(tmp_path: Path):
+    write(tmp_path / "o")
+    (tmp_path / "o" / "plan.json").unlink()
+    (tmp_path / "o" / "plan.json").mkdir()
+    data, dropped = readers.open_prompts(str(tmp_path / "o"))
+    assert isinstance(data, dataset.Dataset)
+    assert data.slice(0, 9)["prompt_id"].to_pylist() == EXPECTED and not dropped

@@ -265,4 +265,4 @@ def forget_digest(part: Path) -> None:
 
 def is_dataset(path: Path) -> bool:
     """Whether a stage wrote this folder, finished or not."""
-    return (path / "plan.json").is_file()
+    return (path / "plan.json").exists()

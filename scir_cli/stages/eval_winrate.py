@@ -362,8 +362,8 @@ def from_annotations(
 
     dropped: Counter[str] = Counter()
     matches = []
-    for (model, other), annotations in by_pair.items():
-        rows = _without_repeated(annotations, dropped)
+    for (model, other), repeated in by_pair.items():
+        rows = _without_repeated(repeated, dropped)
         preference = np.array([row.pop("preference") for row in rows])
         matches.append(Match(model, other, rows, preference))
     return matches, +dropped
