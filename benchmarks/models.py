@@ -1,8 +1,10 @@
-"""Which chat templates have verdicts and sound boundaries: the templates of an installed trl.
+"""Which chat templates have verdicts and sound boundaries, and which architectures are right.
 
-    python benchmarks/models.py --write docs/models.md
+    python benchmarks/models.py --write docs/models.md                    templates of trl
+    python benchmarks/models.py --architectures --write docs/models.md    tiny models
     python benchmarks/models.py --templates DIR      any folder of *.jinja files
 
+Each writes its own part of the document.
 The templates are read from the package and are no part of this repository. Their tokenizers are
 not in it: a small byte-level tokenizer stands in, with the special tokens that a template names.
 """
@@ -233,12 +235,40 @@ def document(source: str, results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_part(path: Path, text: str, *, first: bool) -> None:
+    """Replaces one of the two parts of the document, which start with headings of level one."""
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    templates, heading, models_ = old.partition("# Architectures\n")
+    other = heading + models_ if first else templates
+    parts = [text, other] if first else [other, text]
+    joined = "\n\n".join(part.strip() for part in parts if part.strip())
+    path.write_text(joined + "\n", encoding="utf-8")
+
+
+def main_of_architectures(arguments: argparse.Namespace) -> None:
+    """Measures the named architectures, or all of them."""
+    import architectures
+
+    names = arguments.architectures or [*architectures.ARCHITECTURES, *architectures.WRAPPERS]
+    rows = [architectures.measure(name) for name in names]
+    if arguments.json:
+        text = json.dumps([asdict(row) for row in rows], indent=1)
+        arguments.json.write_text(text, encoding="utf-8")
+    if arguments.write:
+        write_part(arguments.write, "\n".join(architectures.document(rows)), first=False)
+    print("\n".join(architectures.table(rows)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--templates", type=Path, help="folder of *.jinja files")
     parser.add_argument("--write", type=Path, help="Markdown file to write")
     parser.add_argument("--json", type=Path, help="file for all results")
+    parser.add_argument("--architectures", nargs="*", metavar="NAME", help="some, or all of them")
     arguments = parser.parse_args()
+    if arguments.architectures is not None:
+        main_of_architectures(arguments)
+        return
     source, templates = templates_of(arguments.templates)
     vocabulary = base_vocabulary()
     results = []
@@ -249,7 +279,7 @@ def main() -> None:
         rows = [asdict(result) for result in results]
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if arguments.write:
-        arguments.write.write_text(document(source, results), encoding="utf-8")
+        write_part(arguments.write, document(source, results), first=True)
     print("\n".join(table(results)))
 
 

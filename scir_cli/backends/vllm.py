@@ -26,7 +26,7 @@ from scir_cli.backends import Completion, Request, Sampling, VerdictBackend, ver
 from scir_cli.backends.vllm_child import serve
 from scir_cli.data import files, storage
 from scir_cli.engine import model_files
-from scir_cli.engine.loading import resolve_device, resolve_dtype
+from scir_cli.engine.hardware import resolve_device, resolve_dtype
 from scir_cli.engine.trees import Branch
 from scir_cli.errors import ConfigError, EngineError, install_hint, print_line
 from scir_cli.settings import BackendSettings

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
 )
 from transformers.utils.logging import disable_progress_bar
 
-from scir_cli.engine import model_files, tree_attention
+from scir_cli.engine import checkpoints, model_files, tree_attention
 from scir_cli.engine.batches import Batching
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
+from scir_cli.engine.hardware import resolve_device, resolve_dtype, warn_of_emulation
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.probe import select_batching, select_tree_attention
 from scir_cli.engine.throughput import Meter
@@ -75,6 +75,7 @@ def load(
         key = weights_key(model_files.digest(path), settings, chat)
 
     target = "cpu" if ranks else device or resolve_device(settings.device)
+    warn_of_emulation(resolve_dtype(settings.dtype, settings.device), settings.device)
     empty = ranks is not None and not ranks.is_main
     model = load_model(path, settings, target, empty=empty)
     plain_attention = model.config._attn_implementation
@@ -150,22 +151,59 @@ def _load_whole_model(path: Path, settings: ModelSettings, device: str, empty: b
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # The SDPA attention of transformers 5.17 ignores the cap without an error.
         options["attn_implementation"] = "eager"
-    if settings.quantization != "none":
+    plain = checkpoints.dequantizer(config)
+    if plain is not None:
+        _check_not_quantized_twice(settings)
+        options["quantization_config"] = plain
+    elif settings.quantization != "none":
         options["quantization_config"] = nf4_config(dtype)
         options["device_map"] = {"": device}
-    if not empty:
-        options["output_loading_info"] = True
-        result: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, config=config, **options
-        )
-        model, loaded = result
-        _check_no_tensor_is_missing(path, loaded)
-        return model
+    kind = checkpoints.model_class(config)
+    if empty:
+        return _empty_model(kind, config, dtype, device, settings)
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    model.to_empty(device=device).tie_weights()
+    options["output_loading_info"] = True
+    model, loaded = kind.from_pretrained(path, dtype=dtype, config=config, **options)
+    _check_no_tensor_is_missing(path, loaded)
+    if plain is not None:
+        _forget_quantization(model)
+    checkpoints.freeze_other_parts(model)
     return model
+
+
+def _empty_model(
+    kind: Any, config: Any, dtype: torch.dtype, device: str, settings: ModelSettings
+) -> Any:
+    """A model whose weights have memory and no values.  kind: class of transformers"""
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options["attn_implementation"] = "eager"
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        model = kind.from_config(config, dtype=dtype, **options)
+    model.to_empty(device=device).tie_weights()
+    checkpoints.freeze_other_parts(model)
+    return model
+
+
+def _check_not_quantized_twice(settings: ModelSettings) -> None:
+    """Raises ConfigError if a quantized checkpoint is to be quantized again."""
+    if settings.quantization != "none":
+        raise ConfigError(
+            f"--quantization {settings.quantization} does not support a checkpoint that is "
+            "quantized already: leave it out, or pass the checkpoint in bf16"
+        )
+
+
+def _forget_quantization(model: Any) -> None:
+    """Makes a dequantized model a plain one, which is saved and loaded as such."""
+    for config in (model.config, model.config.get_text_config()):
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in model.__dict__:
+            delattr(model, name)
 
 
 def _check_no_tensor_is_missing(path: Path, loaded: dict[str, Any]) -> None:
@@ -296,28 +334,6 @@ def end_ids(path: Path, tokenizer: Any) -> frozenset[int]:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
         ids |= set(eos) if isinstance(eos, list) else {eos}
     return frozenset(i for i in ids if i is not None)
-
-
-def resolve_device(name: str) -> str:
-    """The device of a setting: `auto` is CUDA if it is available, and the CPU if not."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """The dtype of a setting: `bf16`, `fp32`, or `auto`.
-
-    `auto` is bf16 if the hardware computes in it, and fp32 if not. CUDA devices do from Ampere on,
-    and CPUs with AVX512-BF16 or AMX.
-    """
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        has_bf16 = torch.cuda.is_bf16_supported()
-    else:
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def weights_key(weights_digest: str, settings: ModelSettings, chat: Chat) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scir_cli.engine import batches, trees
+from scir_cli.engine import batches, checkpoints, trees
 from scir_cli.engine.batches import Batch, Batching
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
@@ -49,8 +49,7 @@ class TreeScorer(nn.Module):
     @property
     def text(self) -> nn.Module:
         """The part of the model that reads and writes text; not a vision tower beside it."""
-        tower: nn.Module = self.core.get_decoder()
-        return tower
+        return checkpoints.text_model(self.core)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -79,7 +78,9 @@ class TreeScorer(nn.Module):
         of_forest: dict[str, Any] = {}
         if plan is not None:
             of_forest = {"position_ids": positions, "plan": plan}
-        output = self.core.base_model(input_ids=ids, use_cache=False, **of_forest)
+        multimodal = self.core.config.get_text_config() is not self.core.config
+        reader = self.text if multimodal else self.core.base_model
+        output = reader(input_ids=ids, use_cache=False, **of_forest)
         hidden = output.last_hidden_state.flatten(0, 1)
         head = self.core.get_output_embeddings()
         transform = LogitTransform.of(self.core.config.get_text_config())

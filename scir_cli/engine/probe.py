@@ -35,6 +35,22 @@ NOISE_FLOOR = 0.03
 #: Layers whose attention trees reproduce; a config without `layer_types` has no others.
 TREE_LAYER_TYPES = ("full_attention", "sliding_attention")
 
+#: Layers in which tokens to the right change nothing. Others may select or compress keys by what
+#: follows, which a small batch need not show.
+CAUSAL_LAYER_TYPES = frozenset(
+    {
+        *TREE_LAYER_TYPES,
+        "attention",
+        "chunked_attention",
+        "conv",
+        "hybrid",
+        "linear_attention",
+        "mamba",
+        "mlp",
+        "moe",
+    }
+)
+
 #: What model code raises if it cannot compute something.
 MODEL_ERRORS = (
     TypeError,
@@ -91,7 +107,9 @@ def _first_exact_batching(policy: Policy, is_close: Callable[[Tensor, Tensor], b
     config = policy.model.config.get_text_config()
     branches = _batching_branches(config.vocab_size)
     alone = policy.alone_logps(branches)
-    ways: list[Batching] = ["equal"] if _depends_on_length(config) else ["padded", "equal"]
+    types = set(getattr(config, "layer_types", None) or ())
+    in_any_batch = types <= CAUSAL_LAYER_TYPES and not _depends_on_length(config)
+    ways: list[Batching] = ["padded", "equal"] if in_any_batch else ["equal"]
     for batching in ways:
         try:
             logps = policy.batched_logps(branches, batching)

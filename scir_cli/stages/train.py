@@ -26,7 +26,7 @@ from scir_cli import config
 from scir_cli.data import dataset, folders, manifests, readers
 from scir_cli.data.files import Json
 from scir_cli.data.storage import is_remote, to_path
-from scir_cli.engine import distributed, loading
+from scir_cli.engine import checkpoints, distributed, hardware, model_files
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.engine.policy import Policy
@@ -66,7 +66,7 @@ def run(settings: TrainSettings) -> Json:
     """
     if settings.num_processes > 1 and "WORLD_SIZE" not in os.environ and not settings.dry_run:
         return _launch(settings)
-    ranks = DistributedContext(loading.resolve_device(settings.device).startswith("cuda"))
+    ranks = DistributedContext(hardware.resolve_device(settings.device).startswith("cuda"))
     try:
         manifest = run_rank(settings, ranks)
         if ranks.is_main and not settings.dry_run:
@@ -278,6 +278,7 @@ class TrainJob:
             )
             settings = settings.model_copy(update={"implicit_scale": scale})
         policy = self.policy.load()
+        self._tell_what_is_left_out(policy)
         if self.policy.sharded and not policy.keeps_ranks_in_step:
             raise ConfigError(
                 "--sharding fsdp needs a model that supports token trees or padded batches; "
@@ -303,6 +304,15 @@ class TrainJob:
                 fitting.fit_penalty_weight(trainer, settings.penalty_ratio)
             )
         return trainer
+
+    def _tell_what_is_left_out(self, policy: Policy) -> None:
+        """Prints one line if the trained folder will lack tensors of the checkpoint."""
+        lost = checkpoints.left_out(model_files.base_model_path(policy.path), policy.scorer.core)
+        if lost and self.ranks.is_main:
+            warn(
+                f"{len(lost)} tensors of the checkpoint ({lost[0]} …) are not used by "
+                f"{type(policy.scorer.core).__name__}, and the trained model will not have them"
+            )
 
     def train(self, trainer: Trainer) -> Metrics:
         """Trains to the end, from the newest checkpoint if there is one.

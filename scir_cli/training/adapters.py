@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from scir_cli.data import file_lists, files
-from scir_cli.engine import loading
+from scir_cli.engine import checkpoints, loading
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.weight_files import BASE_DIGEST_FILE
-from scir_cli.errors import ConfigError, install_hint
+from scir_cli.errors import ConfigError, install_hint, warn
 from scir_cli.settings import TrainSettings
 
 
@@ -27,7 +27,11 @@ def add_adapters(model: Any, settings: TrainSettings) -> Any:
         raise ConfigError(f"--lora-rank needs the package peft: {install_hint('lora')}") from error
     # The same adapters on every rank
     torch.manual_seed(settings.seed)
+    excluded = checkpoints.freeze_other_parts(model)
+    if settings.lora.target_modules == "all-linear":
+        excluded += checkpoints.unadaptable(model)
     config = LoraConfig(
+        exclude_modules=excluded or None,
         r=settings.lora.rank,
         lora_alpha=settings.lora.alpha,
         target_modules=settings.lora.target_modules,
@@ -39,7 +43,24 @@ def add_adapters(model: Any, settings: TrainSettings) -> Any:
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
-        return get_peft_model(model, config)
+        # peft gives experts a rank of their own, and they get no adapters here.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+        adapted = get_peft_model(model, config)
+    _tell_of_experts(adapted.get_base_model())
+    return adapted
+
+
+def _tell_of_experts(model: Any) -> None:
+    """Prints one line if the weights of experts get no adapters."""
+    experts = checkpoints.expert_weights(model)
+    size = sum(p.numel() for p in experts.values())
+    if experts:
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in experts}))
+        share = size / sum(p.numel() for p in model.parameters())
+        warn(
+            f"LoRA adapts linear modules; the experts' weights ({names}, {share:.0%} of the model) "
+            "are none: they get no adapters and are not stored in 4 bits"
+        )
 
 
 def save_adapter(policy: Policy, folder: Path, weights_digest: str) -> None:

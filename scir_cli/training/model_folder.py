@@ -13,7 +13,7 @@ import torch
 from scir_cli import __version__
 from scir_cli.data import dataset, file_lists, files, hashing, manifests
 from scir_cli.data.files import Json
-from scir_cli.engine import model_files
+from scir_cli.engine import checkpoints, model_files
 from scir_cli.engine.policy import Policy
 from scir_cli.errors import TrainingError
 from scir_cli.settings import TrainSettings
@@ -105,9 +105,10 @@ def _write_weights(settings: TrainSettings, policy: Policy, weights_digest: str,
     model.set_attn_implementation(policy.plain_attention)
     model.save_pretrained(out)
     policy.chat.tokenizer.save_pretrained(out)
-    generation = model_files.base_model_path(policy.path) / "generation_config.json"
-    if generation.is_file():
-        (out / generation.name).write_bytes(generation.read_bytes())
+    source = model_files.base_model_path(policy.path)
+    for name in ("generation_config.json", *checkpoints.PROCESSOR_FILES):
+        if (source / name).is_file():
+            (out / name).write_bytes((source / name).read_bytes())
 
 
 def _check_finite(model: Any) -> None:
