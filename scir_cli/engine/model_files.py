@@ -165,6 +165,9 @@ def _dequantize(gguf: Path, target: Path) -> None:
     if hasattr(config, "quantization_config"):
         # With it, the folder could not be saved or loaded as a plain model.
         del config.quantization_config
+    if isinstance(config.eos_token_id, int):
+        # transformers 5.17 takes the begin token for the tokenizer's end token.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.unk_token or _first_other_special_token(tokenizer)
         config.pad_token_id = tokenizer.pad_token_id
