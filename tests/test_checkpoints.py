@@ -208,15 +208,11 @@ def test_a_device_that_is_not_there_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("bf16", "amx", "expected"),
-    [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
-)
+@pytest.mark.parametrize(("supported", "expected"), [(False, "fp32"), (True, "bf16")])
 def test_auto_is_bf16_on_a_cpu_that_multiplies_in_bf16_and_fp32_on_others(
-    bf16: bool, amx: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    supported: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(hardware, "cpu_computes_in_bf16", lambda: supported)
     assert hardware.resolve_dtype("auto", "cpu") == hardware.resolve_dtype(expected, "cpu")
 
 
@@ -233,8 +229,7 @@ def test_auto_is_fp32_on_a_gpu_that_emulates_bf16(monkeypatch: pytest.MonkeyPatc
 def test_bf16_that_the_cpu_emulates_is_one_line_per_process(
     emulated: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: not emulated)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(hardware, "cpu_computes_in_bf16", lambda: not emulated)
     hardware.warn_of_emulation.cache_clear()
     folder = make_model(tmp_path)
     for _ in range(2):

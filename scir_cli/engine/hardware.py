@@ -66,6 +66,11 @@ def computes_in_bf16(device: str) -> bool:
         return torch.xpu.is_bf16_supported()
     if kind == "mps":
         return False
+    return cpu_computes_in_bf16()
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether the CPU has AVX512-BF16 or AMX."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
