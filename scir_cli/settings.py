@@ -757,6 +757,12 @@ class FilterSettings(StageSettings):
         "first's; or all.",
         group=LABELS,
     )
+    voter_weights: Literal["equal", "calibrated"] = config.setting(
+        "equal",
+        "consensus: equal weights, or weights by how well each voter's log-odds predict the gold "
+        "labels of --calibrate-on.",
+        group=LABELS,
+    )
     soft_labels: bool = config.setting(
         False,
         "Write the probability that a label is correct, by which train's losses weigh it; "
@@ -866,6 +872,13 @@ class FilterSettings(StageSettings):
         if (self.calibrate_on or self.label_temperature) and not self.is_soft:
             raise ValueError(
                 "--label-temperature and --calibrate-on need --soft-labels or --rule consensus"
+            )
+        if self.voter_weights == "calibrated" and not (
+            self.calibrate_on and self.rule == "consensus" and self.label_temperature is None
+        ):
+            raise ValueError(
+                "--voter-weights calibrated needs --rule consensus and --calibrate-on, "
+                "without --label-temperature"
             )
         return self
 

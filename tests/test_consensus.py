@@ -116,6 +116,34 @@ def test_no_temperature_is_fitted_where_none_exists(z: np.ndarray, gold: np.ndar
         consensus.fit_temperature(z, gold)
 
 
+@pytest.mark.parametrize("excess", [1e-9, 1e-3])
+def test_labels_near_chance_have_a_temperature_with_a_finite_interval(excess: float):
+    gold = np.where(np.arange(40) < 20, 1.0, -1.0)
+    z = np.where(np.arange(40) < 1, 0.1 + excess, 0.1)
+    fitted = consensus.fit_temperature(z, gold)
+    assert 0 < fitted.low < fitted.temperature < fitted.high < math.inf
+    with pytest.raises(consensus.CalibrationError, match="no better than chance"):
+        consensus.fit_temperature(np.where(np.arange(40) < 1, 0.1 + 1e-15, 0.1), gold)
+
+
+def test_a_voter_weighs_as_much_as_its_labels_are_correct():
+    # 22 pairs of one size each, r of them labeled correctly: with one more of each kind,
+    # sigmoid(m / T) = (r + 1) / 24, so m / T = ln((r + 1) / (23 - r)).
+    gold = np.where(np.arange(22) % 2, 1.0, -1.0)
+    correct = np.array([[17], [20], [22], [11], [4]])
+    votes = np.where(np.arange(22) < correct, gold, -gold) * array(2, 0.1, 5, 3, 1)[:, None]
+    weights = consensus.calibrated_weights(votes, gold)
+    assert weights == pytest.approx(array(LN3, math.log(7), math.log(23), 0, 0))
+    assert consensus.calibrated_weights(-votes, -gold) == pytest.approx(weights)
+    # the pool is Bayes' rule for independent voters: the sum of the calibrated log-odds
+    pooled = consensus.pool(votes, consensus.sizes(votes), weights) * weights.sum() / 2
+    assert pooled == pytest.approx(np.sign(votes).T @ weights)
+    with pytest.raises(consensus.CalibrationError, match="no voter is better than chance"):
+        consensus.calibrated_weights(votes[3:], gold)
+    with pytest.raises(consensus.CalibrationError, match="19 labeled pairs"):
+        consensus.calibrated_weights(votes[:, :19], gold[:19])
+
+
 def test_correlations_do_not_depend_on_which_response_is_first():
     # about 0: (1*2 + 2*4) / sqrt(5 * 20) = 1;  (1*1 + 2*0.5) / sqrt(5 * 1.25) = 0.8
     votes = np.array([[1.0, 2.0, 5.0], [2.0, 4.0, NAN], [1.0, 0.5, NAN]])

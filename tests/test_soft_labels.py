@@ -112,6 +112,43 @@ def test_a_temperature_near_zero_makes_hard_labels_of_a_pool(tmp_path: Path):
     assert {row["label_probability"] for row in hard} == {1.0}
 
 
+def test_a_voter_weighs_what_the_labeled_pairs_show(tmp_path: Path):
+    # 22 labeled pairs: judge right on 17 (ln 3), likelihood on 11 (0), pmi on 20 (ln 7).
+    gold = [1.0 if i % 2 else -1.0 for i in range(22)]
+    votes = {
+        name: [size * g * (1 if i < right else -1) for i, g in enumerate(gold)]
+        for name, size, right in (("judge", 2.0, 17), ("likelihood", 0.1, 11), ("pmi", 4.0, 20))
+    }
+    write(tmp_path / "seed", votes, ["first" if g > 0 else "second" for g in gold])
+    write(tmp_path / "judged", THREE, [None] * 5)
+    manifest = run(
+        "filter",
+        input=str(tmp_path / "judged"),
+        rule="consensus",
+        calibrate_on=str(tmp_path / "seed"),
+        voter_weights="calibrated",
+        output_dir=tmp_path / "out",
+    )
+    figures = manifest["summary"]["soft_labels"]
+    both = LN3 + math.log(7)
+    expected = {"judge": LN3 / both, "likelihood": 0.0, "pmi": math.log(7) / both}
+    assert figures["weights"] == pytest.approx(expected)
+    # pmi, of the same sizes, is heavier than the judge wherever they differ
+    labels = [row["label"] for row in rows_of(tmp_path / "out")]
+    assert labels == ["first", "second", "first", "second"]
+    assert manifest["drops"] == {"no_verdict": 1}
+
+
+def test_calibrated_weights_need_labeled_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    write(tmp_path / "judged", THREE, [None] * 5)
+    words = ["filter", "-i", str(tmp_path / "judged"), "-o", str(tmp_path / "out")]
+    words += ["--rule", "consensus", "--voter-weights", "calibrated"]
+    assert run_command(words, monkeypatch) == 2
+    assert "needs --rule consensus and --calibrate-on" in capsys.readouterr().err
+
+
 def test_the_temperature_is_fitted_on_labeled_pairs_and_stands_in_the_manifest(tmp_path: Path):
     own = labeled(tmp_path / "own", seed=1)
     seed_pairs = labeled(tmp_path / "seed", n=200)

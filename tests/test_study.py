@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from study import figures, report, summary, world
+from study import figures, regimes, report, summary, world
 from study import run as study
 from study.experiments import EXPERIMENTS, MAIN, WITH_JUDGES, Method, Setup
 
@@ -417,3 +418,33 @@ def test_without_matplotlib_the_page_is_written_and_one_line_names_the_missing_e
     assert "(study/consensus.svg)" in (tmp_path / "study.md").read_text(encoding="utf-8")
     appendix = (tmp_path / "study_appendix.md").read_text(encoding="utf-8")
     assert "(study/methods.svg)" in appendix
+
+
+# ------------------------------ the map of regimes
+
+
+def test_a_student_of_the_map_has_the_accuracy_that_it_is_given():
+    rng = np.random.default_rng(0)
+    for accuracy in (0.55, 0.8):
+        student = regimes.student_of_accuracy(rng, accuracy)
+        assert regimes.accuracy_of(student) == pytest.approx(accuracy)
+        x = rng.standard_normal((40_000, regimes.DIMENSIONS))
+        assert (np.sign(x @ student) == np.sign(x[:, 0])).mean() == pytest.approx(
+            accuracy, abs=0.01
+        )
+
+
+def test_agreement_pays_where_the_agreed_labels_are_worth_more():
+    # ((0.8 + 0.8 - 1) / 0.6)^2 = 1 > 0.68; ((0.9 + 0.6 - 1) / 0.8)^2 = 0.39 < 0.58
+    assert regimes.agreement_pays(0.8, 0.8, 0.8**2 + 0.2**2)
+    assert not regimes.agreement_pays(0.9, 0.6, 0.9 * 0.6 + 0.1 * 0.4)
+
+
+@pytest.mark.parametrize("arrangement", regimes.ARRANGEMENTS)
+def test_the_committed_map_is_what_the_simulation_gives(arrangement: str):
+    cell = next(c for c in regimes.read() if (c["arrangement"], c["judge"]) == (arrangement, 0.75))
+    assert (cell["other"], cell["seeds"]) == (0.90, regimes.N_SEEDS)
+    correlation = regimes.ARRANGEMENTS[arrangement]
+    rows = [regimes.one_seed(seed, 0.75, 0.90, correlation) for seed in range(regimes.N_SEEDS)]
+    for key, value in cell["mean"].items():
+        assert np.mean([row[key] for row in rows]) == pytest.approx(value, abs=1e-4)

@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 from scir_cli.report import plots
@@ -320,18 +321,7 @@ def _heat(
 ) -> None:
     from matplotlib.patches import Rectangle
 
-    ax.grid(False)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    ax.tick_params(length=0)
-    ax.set(
-        xlim=(-0.5, len(columns) - 0.5),
-        ylim=(len(rows) - 0.5, -0.5),
-        xticks=range(len(columns)),
-        yticks=range(len(rows)),
-    )
-    ax.set_xticklabels(columns)
-    ax.set_yticklabels(rows)
+    _cell_axes(ax, rows, columns)
     ax.set_title(panel.heading, fontsize=9.5, weight="bold")
     for i, row in enumerate(panel.values):
         for j, value in ((j, value) for j, value in enumerate(row) if value is not None):
@@ -346,6 +336,88 @@ def _heat(
                 )
             )
             ax.text(j, i, f"{value:.2f}", ha="center", va="center")
+
+
+@dataclass(frozen=True)
+class Region:
+    """One panel of a map: the best method of each cell, and the cells that a line surrounds."""
+
+    heading: str
+    best: Sequence[Sequence[str]]  # rows x columns
+    values: Sequence[Sequence[float]]  # of the best method, from 0 to 1
+    outlined: Sequence[Sequence[bool]]
+
+
+def regions(
+    label: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    axes_names: tuple[str, str],
+    methods: Sequence[str],
+    panels: Sequence[Region],
+    outline: str,
+) -> str:
+    """Cells in the color of their best method, with its value in percent.
+
+    axes_names: of rows, of columns; outline: what the line surrounds
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def paint(axes: Any) -> None:
+        for ax, panel in zip(axes, panels, strict=True):
+            _cell_axes(ax, rows, columns)
+            ax.set_title(panel.heading, fontsize=9.5, weight="bold")
+            ax.set_xlabel(axes_names[1])
+            _region(ax, panel, methods)
+        axes[0].set_ylabel(axes_names[0])
+        handles = [Patch(color=plots.color("", i), alpha=0.45) for i in range(len(methods))]
+        axes[0].figure.legend(
+            handles=[*handles, Line2D([], [], color=STAND_IN["ink"], linewidth=1.6)],
+            labels=[*methods, outline],
+            loc="outside lower center",
+            ncols=3,
+            columnspacing=1.6,
+        )
+
+    size = (WIDTH, 1.5 + 0.27 * len(rows))
+    return document(plots.draw(paint, label, size, (1, len(panels))), size)
+
+
+def _region(ax: Any, panel: Region, methods: Sequence[str]) -> None:
+    """The cells of one panel, and the line around those that are outlined."""
+    from matplotlib.patches import Rectangle
+
+    n_rows, n_columns = len(panel.best), len(panel.best[0])
+    for i, j in product(range(n_rows), range(n_columns)):
+        color = plots.color("", methods.index(panel.best[i][j]))
+        ax.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=color, alpha=0.45, linewidth=0))
+        ax.text(j, i, f"{100 * panel.values[i][j]:.0f}", ha="center", va="center", fontsize=8)
+
+    def is_inside(i: int, j: int) -> bool:
+        return 0 <= i < n_rows and 0 <= j < n_columns and panel.outlined[i][j]
+
+    line = {"color": STAND_IN["ink"], "linewidth": 1.6}
+    for i, j in product(range(n_rows), range(n_columns)):
+        if j + 1 < n_columns and is_inside(i, j) != is_inside(i, j + 1):
+            ax.plot([j + 0.5] * 2, [i - 0.5, i + 0.5], **line)
+        if i + 1 < n_rows and is_inside(i, j) != is_inside(i + 1, j):
+            ax.plot([j - 0.5, j + 0.5], [i + 0.5] * 2, **line)
+
+
+def _cell_axes(ax: Any, rows: Sequence[str], columns: Sequence[str]) -> None:
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    ax.tick_params(length=0)
+    ax.set(
+        xlim=(-0.5, len(columns) - 0.5),
+        ylim=(len(rows) - 0.5, -0.5),
+        xticks=range(len(columns)),
+        yticks=range(len(rows)),
+    )
+    ax.set_xticklabels(columns)
+    ax.set_yticklabels(rows)
 
 
 def courses(

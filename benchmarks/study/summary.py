@@ -8,7 +8,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from study.figures import Forest, Mark, forest
+from study import regimes
+from study.figures import Forest, Mark, Region, forest, regions
 from study.tables import (
     FIGURES,
     Json,
@@ -56,7 +57,14 @@ ALT = {
         f"{OURS} less {RIVAL} in every world: paired means with 95 % intervals, one panel per "
         "figure"
     ),
+    "regimes": (
+        "The best labels in a simulation, by the accuracy of the judge and of a second voter: one "
+        "panel per arrangement of their errors, the accuracy of the trained student in each cell"
+    ),
 }
+
+#: The methods of the map of regimes; SRLM with hard labels is best nowhere.
+MAPPED = ("srlm-soft", "agreement", "consensus", "consensus, calibrated weights")
 
 INTRODUCTION = """# Does it help? A study with gold labels
 
@@ -112,7 +120,7 @@ def page(results: dict[str, Json]) -> str:
     worlds = worlds_of(results)
     if len(worlds) > 1:
         parts += ["## Other worlds", *_image("consensus-worlds"), *_worlds(worlds)]
-    return "\n\n".join([*parts, LIMITS]) + "\n"
+    return "\n\n".join([*parts, *map_of_regimes(), LIMITS]) + "\n"
 
 
 def answer(result: Json) -> list[str]:
@@ -152,6 +160,60 @@ def real_model(result: Json) -> list[str]:
         *_image("consensus-real"),
         means(records, methods, last, columns | {"label_accuracy": "correct labels"}),
     ]
+
+
+def map_of_regimes() -> list[str]:
+    """The section about the simulation of regimes.py."""
+    cells = regimes.read()
+    sentences = [regime(cells, name) for name in regimes.ARRANGEMENTS]
+    return [
+        "## Who should label? A map of regimes",
+        "A simulation with a linear reward (`benchmarks/study/regimes.py`): a judge, a second "
+        f"voter, {regimes.N_PAIRS} pairs, {regimes.N_CALIBRATION} labeled pairs for temperatures, "
+        f"{regimes.N_SEEDS} seeds per cell. It is no evidence about language models; it shows "
+        "which labels are best when voters are as in a cell. The line is the formula of "
+        "[method.md](method.md), section 8.",
+        *_image("regimes"),
+        "\n".join(sentences),
+    ]
+
+
+def regime(cells: Sequence[Json], name: str) -> str:
+    """One line of the list: where which labels are best, and how often the formula is right."""
+    own = [cell for cell in cells if cell["arrangement"] == name]
+    best = [regimes.best(cell, MAPPED) for cell in own]
+    counts = ", ".join(f"`{m}` in {best.count(m)}" for m in MAPPED if m in best)
+    clear = [c for c in own if abs(c["agreement_less_srlm"][0]) > 2 * c["agreement_less_srlm"][1]]
+    right = sum((c["agreement_less_srlm"][0] > 0) == regimes.formula(c) for c in clear)
+    return (
+        f"- **{name.capitalize()}**: best of {len(own)} cells: {counts}. In {right} of the "
+        f"{len(clear)} cells in which agreement and SRLM differ by more than two standard errors "
+        "the formula names the better one."
+    )
+
+
+def regimes_picture() -> str:
+    cells = {(c["arrangement"], c["other"], c["judge"]): c for c in regimes.read()}
+
+    def panel(name: str) -> Region:
+        rows = [[cells[name, other, judge] for judge in regimes.JUDGE] for other in regimes.OTHER]
+        best = [[regimes.best(cell, MAPPED) for cell in row] for row in rows]
+        return Region(
+            name,
+            best,
+            [[max(cell["mean"][m] for m in MAPPED) for cell in row] for row in rows],
+            [[regimes.formula(cell) for cell in row] for row in rows],
+        )
+
+    return regions(
+        ALT["regimes"],
+        [f"{other:.2f}" for other in regimes.OTHER],
+        [f"{judge:.2f}" for judge in regimes.JUDGE],
+        ("accuracy of the second voter", "accuracy of the judge"),
+        MAPPED,
+        [panel(name) for name in regimes.ARRANGEMENTS],
+        "agreement pays by the formula",
+    )
 
 
 def distance_to_gold(records: Sequence[Json], iteration: int) -> str:
@@ -212,7 +274,7 @@ def _mark(records: Sequence[Json], method: str, figure: str) -> Mark | None:
 
 def pictures(results: dict[str, Json]) -> dict[str, str]:
     """File -> SVG: those that the page refers to."""
-    drawn = {}
+    drawn = {"regimes": regimes_picture()}
     if FRESH in results:
         drawn["consensus"] = methods_picture(results[FRESH], "consensus", SHOWN)
     if REAL in results:

@@ -27,6 +27,9 @@ MIN_CALIBRATION_PAIRS = 20
 #: Newton steps; the bracket halves wherever one leaves it, so this is far more than needed.
 MAX_NEWTON_STEPS = 100
 
+#: A temperature's interval spans at most exp of twice this.
+LARGEST_LOG_SPREAD = 100.0
+
 
 class CalibrationError(Exception):
     """No temperature can be fitted to these pairs; the message is the reason."""
@@ -71,6 +74,28 @@ def label_probability(pooled: Array, temperature: float = 1.0) -> Array:
     return probability
 
 
+def calibrated_weights(log_odds: Array, gold: Array) -> Array:
+    """Weights of the voters for `pool`, from labeled pairs.
+
+    w_k = m_k / T_k, so that the pool is the sum of the calibrated log-odds a_k / T_k: Bayes' rule
+    for voters whose errors are independent. T_k is fitted with two more pairs of size m_k, one
+    labeled correctly and one not (Laplace's rule), so it exists for a voter without errors too.
+    A voter that is no better than chance has weight 0.
+
+    log_odds: (voters, pairs) nats, gold: (pairs,) -> (voters,)
+    Raises CalibrationError for too few labeled pairs, or if every voter has weight 0.
+    """
+    weights = []
+    for size, row in zip(sizes(log_odds), log_odds, strict=True):
+        x = row * gold
+        x = np.append(x[np.isfinite(x) & (x != 0)], [size, -size])
+        _check_enough(len(x) - 2)
+        weights.append(float(size * _newton(x)) if _better_than_chance(x) else 0.0)
+    if not any(weights):
+        raise CalibrationError(f"no voter is better than chance on the {len(gold)} labeled pairs")
+    return np.array(weights)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A temperature, the ends of its 95 % interval, and what it was fitted to."""
@@ -100,17 +125,13 @@ def fit_temperature(pooled: Array, gold: Array) -> Calibration:
     """
     x = pooled * gold
     x = x[np.isfinite(x) & (x != 0)]
-    if len(x) < MIN_CALIBRATION_PAIRS:
-        raise CalibrationError(
-            f"{len(x)} labeled pairs have a verdict, and a temperature needs at least "
-            f"{MIN_CALIBRATION_PAIRS}"
-        )
+    _check_enough(len(x))
     if (x > 0).all():
         raise CalibrationError(
             f"all {len(x)} labeled pairs are labeled correctly (separable), "
             "so that every lower temperature fits better"
         )
-    if x.sum() <= 0:
+    if not _better_than_chance(x):
         raise CalibrationError(
             f"the pooled log-odds are no better than chance on the {len(x)} labeled pairs "
             f"(accuracy {(x > 0).mean():.3f})"
@@ -118,7 +139,8 @@ def fit_temperature(pooled: Array, gold: Array) -> Calibration:
     inverse = _newton(x)
     wrong = label_probability(-x, 1 / inverse)
     curvature = float((x * x * wrong * (1 - wrong)).sum())
-    spread = math.exp(Z / (inverse * math.sqrt(curvature)))
+    # Near chance the interval is as good as endless; the bound keeps it finite.
+    spread = math.exp(min(Z / (inverse * math.sqrt(curvature)), LARGEST_LOG_SPREAD))
     right = int((x > 0).sum())
     low, high = wilson(right, len(x))
     return Calibration(
@@ -132,6 +154,19 @@ def fit_temperature(pooled: Array, gold: Array) -> Calibration:
         nll=float(np.logaddexp(0, -inverse * x).mean()),
         nll_uncalibrated=float(np.logaddexp(0, -x).mean()),
     )
+
+
+def _check_enough(n_pairs: int) -> None:
+    if n_pairs < MIN_CALIBRATION_PAIRS:
+        raise CalibrationError(
+            f"{n_pairs} labeled pairs have a verdict, and a temperature needs at least "
+            f"{MIN_CALIBRATION_PAIRS}"
+        )
+
+
+def _better_than_chance(x: Array) -> bool:
+    """Whether sum x is above 0 by more than rounding.  x: (pairs,) log-odds for the gold label"""
+    return bool(x.sum() > 1e-12 * np.abs(x).sum())
 
 
 def _newton(x: Array) -> float:

@@ -76,12 +76,13 @@ class Pool:
     """Turns log-odds of some voters into calibrated ones; has figures for the manifest."""
 
     sizes: Array  # (voters,) nats
+    weights: Array  # (voters,), sum 1
     temperature: float
     figures: Json
 
     def __call__(self, log_odds: Array) -> Array:
         """Calibrated pooled log-odds, nats.  (voters, pairs) -> (1, pairs)"""
-        return consensus.pool(log_odds, self.sizes)[None] / self.temperature
+        return consensus.pool(log_odds, self.sizes, self.weights)[None] / self.temperature
 
 
 def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Pool:
@@ -92,23 +93,26 @@ def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Poo
     log_odds, lengths = _numbers(pairs, voters)
     sizes = check_voters(log_odds, voters, settings.input)
     temperature, calibration = 1.0, None
+    weights = np.full(len(voters), 1 / len(voters))
     if settings.label_temperature is not None:
         temperature = settings.label_temperature
     elif settings.calibrate_on is not None:
-        calibration = calibrate(settings.calibrate_on, voters)
+        calibration = calibrate(settings, voters)
         temperature = calibration["temperature"]
+        weights = np.array(list(calibration["weights"].values()))
     elif settings.rule == "consensus":
         warn(
             "the labels have temperature 1, but the sizes of log-odds differ from model to model: "
             "fit it with --calibrate-on LABELED_PAIRS, or give --label-temperature"
         )
-    pooled = consensus.pool(log_odds, sizes)
+    pooled = consensus.pool(log_odds, sizes, weights)
     correlations = {
         f"{voters[i]}, {voters[j]}": _json(value)
         for (i, j), value in consensus.correlations(log_odds).items()
     }
     figures: Json = {
         "voters": dict(zip(voters, sizes.tolist(), strict=True)),
+        "weights": dict(zip(voters, weights.tolist(), strict=True)),
         "temperature": temperature,
         "calibration": calibration,
         "mean_certainty": _json(
@@ -120,7 +124,7 @@ def fit_pool(settings: FilterSettings, pairs: Dataset, voters: list[str]) -> Poo
     figures["warnings"] = guards(figures, pooled)
     for line in figures["warnings"]:
         warn(line)
-    return Pool(sizes, temperature, figures)
+    return Pool(sizes, weights, temperature, figures)
 
 
 def _numbers(pairs: Dataset, voters: list[str]) -> tuple[Array, Array]:
@@ -163,21 +167,26 @@ def check_voters(log_odds: Array, voters: list[str], source: Any) -> Array:
     return sizes
 
 
-def calibrate(folder: str, voters: list[str]) -> Json:
-    """The temperature of the pool on labeled pairs, and figures of each voter on them.
+def calibrate(settings: FilterSettings, voters: list[str]) -> Json:
+    """The pool's weights and temperature on labeled pairs, and figures of each voter on them.
 
     Raises DataError if no temperature can be fitted.
-    folder: a judged dataset with gold labels and the voters' verdicts. Sizes are matched on these
-    pairs themselves.
+    settings.calibrate_on: a judged dataset with gold labels and the voters' verdicts. Sizes are
+    matched on these pairs themselves.
     """
+    folder = str(settings.calibrate_on)
     pairs = dataset.open_dataset(to_path(folder), "judged")
     missing = [voter for voter in voters if voter not in verdicts.model_names(pairs.tables())]
     if missing:
         raise DataError(f"--calibrate-on {folder}: no verdicts of {', '.join(missing)}")
     log_odds, lengths = _numbers(pairs, voters)
     gold = np.concatenate([verdicts.gold_signs(table["gold_label"]) for table in pairs.tables()])
-    pooled = consensus.pool(log_odds, check_voters(log_odds, voters, f"--calibrate-on {folder}"))
+    sizes = check_voters(log_odds, voters, f"--calibrate-on {folder}")
+    weights = np.ones(len(voters))
     try:
+        if settings.voter_weights == "calibrated":
+            weights = consensus.calibrated_weights(log_odds, gold)
+        pooled = consensus.pool(log_odds, sizes, weights)
         fitted = consensus.fit_temperature(pooled, gold)
     except CalibrationError as error:
         raise DataError(
@@ -190,6 +199,7 @@ def calibrate(folder: str, voters: list[str]) -> Json:
     known = gold[~np.isnan(gold)]
     return {
         **asdict(fitted),
+        "weights": dict(zip(voters, (weights / weights.sum()).tolist(), strict=True)),
         "one_sided": bool((known == known[0]).all()),
         "length_correlation": _json(statistics.spearman(pooled, lengths)),
         "gold_length_correlation": _json(statistics.spearman(gold, lengths)),
