@@ -628,6 +628,27 @@ class SamplingSettings(BackendSettings, SplitSettings):
         gt=0,
         le=1,
     )
+    top_k: int = config.setting(
+        0,
+        "Sample from so many of the likeliest tokens; 0: from all.",
+        group=SAMPLING,
+        ge=0,
+        le=1_000_000,
+    )
+    min_p: float = config.setting(
+        0.0,
+        "Sample from tokens with at least this share of the likeliest token's probability.",
+        group=SAMPLING,
+        ge=0,
+        lt=1,
+    )
+    repetition_penalty: float = config.setting(
+        1.0,
+        "Factor by which logits of tokens in the prompt or the response are made smaller; 1: none.",
+        group=SAMPLING,
+        ge=0.1,
+        le=10,
+    )
     max_new_tokens: Positive = config.setting(
         512, "Maximum number of tokens per response.", group=SAMPLING, le=1_000_000
     )

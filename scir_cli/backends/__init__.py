@@ -37,12 +37,31 @@ class Sampling:
 
     temperature: 0 is greedy. top_p: sample from the smallest set of tokens with this probability.
     max_new_tokens: per request. batch_size: requests at a time.
+    top_k: sample from so many of the likeliest tokens; 0: from all.
+    min_p: sample from tokens with at least this share of the likeliest token's probability.
+    repetition_penalty: logits of tokens in the prompt or the response are divided by it if they
+    are positive, and multiplied if they are negative (CTRL, arXiv 1909.05858).
+
+    As in vLLM, the order is repetition_penalty, temperature, min_p, top_k, top_p, each on the
+    renormalized rest of the one before.
     """
 
     temperature: float
     top_p: float
     max_new_tokens: int
     batch_size: int
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def limits(self) -> dict[str, float]:
+        """The settings of vLLM that are not at their defaults, beside temperature and top_p."""
+        limits = {
+            "top_k": (self.top_k, 0),
+            "min_p": (self.min_p, 0.0),
+            "repetition_penalty": (self.repetition_penalty, 1.0),
+        }
+        return {name: value for name, (value, default) in limits.items() if value != default}
 
 
 @dataclass(frozen=True)

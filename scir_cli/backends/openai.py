@@ -180,6 +180,7 @@ class OpenAIBackend(VerdictBackend):
             "seed": request.seed,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
+            **self.sampling.limits(),
             "max_tokens": self.sampling.max_new_tokens,
             "stop_token_ids": self.end_ids,
             "return_token_ids": True,

@@ -38,7 +38,6 @@ class SeededNucleus(LogitsProcessor):
 
         input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> (rows, vocabulary)
         """
-        top_p = self.sampling.top_p
         step = input_ids.shape[1] - self.prompt_length
         # (rows,)
         u = self.uniforms[:, step]
@@ -46,12 +45,9 @@ class SeededNucleus(LogitsProcessor):
         probabilities = (scores.float() / self.sampling.temperature).softmax(-1)
         # (rows, candidates), in descending order
         top, tokens = probabilities.topk(min(NUCLEUS, probabilities.shape[1]))
-        if bool((top.sum(-1) < top_p).any()):
+        if self._needs_all(top):
             top, tokens = probabilities.sort(descending=True)
-
-        # Probability of the tokens that are likelier than each, (rows, candidates)
-        before = top.cumsum(-1) - top
-        nucleus = torch.where(before < top_p, top, torch.zeros_like(top))
+        nucleus = self._nucleus(top)
         cumulative = nucleus.cumsum(-1)
         target = u[:, None] * cumulative[:, -1:]
         # (rows, 1)
@@ -62,6 +58,57 @@ class SeededNucleus(LogitsProcessor):
         pick = torch.minimum(pick, last)
         removed = torch.full_like(scores, -torch.inf)
         return removed.scatter(1, tokens.gather(1, pick), 0.0)
+
+    def _needs_all(self, top: Tensor) -> bool:
+        """Whether tokens beyond the candidates could be sampled.
+
+        top: (rows, candidates) probabilities in descending order
+        """
+        if 0 < self.sampling.top_k <= top.shape[1]:
+            return False
+        if self.sampling.min_p > 0:
+            return bool((top[:, -1] >= self.sampling.min_p * top[:, 0]).any())
+        return bool((top.sum(-1) < self.sampling.top_p).any()) or self.sampling.top_k > 0
+
+    def _nucleus(self, top: Tensor) -> Tensor:
+        """The probabilities of the tokens that can be sampled, and 0 for the others.
+
+        top: (rows, candidates) in descending order -> (rows, candidates), not normalized
+        """
+        sampling = self.sampling
+        limit: Tensor | float = sampling.top_p
+        if sampling.top_k or sampling.min_p:
+            likely = top >= sampling.min_p * top[:, :1]
+            if sampling.top_k:
+                likely[:, sampling.top_k :] = False
+            top = top * likely
+            limit = sampling.top_p * top.sum(-1, keepdim=True)
+        # Probability of the tokens that are likelier than each, (rows, candidates)
+        before = top.cumsum(-1) - top
+        return torch.where(before < limit, top, torch.zeros_like(top))
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """Makes tokens of the prompt and the response less likely (CTRL, arXiv 1909.05858).
+
+    penalty: above 1. n_padded: (rows,) padding tokens on the left of each prompt, which do not
+    count: an answer depends on no other request of its batch.
+    """
+
+    def __init__(self, penalty: float, n_padded: Tensor) -> None:
+        self.penalty = penalty
+        self.n_padded = n_padded
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> (rows, vocabulary)"""
+        rows, vocabulary = scores.shape
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        # Padding marks an extra column.
+        tokens = input_ids.masked_fill(places < self.n_padded[:, None], vocabulary)
+        seen = torch.zeros(rows, vocabulary + 1, dtype=torch.bool, device=scores.device)
+        seen = seen.scatter(1, tokens, value=True)[:, :vocabulary]
+        penalized = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(seen, penalized, scores)
 
 
 class TransformersBackend(Backend):
@@ -124,11 +171,15 @@ class TransformersBackend(Backend):
         return [self._completion(row) for row in tokens[:, width:].tolist()]
 
     def _processors(self, requests: Sequence[Request], width: int) -> LogitsProcessorList:
-        """The sampler of the settings; none for greedy decoding.
+        """The sampler of the settings; for greedy decoding at most the repetition penalty.
 
         width: of the padded prompts, tokens.
         """
         processors = LogitsProcessorList()
+        if self.sampling.repetition_penalty != 1:
+            n_padded = torch.tensor([width - len(request.prompt_ids) for request in requests])
+            n_padded = n_padded.to(self.policy.device)
+            processors.append(RepetitionPenalty(self.sampling.repetition_penalty, n_padded))
         if self.sampling.temperature > 0:
             streams = []
             for request in requests:

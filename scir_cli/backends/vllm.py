@@ -88,6 +88,7 @@ class VllmBackend(VerdictBackend):
         common = {
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
+            **self.sampling.limits(),
             "max_tokens": self.sampling.max_new_tokens,
             "stop_token_ids": self.end_ids,
         }

@@ -28,6 +28,10 @@ from scir_cli.settings import EvalMtBenchSettings, EvalResponsesSettings, Genera
 #: Renaming a setting then changes no id, and so no pair that is drawn by its ids.
 NAME_IN_IDS = {"vllm_arg": "engine_arg"}
 
+#: Settings that enter the id only if they differ from these defaults.
+#: Another one then changes no id of candidates that do not use it.
+DEFAULTS_OUTSIDE_IDS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
 SamplerSettings = GenerateSettings | EvalResponsesSettings | EvalMtBenchSettings
 
 
@@ -127,6 +131,9 @@ class Sampler:
             settings.top_p,
             settings.max_new_tokens,
             settings.batch_size,
+            settings.top_k,
+            settings.min_p,
+            settings.repetition_penalty,
         )
         backend = backends.make(settings.backend, self.model, sampling, settings)
         self.opened.callback(backend.close)
@@ -229,4 +236,7 @@ def _id_settings(settings: SamplerSettings) -> Json:
     plan = {"n": settings.n, **settings.plan()}
     for name, name_in_ids in NAME_IN_IDS.items():
         plan[name_in_ids] = plan.pop(name)
+    for name, default in DEFAULTS_OUTSIDE_IDS.items():
+        if plan[name] == default:
+            del plan[name]
     return plan
