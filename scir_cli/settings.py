@@ -885,6 +885,10 @@ class FilterSettings(StageSettings):
 
     @model_validator(mode="after")
     def _soft_labels_have_log_odds(self) -> FilterSettings:
+        """Raises ValueError for soft labels of rules that have no single log-odds.
+
+        Also for a temperature or voters' weights without soft labels that they belong to.
+        """
         if self.is_soft and (self.rule in ("agree", "majority") or self.cream_previous):
             raise ValueError(
                 "soft_labels are the sigmoid of one log-odds: use --rule consensus or a "

@@ -100,7 +100,10 @@ class RepetitionPenalty(LogitsProcessor):
         self.n_padded = n_padded
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> (rows, vocabulary)"""
+        """The logits, with those of tokens that were there before made smaller.
+
+        input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> (rows, vocabulary)
+        """
         rows, vocabulary = scores.shape
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         # Padding marks an extra column.
