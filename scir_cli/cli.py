@@ -455,6 +455,25 @@ def inspect_input(
             reading.show(found)
 
 
+# ------------------------------------------------------------------------ scir env
+
+EnvAsJson = Annotated[bool, typer.Option("--json", help="Print it as JSON on stdout.")]
+
+
+@app.command("env")
+def env(as_json: EnvAsJson = False, traceback: RunTraceback = False) -> None:
+    """Show versions, hardware and variables, to paste into an issue."""
+    with _reporting(traceback):
+        from scir_cli.report import reading
+        from scir_cli.stages import environment
+
+        found = environment.describe()
+        if as_json:
+            print(json_text(found))
+        else:
+            reading.show_environment(found)
+
+
 # ------------------------------------------------------------------------ the app
 
 

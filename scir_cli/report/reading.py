@@ -38,6 +38,15 @@ def show(found: Json) -> None:
             _show_row(console, f"row {index}", row)
 
 
+def show_environment(found: Json) -> None:
+    """Prints what `stages.environment.describe` found on stdout, one line per fact."""
+    console = PlainConsole()
+    for group, facts in found.items():
+        console.print(f"{group}:")
+        for name, value in facts.items():
+            console.print(f"  {name}: {value}")
+
+
 def _show_manifest(console: PlainConsole, found: Json) -> None:
     """Prints kind, rows, drops, digest and inputs of a folder of ours."""
     manifest = found["manifest"]
