@@ -141,7 +141,7 @@ def teach(folder: Path, n_steps: int, most: int, seed: int) -> Path:
         model=str(folder / "random"),
         input=str(folder / "lessons.jsonl"),
         reward_models=["judge"],
-        sft_response_weight=0.0,
+        sft_weight=0.0,
         learning_rate=3e-3,
         schedule="linear",
         batch_size=32,

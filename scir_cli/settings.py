@@ -1110,10 +1110,12 @@ class TrainSettings(RewardSettings, ReportSettings):
     anchor_weight: float = config.setting(
         1.0, "Weight of the verdict loss on --anchors.", group=CONSISTENCY, ge=0, le=LARGEST_FACTOR
     )
-    sft_response_weight: float = config.setting(
-        1.0,
-        "sft: weight of the chosen response's mean token loss, relative to the verdict loss.",
+    sft_weight: float | None = config.setting(
+        None,
+        "Weight of the chosen response's mean token loss: beside the verdict loss in sft "
+        "(default 1), and beside the preference loss in dpo and scir (default 0).",
         group=RARE,
+        affects_fit=True,
         ge=0,
         le=LARGEST_FACTOR,
     )
@@ -1188,12 +1190,19 @@ class TrainSettings(RewardSettings, ReportSettings):
             raise ValueError("--cpu-offload needs --sharding fsdp and --num-processes above 1")
         return self
 
+    @property
+    def response_weight(self) -> float:
+        """The weight of the chosen response's loss: sft_weight, or its default."""
+        if self.sft_weight is None:
+            return 1.0 if self.objective == "sft" else 0.0
+        return self.sft_weight
+
     @model_validator(mode="after")
     def _sft_has_a_loss(self) -> TrainSettings:
-        has_loss = self.sft_response_weight or "judge" in self.reward_models
+        has_loss = self.response_weight or "judge" in self.reward_models
         if self.objective == "sft" and not has_loss:
             raise ValueError(
-                "sft has no loss: sft_response_weight is 0, and 'judge' is not among "
+                "sft has no loss: sft_weight is 0, and 'judge' is not among "
                 "reward_models; set one of them"
             )
         return self

@@ -96,6 +96,38 @@ def test_each_preference_loss_reads_the_rewards_it_is_defined_on(
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dpo", "ipo", "sppo", "simpo"])
+def test_sft_weight_adds_the_token_loss_of_the_preferred_response(tiny_policy: Policy, name: str):
+    def losses(weight: float | None) -> list[float]:
+        shared = {"preference_loss": name, "sft_weight": weight}
+        dpo = objective(tiny_policy.chat, objective="dpo", **shared)
+        scir = objective(tiny_policy.chat, penalty_weight=0, **shared)
+        soft = example(1, label_probability=0.75)
+        results = [
+            dpo.loss(logps([1.0, -2.0]), [example(1)]),
+            dpo.loss(logps([1.0, -2.0]), [example(-1)]),
+            dpo.loss(logps([1.0, -2.0]), [soft]),
+            scir.loss(logps([*SURE, 1.0, -2.0]), [example()]),
+        ]
+        return [float(loss.detach()) for loss, _ in results]
+
+    # 1/2 and -2/4 nats per token; the agreed label of SCIR's pair is the first
+    added = [2 * -0.5, 2 * 0.5, 2 * (0.75 * -0.5 + 0.25 * 0.5), 2 * -0.5]
+    without = losses(None)
+    assert losses(0.0) == without
+    expected = [loss + more for loss, more in zip(without, added, strict=True)]
+    assert losses(2.0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sft_weight_reports_the_token_loss_and_sft_has_it_by_default(tiny_policy: Policy):
+    dpo = objective(tiny_policy.chat, objective="dpo", sft_weight=1.0)
+    _, metrics = dpo.loss(logps([1.0, -2.0], [1.0, -2.0]), [example(1), example(-1)])
+    assert metrics["sft/answer_nll"] == pytest.approx((-0.5 + 0.5) / 2)
+    assert dpo.settings.response_weight == 1
+    assert objective(tiny_policy.chat, objective="sft").settings.response_weight == 1
+    assert objective(tiny_policy.chat, objective="dpo").settings.response_weight == 0
+
+
 def test_a_label_that_is_less_than_sure_is_hedged(tiny_policy: Policy):
     dpo = objective(tiny_policy.chat, objective="dpo", beta=0.1)
     loss, _ = dpo.loss(logps([1.0, -2.0]), [example(1, label_probability=0.75)])

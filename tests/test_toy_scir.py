@@ -138,9 +138,7 @@ def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_go
 
     remember(policy, everyone, "M_0")
     common = {"judge_prompt": prompt, "batch_size": 30}
-    sft = settings(
-        objective="sft", sft_response_weight=0.0, learning_rate=2e-3, max_steps=300, **common
-    )
+    sft = settings(objective="sft", sft_weight=0.0, learning_rate=2e-3, max_steps=300, **common)
     train(policy, labeled, tmp_path / "sft", sft, "M_0")
     remember(policy, everyone, "taught")
     train(

@@ -100,7 +100,7 @@ RIVALS = [
 VERDICTS = Method(
     "verdict oracle",
     "external",
-    {"objective": "sft", "sft_response_weight": 0.0, "reward_models": ["judge", "external"]},
+    {"objective": "sft", "sft_weight": 0.0, "reward_models": ["judge", "external"]},
     scores="oracle",
 )
 
@@ -215,7 +215,7 @@ REAL = Setup(
         "batch_size": 4,
         "max_steps": 36,
         "schedule": "linear",
-        "sft_response_weight": 0,
+        "sft_weight": 0,
     },
     tune={"learning_rate": 5e-5, "batch_size": 8, "max_steps": 14, "schedule": "linear"},
     loop={

@@ -177,6 +177,21 @@ def hedged(loss: Callable[[Tensor], Tensor], label: Tensor, label_probability: T
     return label_probability * loss(label) + (1 - label_probability) * loss(-label)
 
 
+def with_answer_nll(
+    loss: Callable[[Tensor], Tensor], mean_logps: Tensor, label: Tensor, weight: float
+) -> Tensor:
+    """A preference loss and the token loss of the preferred response.
+
+        l(label) - weight log pi(y_w|x)/|y_w|       (Iterative RPO, arXiv 2404.19733, eq. 1)
+
+    Theirs divides by the tokens of the prompt as well; with label_probability, `hedged` takes the
+    expectation of both terms.
+    loss: label (pairs,) -> (pairs,); mean_logps: (2, pairs), nats per token -> (pairs,)
+    """
+    preferred = torch.where(label > 0, mean_logps[0], mean_logps[1])
+    return loss(label) - weight * preferred
+
+
 # -- the objective
 
 

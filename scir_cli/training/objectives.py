@@ -130,21 +130,41 @@ class _Base:
     ) -> PreferenceLoss:
         """The preference loss of the settings, of each pair, as a function of its label.
 
+        With --sft-weight it includes the chosen response's token loss, as in RPO
+        (arXiv 2404.19733).
         logps: (pairs, 2) of both responses, nats; ratios: (2, pairs), as `log_ratios`.
         """
         settings = self.settings
+        lengths = [[len(ids) for ids in example.pair.response_ids] for example in examples]
+        # nats per token, (2, pairs)
+        mean_logps = (logps / torch.tensor(lengths, device=logps.device)).T
         if settings.preference_loss == "simpo":
-            lengths = [[len(ids) for ids in example.pair.response_ids] for example in examples]
-            # nats per token, (pairs, 2)
-            mean_logps = logps / torch.tensor(lengths, device=logps.device)
-            return partial(
+            preference: PreferenceLoss = partial(
                 losses.simpo,
-                mean_logps.T,
+                mean_logps,
                 beta=settings.beta,
                 target_margin=settings.target_margin,
             )
-        loss = WITH_REFERENCE[settings.preference_loss]
-        return partial(loss, ratios, beta=settings.beta)
+        else:
+            loss = WITH_REFERENCE[settings.preference_loss]
+            preference = partial(loss, ratios, beta=settings.beta)
+        if not settings.response_weight:
+            return preference
+        return partial(
+            losses.with_answer_nll, preference, mean_logps, weight=settings.response_weight
+        )
+
+    def answer_metrics(self, logps: Tensor, examples: Sequence[Example]) -> Metrics:
+        """The mean token loss of the labeled responses, if the loss includes it.
+
+        logps: (pairs, 2) of both responses, nats
+        """
+        if not self.settings.response_weight:
+            return {}
+        chosen = [0 if example.label > 0 else 1 for example in examples]
+        lengths = [len(_chosen_ids(example)) for example in examples]
+        nll = -logps.detach().cpu()[range(len(chosen)), chosen] / torch.tensor(lengths)
+        return {"sft/answer_nll": float(nll.mean())}
 
 
 class Sft(_Base):
@@ -158,7 +178,7 @@ class Sft(_Base):
         self.judge = self.models.get("judge")
         self.branch_slices = {}
         #: Branches of the chosen response: one, or none if its loss has no weight
-        self.n_answer_branches = 1 if self.settings.sft_response_weight else 0
+        self.n_answer_branches = 1 if self.settings.response_weight else 0
         if self.n_answer_branches:
             self.branch_slices["answer"] = slice(0, self.n_answer_branches)
         if self.judge:
@@ -187,7 +207,7 @@ class Sft(_Base):
             lengths = [len(_chosen_ids(example)) for example in examples]
             # nats per token, (pairs,)
             answer_nll = -logps[:, 0] / torch.tensor(lengths, device=logps.device)
-            loss = loss + self.settings.sft_response_weight * answer_nll.mean()
+            loss = loss + self.settings.response_weight * answer_nll.mean()
             metrics["sft/answer_nll"] = float(answer_nll.detach().mean())
         if "judge" in self.branch_slices:
             label = self.labels(examples, logps)
@@ -253,7 +273,8 @@ class Dpo(_Base):
         probability = torch.tensor(probabilities, device=logps.device)
         preference_loss = self.preference_loss(logps, ratios, examples)
         loss = losses.hedged(preference_loss, label, probability).mean()
-        return loss, dpo_metrics(logps, ratios, label, self.settings.beta)
+        metrics = dpo_metrics(logps, ratios, label, self.settings.beta)
+        return loss, metrics | self.answer_metrics(logps, examples)
 
 
 def check_scir(settings: TrainSettings, models: Mapping[str, RewardModel]) -> None:
