@@ -391,6 +391,7 @@ ALIASES = {
     "lr-scheduler-type": "schedule",
     "lora-r": "lora-rank",
     "loss-type": "preference-loss",
+    "rpo-alpha": "sft-weight",
     "max-completion-length": "max-new-tokens",
     "num-return-sequences": "n",
     "num-generations": "n",

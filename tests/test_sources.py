@@ -464,6 +464,24 @@ def test_a_save_to_disk_folder_that_is_damaged_is_refused(tmp_path: Path) -> Non
         load_prompts(str(tmp_path / "saved"))
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json"])
+def test_any_flipped_bit_in_the_records_of_a_save_to_disk_folder_is_refused_or_harmless(
+    name: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([{"prompt": "a"}, {"prompt": "b"}]).save_to_disk(folder)
+    expected = load_prompts(str(folder))
+    content = (folder / name).read_bytes()
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 7
+        (folder / name).write_bytes(flipped)
+        try:
+            assert load_prompts(str(folder)) == expected
+        except DataError:
+            continue
+
+
 def test_any_other_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="name the data file inside it"):
         load_prompts(str(tmp_path))

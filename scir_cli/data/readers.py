@@ -817,7 +817,8 @@ def _read_hub(source: _Source) -> Iterator[Row]:
     try:
         more = {"revision": source.revision} if source.revision else {}
         data = datasets.load_dataset(source.location, source.config, split=split, **more)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    # A repository may hold anything, and so may the errors of the code that reads it.
+    except Exception as error:
         raise DataError(
             f"'{source.location}' is not a local path, and loading it from the hub failed: "
             f"{_one_line(error)}"
@@ -841,20 +842,21 @@ def _read_saved(path: Path, split: str) -> Iterator[Row]:
         )
     import datasets
 
+    advice = "write it again with datasets.save_to_disk"
     try:
         data = datasets.load_from_disk(str(path))
-        splits = data if isinstance(data, datasets.DatasetDict) else {DEFAULT_SPLIT: data}
-        if split not in splits:
-            names = ", ".join(splits)
-            raise DataError(
-                f"{path} has no split '{split}'; it has {names}: name one as {path}:SPLIT"
-            )
+    # Its JSON files may hold anything, and so may the errors of the code that reads them.
+    except Exception as error:
+        raise DataError(f"{path} cannot be read ({_one_line(error)}); {advice}") from error
+    splits = data if isinstance(data, datasets.DatasetDict) else {DEFAULT_SPLIT: data}
+    if split not in splits:
+        names = ", ".join(splits)
+        raise DataError(f"{path} has no split '{split}'; it has {names}: name one as {path}:SPLIT")
+    try:
         yield from _mapped_rows(splits[split])
     # pa.ArrowInvalid is a ValueError.
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read ({_one_line(error)}); write it again with datasets.save_to_disk"
-        ) from error
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read ({_one_line(error)}); {advice}") from error
 
 
 def _shards(path: Path, split: str) -> list[Path]:
