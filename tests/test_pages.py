@@ -467,6 +467,47 @@ def test_a_browser_loads_nothing_else_reports_no_error_and_shows_every_picture(
         assert (brightness(drawn) > 128) == dark, "text in a picture follows the page"
 
 
+@pytest.mark.chromium
+@pytest.mark.skipif(
+    PROGRAM is None, reason="no Chromium on this machine (Debian: apt install chromium)"
+)
+@pytest.mark.parametrize("width", [400, 1400])
+def test_pairs_are_filtered_by_subset_reward_model_verdict_and_text(
+    world: Path, chromium: Chromium, width: int
+):
+    chromium.look(world / "consistency.html", width)
+
+    def shown(**fields: str) -> list[Any]:
+        """The data of the pairs that are shown under these values of the form; else all."""
+        sets = "".join(f"f.elements['{name}'].value = {value!r};" for name, value in fields.items())
+        pairs: list[Any] = chromium.evaluate(
+            "(() => { const f = document.querySelector('form'); f.reset();"
+            + sets
+            + "f.dispatchEvent(new Event('input'));"
+            "return [...document.querySelectorAll('.pair:not([hidden])')].map(p => "
+            "[p.dataset.subset, JSON.parse(p.dataset.verdicts), p.textContent]); })()"
+        )
+        return pairs
+
+    every = shown()
+    subsets = {subset for subset, _, _ in every}
+    assert len(subsets) > 1
+    for subset in subsets:
+        expected = [pair for pair in every if pair[0] == subset]
+        assert sorted(shown(subset=subset)) == sorted(expected)
+    for model, word in (("judge", "wrong"), ("implicit", "first")):
+        expected = [p for p in every if any(v[0] == model and word in v for v in p[1])]
+        assert 0 < len(expected) < len(every)
+        assert sorted(shown(model=model, verdict=word)) == sorted(expected)
+    word = every[0][2].split()[0]
+    expected = [pair for pair in every if word.lower() in pair[2].lower()]
+    assert sorted(shown(text=word.upper())) == sorted(expected)
+    assert shown(text="no pair has this text") == []
+    assert chromium.evaluate("document.querySelector('form output').textContent").startswith("0 of")
+    assert chromium.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert chromium.complaints == []
+
+
 def brightness(color: str) -> float:
     return sum(int(n) for n in re.findall(r"\d+", color)[:3]) / 3
 
@@ -481,7 +522,7 @@ def test_pairs_are_sorted_and_chosen_and_an_injected_script_would_not_run(
     chromium.look(world / "consistency.html", 1400)
     choose = (
         "(() => { const f = document.querySelector('form'); f.elements['%s'].value = '%s'; "
-        "f.dispatchEvent(new Event('change')); })()"
+        "f.dispatchEvent(new Event('input')); })()"
     )
     chromium.evaluate(choose % ("order", "mistake"))
     mistakes = chromium.evaluate(

@@ -112,6 +112,17 @@ class Browser:
     text: str
     pairs: Sequence[Json]
 
+    @property
+    def subsets(self) -> list[str]:
+        """The subsets of the pairs; "" stands for none."""
+        return sorted({pair["subset"] or "" for pair in self.pairs} - {""})
+
+    @property
+    def models(self) -> list[str]:
+        """The reward models with a verdict on a pair, in their order."""
+        names = [verdict["model"] for pair in self.pairs for verdict in pair["verdicts"]]
+        return list(dict.fromkeys(names))
+
 
 @dataclass(frozen=True)
 class Page:
@@ -183,6 +194,7 @@ def _template() -> Any:
     environment.filters["cell"] = cell
     environment.filters["svg"] = _with_unique_ids
     environment.filters["grid"] = _grid
+    environment.filters["words"] = verdict_words
     environment.globals["css"] = Markup(css)
     environment.globals["script"] = Markup(script)
     environment.globals["script_hash"] = base64.b64encode(digest).decode()
@@ -1275,6 +1287,17 @@ def _verdict(v: Verdicts, k: int, i: int) -> Json:
         "swapped": float(swapped),
         "mass": float(v.verdict_mass[k, i]),
     }
+
+
+def verdict_words(verdicts: Sequence[Json]) -> list[list[str]]:
+    """Each verdict as the page's filters match it: reward model, preferred side, correctness."""
+    words = []
+    for verdict in verdicts:
+        size = verdict["log_odds"]
+        side = "first" if size > 0 else "second" if size < 0 else "tie"
+        correct = {None: [], True: ["correct"], False: ["wrong"]}[verdict["right"]]
+        words.append([verdict["model"], side, *correct])
+    return words
 
 
 def _is_right(log_odds: float, gold: float) -> bool | None:
