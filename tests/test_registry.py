@@ -54,11 +54,11 @@ def test_every_stage_has_settings_a_line_of_help_and_functions_that_exist(stage:
     assert issubclass(stage.settings, ReportSettings) == (stage.page is not None)
 
 
-def test_the_commands_of_the_cli_are_the_stages_run_and_inspect():
+def test_the_commands_of_the_cli_are_the_stages_run_inspect_and_env():
     app = typer.main.get_command(cli.app)
     evaluations = app.commands["eval"].commands  # type: ignore[attr-defined]
     names = {*app.commands, *(f"eval {name}" for name in evaluations)} - {"eval"}  # type: ignore[attr-defined]
-    assert names == {*STAGES, "run", "inspect"}
+    assert names == {*STAGES, "run", "inspect", "env"}
     assert evaluations["rewards"].help == STAGES["eval rewards"].about
 
 
