@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What `make test-fast` leaves out.
-SLOW := slow or quickstart or vllm or gpu or chromium
+SLOW := slow or soak or quickstart or vllm or gpu or chromium
 
-.PHONY: help quickstart counts check test-fast test test-vllm bench-env
+# A module is compiled when it is first imported, and then kept: pip would compile 20,000, of which a fifth are ever imported.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help quickstart counts check test-fast test test-soak test-vllm bench-env
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,9 +27,12 @@ counts: $(VENV)/dev  ## set up, then print counts of the code: density, length, 
 test-fast: $(VENV)/dev  ## set up, then the tests that are not slow, in two processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile -m "not ($(SLOW))"
 
-test: check  ## set up, then lint, format, types, build and all tests but vLLM's, in two processes
+test: check  ## set up, then lint, format, types, build and all tests but vLLM's and the soak tests, in two processes
 	$(BIN)/python -m build --no-isolation --outdir $(VENV)/dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not soak"
+
+test-soak: $(VENV)/dev  ## set up, then the tests that repeat others with more seeds, kills, launchers or benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m soak
 
 test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then its tests
 	.venv-vllm/bin/python -c 'import vllm' || { echo "vLLM's CPU build cannot be imported, so nothing of vLLM is tested"; exit 1; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 
 # Two threads that wait for each other spin by default; where other work has the cores, a tiny model
 # then takes eighty times as long.
@@ -15,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from pathlib import Path
 
+import preloaded
 import pyarrow as pa
 import pytest
 import torch
@@ -49,6 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny llama and its tokenizer."""
     return make_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def scir_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """The words that run `scir` in a process forked from one that has imported torch.
+
+    `python -m scir_cli` does the same, eight seconds later.
+    """
+    server, words = preloaded.start(tmp_path_factory.mktemp("server"))
+    yield words
+    server.kill()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -138,12 +137,10 @@ def test_bad_input_is_one_line_and_a_documented_status(
     ("status", "line", "expected"), IN_A_PROCESS, ids=[IDS[case] for case in IN_A_PROCESS]
 )
 def test_bad_input_is_one_line_in_a_process_of_its_own_too(
-    here: Path, tmp_path: Path, status: int, line: str, expected: str
+    here: Path, tmp_path: Path, scir_command: list[str], status: int, line: str, expected: str
 ):
     words = line.replace("OUT", str(tmp_path / "o")).split()
-    done = subprocess.run(
-        [sys.executable, "-m", "scir_cli", *words], cwd=here, capture_output=True, text=True
-    )
+    done = subprocess.run([*scir_command, *words], cwd=here, capture_output=True, text=True)
     assert_one_line(done.returncode, done.stderr, status, expected)
 
 

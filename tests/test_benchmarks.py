@@ -106,7 +106,7 @@ def test_every_way_of_scoring_gives_the_same_log_probabilities(tmp_path: Path):
     assert max(row["largest relative difference"] for row in found["table"]) < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_scaling_fits_an_exponent_to_each_factor(tmp_path: Path):
     settings = [
         "--shape",
@@ -132,7 +132,7 @@ def test_scaling_fits_an_exponent_to_each_factor(tmp_path: Path):
     )  # a line through two points
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_length_controlled_rates_are_set_beside_another_environments(tmp_path: Path):
     """A stand-in for alpaca-eval's environment.
 
@@ -187,7 +187,7 @@ def test_the_clock_and_the_peaks_hold_what_a_piece_of_work_takes():
     assert figures["wall_seconds"][0] >= 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_backends_are_measured_on_the_same_rows(tmp_path: Path):
     found = run(
         "backends.py",
@@ -234,6 +234,7 @@ def test_the_table_of_chat_templates_has_a_row_per_template(tmp_path: Path):
     assert "- depends: the chat template of depends renders the answer 'A' differently" in text
 
 
+@pytest.mark.soak
 def test_planted_texts_are_measured_for_each_lesson(tmp_path: Path):
     found = run("planted.py", tmp_path, "--steps", "2", "--pairs", "8", "--seeds", "0")
     assert sorted(found) == ["long", "short"]

@@ -511,7 +511,7 @@ STAGES = ["generate", "judge", "check-consistency", "filter", "eval rewards", "t
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
-    world: Path, thousands: Path, tmp_path: Path, stage: str
+    world: Path, thousands: Path, tmp_path: Path, stage: str, scir_command: list[str]
 ):
     many = tmp_path / "many.jsonl"
     many.write_text(
@@ -568,7 +568,7 @@ def test_a_killed_stage_started_again_ends_as_an_undisturbed_one(
     precision = (
         [] if stage in ("check-consistency", "filter") else ["--dtype", "fp32", "--device", "cpu"]
     )
-    command = [sys.executable, "-m", "scir_cli", *stage.split(), *options, *precision, "-o"]
+    command = [*scir_command, *stage.split(), *options, *precision, "-o"]
     done = {"train": "checkpoints/step-*.pt", "eval rewards": "judged/data-*.arrow"}.get(
         stage, "data-*.arrow"
     )
@@ -613,7 +613,13 @@ def is_locked(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["driver alone", "driver and child"])
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(os.kill, id="driver alone"),
+        pytest.param(os.killpg, id="driver and child", marks=pytest.mark.soak),
+    ],
+)
 def test_a_killed_recipe_leaves_no_child_and_goes_on_where_it_stopped(
     world: Path, tmp_path: Path, kill: Any
 ):

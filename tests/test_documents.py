@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def test_a_generated_page_is_what_the_code_says(name: str):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_tutorial_run_in_its_order(tmp_path: Path):
+def test_the_commands_of_the_tutorial_run_in_its_order(scir_command: list[str], tmp_path: Path):
     text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     script = "set -e\n" + "".join(blocks)
@@ -35,7 +36,7 @@ def test_the_commands_of_the_tutorial_run_in_its_order(tmp_path: Path):
     make_model(tmp_path / "m0", seed=1)
     command = tmp_path / "bin" / "scir"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m scir_cli "$@"\n', encoding="utf-8")
+    command.write_text(f'#!/bin/sh\nexec {shlex.join(scir_command)} "$@"\n', encoding="utf-8")
     command.chmod(0o755)
     done = subprocess.run(
         ["sh", "-c", script.replace(MODEL, str(tmp_path / "m0"))],

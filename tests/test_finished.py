@@ -28,11 +28,18 @@ LIGHT = "imported: []"
 DONE = "(already done)"
 
 
+#: What runs `scir` where nobody watches its imports.
+PROGRAM: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def preloaded_program(scir_command: list[str]) -> None:
+    PROGRAM[:] = scir_command
+
+
 def scir(*words: object, watched: bool = False) -> subprocess.CompletedProcess[str]:
-    program = ["-c", WATCHED] if watched else ["-m", "scir_cli"]
-    return subprocess.run(
-        [sys.executable, *program, *map(str, words)], capture_output=True, text=True
-    )
+    program = [sys.executable, "-c", WATCHED] if watched else PROGRAM
+    return subprocess.run([*program, *map(str, words)], capture_output=True, text=True)
 
 
 def generate(world: Path, out: Path) -> list[object]:

@@ -196,7 +196,10 @@ def test_a_run_of_two_ranks_that_was_killed_is_finished_by_one(root: Path, tmp_p
     "launcher",
     [
         "torch.distributed.run --standalone --nproc-per-node 2",
-        "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1",
+        pytest.param(
+            "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1",
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_other_launchers_work_as_num_processes_does(

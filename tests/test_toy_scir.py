@@ -112,7 +112,7 @@ def figures(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_scir_raises_the_agreement_of_judge_and_implicit_reward_on_a_toy_with_gold_labels(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

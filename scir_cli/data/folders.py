@@ -264,5 +264,7 @@ def forget_digest(part: Path) -> None:
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether a stage wrote this folder, finished or not."""
-    return (path / "plan.json").exists()
+    """Whether a stage wrote this folder, finished or not, even if its plan has been lost since."""
+    if (path / "plan.json").exists():
+        return True
+    return (path / "manifest.json").exists() and any(path.glob("data-*.arrow"))

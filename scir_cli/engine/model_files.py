@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from scir_cli.data import hashing
 from scir_cli.data.files import read_json
 from scir_cli.engine import weight_files
-from scir_cli.engine.weight_files import ADAPTER, ADAPTER_WEIGHTS, BASE_DIGEST_FILE
+from scir_cli.engine.weight_files import ADAPTER, ADAPTER_WEIGHTS
 from scir_cli.errors import ModelError, install_hint, print_line
 
 
@@ -197,8 +197,8 @@ def digest(path: Path) -> str:
     base = base_model_path(path)
     if base != path:
         base_digest = digest(base)
-        record = path / BASE_DIGEST_FILE
-        if record.is_file() and read_json(record)["digest"] != base_digest:
+        record = weight_files.adapter_record(path)
+        if record and record["digest"] != base_digest:
             raise ModelError(
                 f"the adapter {path} was trained on other weights than those in {base}; "
                 "restore the weights, or train the adapter again"

@@ -136,10 +136,23 @@ def digests(path: Path) -> list[str]:
     return actual
 
 
+def adapter_record(path: Path) -> Json | None:
+    """base.json of an adapter that this package wrote; None in other folders.
+
+    digest: of the weights of the base model. files: those of the adapter.
+    Raises DataError if it is damaged.
+    """
+    file = path / BASE_DIGEST_FILE
+    return (
+        manifests.read_checked(file, {"digest"}, "record of an adapter") if file.is_file() else None
+    )
+
+
 def _listed_files(path: Path) -> list[Json]:
     """The entries of the files in a folder that this package wrote; none for other folders."""
-    if (path / BASE_DIGEST_FILE).is_file():
-        entries = read_json(path / BASE_DIGEST_FILE).get("files", [])
+    record = adapter_record(path)
+    if record:
+        entries = record.get("files", [])
     elif folders.is_dataset(path) and (path / "manifest.json").is_file():
         entries = manifests.read(path).get("files", [])
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from scir_cli.data import file_lists, files
+from scir_cli.data import file_lists, manifests
 from scir_cli.engine import checkpoints, loading
 from scir_cli.engine.policy import Policy
 from scir_cli.engine.weight_files import BASE_DIGEST_FILE
@@ -71,7 +71,8 @@ def save_adapter(policy: Policy, folder: Path, weights_digest: str) -> None:
         policy.model.save_pretrained(folder)
     written = [file for file in folder.iterdir() if file.name != "README.md"]
     entries = file_lists.describe(folder, written)
-    files.write_json(folder / BASE_DIGEST_FILE, {"digest": weights_digest, "files": entries})
+    record = {"digest": weights_digest, "files": entries}
+    manifests.write_checked(folder / BASE_DIGEST_FILE, record)
 
 
 def merge_adapter(policy: Policy, settings: TrainSettings, adapter: Path) -> Any:
