@@ -271,10 +271,15 @@ def test_no_digest_file_stays_in_a_finished_folder(tmp_path: Path):
     assert folders.recorded_digest(tmp_path / "o" / "data-00000.arrow") is None
 
 
-def test_a_dataset_whose_plan_became_a_folder_is_not_read_as_shards_of_others(tmp_path: Path):
+@pytest.mark.parametrize("lost", ["removed", "a folder", "a loop"])
+def test_a_dataset_that_lost_its_plan_is_not_read_as_shards_of_others(lost: str, tmp_path: Path):
     write(tmp_path / "o")
-    (tmp_path / "o" / "plan.json").unlink()
-    (tmp_path / "o" / "plan.json").mkdir()
+    plan = tmp_path / "o" / "plan.json"
+    plan.unlink()
+    if lost == "a folder":
+        plan.mkdir()
+    elif lost == "a loop":
+        plan.symlink_to(plan)
     data, dropped = readers.open_prompts(str(tmp_path / "o"))
     assert isinstance(data, dataset.Dataset)
     assert data.slice(0, 9)["prompt_id"].to_pylist() == EXPECTED and not dropped

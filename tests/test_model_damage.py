@@ -167,6 +167,21 @@ def test_a_damaged_adapter_is_refused_and_a_model_beside_it_is_not(world: Path, 
     )
 
 
+def test_a_damaged_record_of_an_adapter_is_one_line(world: Path, tmp_path: Path):
+    train(world, tmp_path / "m", objective="dpo", max_steps=1, lora={"rank": 2})
+    record = tmp_path / "m" / "adapter" / "base.json"
+    written = record.read_text(encoding="utf-8")
+    for text, problem in (
+        (written.replace('"digest"', '"digesu"', 1), "its checksum is not that of its content"),
+        (written.replace("adapter_model", "adapter_mode1", 1), "its checksum is not"),
+        (json.dumps({"files": []}), "it is no record of an adapter"),
+    ):
+        assert text != written
+        record.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=f"base.json is damaged: {problem}"):
+            load(tmp_path / "m" / "adapter")
+
+
 # ------------------------------------------------------------------ models of others
 
 
