@@ -29,14 +29,14 @@ test-fast: $(VENV)/dev  ## set up, then the tests that are not slow, in two proc
 
 test: check  ## set up, then lint, format, types, build and all tests but vLLM's and the soak tests, in two processes
 	$(BIN)/python -m build --no-isolation --outdir $(VENV)/dist . > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not soak"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=40 -m "not soak"
 
 test-soak: $(VENV)/dev  ## set up, then the tests that repeat others with more seeds, kills, launchers or benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m soak
 
 test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then its tests
 	.venv-vllm/bin/python -c 'import vllm' || { echo "vLLM's CPU build cannot be imported, so nothing of vLLM is tested"; exit 1; }
-	.venv-vllm/bin/python -m pytest -m vllm tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -m vllm --durations=5 tests/test_vllm.py
 
 # Its requirements without torch's family: the CUDA builds of torchvision, torchaudio and torchcodec break even `import transformers`.
 .venv-vllm/dev: pyproject.toml
