@@ -932,8 +932,8 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def _one_line(error: Exception) -> str:
-    """The message of an error on one line."""
-    return " ".join(str(error).split())
+    """The message of an error on one line, or its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _lines(path: Path, file: BinaryIO, newline: str) -> Iterator[str]:
@@ -1023,6 +1023,11 @@ def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         raise DataError(f"{path}:{reader.reader.line_num}: malformed CSV ({error})") from error
 
 
+#: What pyarrow raises on a damaged file. OverflowError: on a time that no Python object can hold;
+#: MemoryError: on a size that no memory can hold.
+ARROW_ERRORS = (OSError, ValueError, OverflowError, MemoryError, pa.ArrowException)
+
+
 def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """The rows of a Parquet file, none for an empty file; raises DataError if it is damaged."""
     if not file.seek(0, io.SEEK_END):
@@ -1030,8 +1035,9 @@ def _parquet_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     try:
         parquet = pyarrow.parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False)
         for batch in parquet.iter_batches(ROWS_AT_A_TIME):
+            batch.validate(full=True)
             yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
+    except ARROW_ERRORS as error:
         raise DataError(
             f"{path} is truncated or is not Parquet ({_one_line(error)}); "
             "write or download it again"
@@ -1049,8 +1055,10 @@ def _arrow_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         else:
             batches = iter(pa.ipc.open_stream(file))
         for batch in batches:
+            # Before an offset is used: a damaged one would end the process.
+            batch.validate(full=True)
             yield from batch.to_pylist()
-    except (OSError, ValueError) as error:
+    except ARROW_ERRORS as error:
         raise DataError(
             f"{path} is truncated or is not Arrow ({_one_line(error)}); write or download it again"
         ) from error
