@@ -264,6 +264,7 @@ def cases(world: Path) -> list[Case]:
         *hostile_texts(world),
         *failing_calls(world, 6),
         *signals(world, 12),
+        *kills_at_changes(world),
         *two_at_once(world, 4),
         *environments(world),
     ]
@@ -747,6 +748,92 @@ def signals(world: Path, times: int) -> Iterator[Case]:
                     "signal",
                     f"{target}: {number.name} {n}",
                     partial(work, target=target, number=number, clear=n % 3 == 0),
+                )
+
+
+#: Audit events of Python that change a file system -> the position of the path in their arguments
+CHANGES = {"os.rename": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.link": 1, "open": 0}
+
+
+def watch_changes(out: str, seen: Callable[[str], None]) -> None:
+    """Calls `seen` before each change of a folder: a file opened for writing, renamed, removed.
+
+    A hook stays as long as its process.
+    """
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        position = CHANGES.get(event)
+        if position is None or not isinstance(arguments[position], str | bytes | os.PathLike):
+            return
+        path = os.path.abspath(os.fsdecode(arguments[position]))
+        if f"{os.sep}{out}" not in path:
+            return
+        if event == "open":
+            _, mode, flags = arguments
+            if not (set(mode or "") & set("wax+") or flags & (os.O_WRONLY | os.O_RDWR)):
+                return
+        seen(f"{event.removeprefix('os.')} {os.path.basename(path)}")
+
+    sys.addaudithook(hook)
+
+
+def kill_at(out: str, n: int) -> None:
+    """Kills this process before the n-th change of a folder."""
+    left = [n]
+
+    def count(change: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    watch_changes(out, count)
+
+
+def note_changes(out: str, log: Path) -> None:
+    """Writes the changes of a folder to a file, one per line."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    watch_changes(out, lambda change: os.write(descriptor, change.encode() + b"\n") and None)
+
+
+def kills_at_changes(world: Path) -> Iterator[Case]:
+    """SIGKILL before every change of the output folder; the same command then ends as undisturbed.
+
+    Claim, parts, digests, manifest, card, checkpoints, model, and what --overwrite deletes.
+    """
+
+    def work(
+        folder: Path, draw: random.Random, target: str, n: int, overwrite: bool
+    ) -> tuple[str, str]:
+        line = line_of(target)
+        if overwrite:
+            line += " --overwrite"
+        else:
+            shutil.rmtree(folder / target)
+        ran = scir(line, folder, partial(kill_at, target, n))
+        if ran.status != -signal.SIGKILL:
+            return "unexpected", f"not killed but status {ran.status}: {ran.err[-2000:]}"
+        if overwrite:
+            # A kill before the first deletion leaves the finished folder, which is right as well.
+            again = judge(scir(line_of(target), folder), same_as(world, target, folder / target))
+            if again[0] != "right":
+                return again
+        return judge(scir(line, folder), same_as(world, target, folder / target))
+
+    for target in ("candidates", "judged", "preferences", "trained"):
+        for overwrite in (False, True):
+            trial = world.parent / f"trial-{target}-{overwrite}"
+            shutil.copytree(world, trial, symlinks=True)
+            if not overwrite:
+                shutil.rmtree(trial / target)
+            line = line_of(target) + (" --overwrite" if overwrite else "")
+            checked(scir(line, trial, partial(note_changes, target, trial / "changes")))
+            changes = (trial / "changes").read_text(encoding="utf-8").splitlines()
+            shutil.rmtree(trial)
+            for n, change in enumerate(changes, start=1):
+                yield Case(
+                    "killed before a change of a file",
+                    f"{target}{' --overwrite' if overwrite else ''}: {n} {change}",
+                    partial(work, target=target, n=n, overwrite=overwrite),
                 )
 
 
