@@ -32,11 +32,12 @@ test: check  ## set up, then lint, format, types, build and all tests but vLLM's
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=40 -m "not soak"
 
 test-soak: $(VENV)/dev  ## set up, then the tests that repeat others with more seeds, kills, launchers or benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "soak and not vllm"
+	test ! -e .venv-vllm/dev || .venv-vllm/bin/python -m pytest -m "vllm and soak" tests/test_vllm.py
 
 test-vllm: .venv-vllm/dev  ## set up vLLM's CPU build in an environment of its own, then its tests
 	.venv-vllm/bin/python -c 'import vllm' || { echo "vLLM's CPU build cannot be imported, so nothing of vLLM is tested"; exit 1; }
-	.venv-vllm/bin/python -m pytest -m vllm --durations=5 tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -m "vllm and not soak" --durations=5 tests/test_vllm.py
 
 # Its requirements without torch's family: the CUDA builds of torchvision, torchaudio and torchcodec break even `import transformers`.
 .venv-vllm/dev: pyproject.toml

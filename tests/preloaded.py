@@ -105,7 +105,7 @@ def watch(connection: socket.socket) -> NoReturn:
         os.killpg(0, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-    os._exit(0)
+    sys.exit(0)
 
 
 def become(request: dict[str, Any], files: list[int]) -> NoReturn:

@@ -99,6 +99,7 @@ def test_actors_write_the_rows_of_one_process_though_one_of_them_dies(
     )
 
 
+@pytest.mark.soak
 def test_a_recipe_chooses_the_executor_of_a_stage(
     ray: None,
     tiny_llama: Path,

@@ -190,10 +190,11 @@ def test_rubric_and_rationale_are_measured_and_trained_where_a_world_teaches_the
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.soak)])
 def test_no_method_but_the_oracle_and_the_external_scores_reads_gold_outside_evaluation(
-    tmp_path: Path,
+    tmp_path: Path, every: int
 ):
-    blind = [m for m in MAIN if not m.scores]
+    blind = [m for m in MAIN if not m.scores][::every]
     assert len(results(tmp_path, blind, world.Gold(("evaluation",)))["records"]) == 2 * len(blind)
     with pytest.raises(PermissionError, match="oracle"):
         results(tmp_path, [cell("oracle")], world.Gold(("evaluation", "external")))

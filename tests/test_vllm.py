@@ -398,6 +398,7 @@ class Dies(VllmBackend):
         return super().generate(requests)
 
 
+@pytest.mark.soak
 def test_two_workers_give_the_tokens_of_one_process_though_an_engine_and_a_worker_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
