@@ -37,6 +37,7 @@ class Batch:
     """
 
     ids: Ints  # (rows, longest)
+    lengths: Ints  # (rows,) without padding
     target_hidden: Ints  # (targets,) flat index of the hidden state that predicts the target
     target_token: Ints  # (targets,)
     targets: Ints  # (targets,)
@@ -128,6 +129,7 @@ def _batch(
             targets.extend(range(first, first + len(branch.target_tokens)))
     return Batch(
         ids=ids,
+        lengths=np.array([len(row) for row in rows], dtype=np.int64),
         target_hidden=np.array(hidden, dtype=np.int64),
         target_token=np.array(tokens, dtype=np.int64),
         targets=np.array(targets, dtype=np.int64),

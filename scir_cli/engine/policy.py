@@ -24,6 +24,7 @@ from scir_cli.engine.batches import Batch, Batching
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.distributed import DistributedContext
 from scir_cli.engine.lm_head import LogitTransform, target_logps
+from scir_cli.engine.router_loss import RouterLoss
 from scir_cli.engine.throughput import Meter
 from scir_cli.engine.tree_attention import SDPA, VARLEN, TreeLayout, to_device
 from scir_cli.engine.trees import Branch, Forest
@@ -45,6 +46,8 @@ class TreeScorer(nn.Module):
     def __init__(self, core: Any) -> None:
         super().__init__()
         self.core = core
+        #: Set its weight to add it to the loss of a pass.
+        self.router_loss = RouterLoss.of(core)
 
     @property
     def text(self) -> nn.Module:
@@ -80,8 +83,17 @@ class TreeScorer(nn.Module):
             of_forest = {"position_ids": positions, "plan": plan}
         multimodal = self.core.config.get_text_config() is not self.core.config
         reader = self.text if multimodal else self.core.base_model
-        output = reader(input_ids=ids, use_cache=False, **of_forest)
-        hidden = output.last_hidden_state.flatten(0, 1)
+        balance = self.router_loss
+        if balance is None or not balance.is_wanted:
+            hidden = reader(input_ids=ids, use_cache=False, **of_forest).last_hidden_state
+        else:
+            of_forest["output_router_logits"] = True
+            output = reader(input_ids=ids, use_cache=False, **of_forest)
+            lengths = None
+            if isinstance(targets, Batch):
+                lengths = to_device(targets.lengths, ids.device)
+            hidden = balance.add_to(output.last_hidden_state, output.router_logits, lengths)
+        hidden = hidden.flatten(0, 1)
         head = self.core.get_output_embeddings()
         transform = LogitTransform.of(self.core.config.get_text_config())
         return target_logps(hidden, head, transform, targets)
@@ -126,6 +138,8 @@ class Policy:
         adapted = hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model")
         core = self.model.get_base_model() if adapted else self.model
         self.scorer: Any = TreeScorer(core)
+        #: Of the model's router, if it is to be trained with one.
+        self.router_loss: RouterLoss | None = self.scorer.router_loss
 
     @property
     def takes_trees(self) -> bool:
@@ -198,10 +212,16 @@ class Policy:
         """Log-probability of each target of all batches, in nats.  -> (targets,) fp32"""
         logps = []
         order = []
+        weight = self.router_loss.weight if self.router_loss else 0.0
+        n_tokens = sum(int(batch.lengths.sum()) for batch in parts)
         for batch in parts:
             ids = to_device(batch.ids, self.device)
+            if self.router_loss:
+                self.router_loss.weight = weight * float(batch.lengths.sum()) / n_tokens
             logps.append(self.scorer(ids, targets=batch))
             order.append(batch.targets)
+        if self.router_loss:
+            self.router_loss.weight = weight
         place = np.argsort(np.concatenate(order))
         return torch.cat(logps)[torch.from_numpy(place).to(self.device)]
 

@@ -123,6 +123,8 @@ METRICS = (
            OPTIMIZER, "Scale of the implicit reward"),
     Metric("scir/penalty_weight", "penalty weight",
            OPTIMIZER, "Weight of the inconsistency penalty"),
+    Metric("router_loss", "router's load balance",
+           OPTIMIZER, "Load-balancing loss of the router (least: experts per token)"),
     Metric("validation/accuracy/", "validation accuracy",
            VALIDATION, "Accuracy on validation pairs", is_rate=True, in_view=True),
     Metric("validation/agreement", "validation agreement",

@@ -154,6 +154,8 @@ class Trainer:
         self.step = 0
         self.started = time.monotonic()
         self.trackers: Trackers | None = None
+        #: Whether passes add the router's auxiliary loss: those of a step, not of fitting.
+        self._trains_router = False
         self.on_log: OnLog = _ignore
 
     def _prepare_model(self) -> None:
@@ -286,7 +288,11 @@ class Trainer:
         Raises TrainingError if the loss or the gradient norm is not finite.
         """
         self.optimizer.zero_grad()
+        self._trains_router = self.policy.router_loss is not None
         metrics = self._backward(step)
+        if self.policy.router_loss:
+            self._trains_router = False
+            self.policy.router_loss.weight = 0.0
         self.ranks.sum_gradients(self.params)
 
         factor = learning_rate_factor(self.step, self.n_steps, self.settings)
@@ -391,7 +397,8 @@ class Trainer:
         """This rank's counts, which are summed over ranks.
 
         tokens: computed in one pass; sequence_tokens: those of the branches without sharing.
-        mean_response_tokens: this rank's part of the step's mean.
+        mean_response_tokens: this rank's part of the step's mean. router_loss: of the model's
+        router, if it is trained with one, without its coefficient; it is no part of `loss`.
         """
         sequence_tokens = 0
         for branch in step.branches_of(step.local_pairs):
@@ -401,7 +408,10 @@ class Trainer:
             first, second = step.batch[index].pair.response_ids
             response_tokens += len(first) + len(second)
         filled = [pack for pack in packs if pack]
-        return {
+        router_loss = {}
+        if self._trains_router and self.policy.router_loss:
+            router_loss["router_loss"] = self.policy.router_loss.take() / self._gradient_scale
+        return router_loss | {
             "tokens": sum(self._size(step, pack) for pack in filled),
             "sequence_tokens": sequence_tokens,
             "packs": len(filled),
@@ -422,6 +432,9 @@ class Trainer:
         if pack and self.max_tokens == step.max_tokens:
             layout = step.layouts[pack[0]]
         pairs = pack or [0]
+        if self._trains_router and self.policy.router_loss:
+            share = len(pack) / len(step.batch)
+            self.policy.router_loss.weight = share * self._gradient_scale
         logps = self.policy.branch_logps(step.branches_of(pairs), layout)
         return logps.view(len(pairs), -1)
 
