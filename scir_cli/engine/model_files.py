@@ -29,6 +29,12 @@ from scir_cli.engine import weight_files
 from scir_cli.engine.weight_files import ADAPTER, ADAPTER_WEIGHTS
 from scir_cli.errors import ModelError, install_hint, print_line
 
+#: What a download takes of a repository …
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+
+#: … and what it leaves: the same weights in the formats of other programs.
+DOUBLED = ["consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*", "flax/*"]
+
 
 def resolve(spec: str) -> Path:
     """The local folder of a model spec; of "A | B", that of the first available model.
@@ -87,16 +93,29 @@ def _from_hub(repo: str) -> Path:
     repo: ORG/NAME, or ORG/NAME@REVISION for a branch, tag or commit.
     Raises ModelError if the repository is not available.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+    name, _, revision = repo.partition("@")
     try:
-        name, _, revision = repo.partition("@")
         folder = snapshot_download(
-            name, revision=revision or None, allow_patterns=patterns, etag_timeout=5
+            name,
+            revision=revision or None,
+            allow_patterns=WANTED,
+            ignore_patterns=DOUBLED,
+            etag_timeout=5,
         )
         return Path(folder)
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{repo} is gated: accept its license at {constants.ENDPOINT}/{name} and set HF_TOKEN "
+            "to a token of that account"
+        ) from error
     except (
         LocalEntryNotFoundError,
         HfHubHTTPError,
