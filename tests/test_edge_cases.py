@@ -10,13 +10,17 @@ import pytest
 from families import HEADER, WITHOUT_SYSTEM, turns
 from helpers import run, run_command
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy import make_model
+from toy import make_adapter, make_model
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from scir_cli import config
 from scir_cli.data import dataset
+from scir_cli.engine import model_files
 from scir_cli.engine.chat import Chat
+from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.errors import DataError, ModelError
-from scir_cli.rewards.prompts import PAIRWISE
+from scir_cli.rewards.prompts import PAIRWISE, load_template
+from scir_cli.settings import ModelSettings
 
 #: Words of the texts with which a template's position of an answer is found
 PROBES = ["4711", "(", ")", "Yes", "No", ".", "b", "*", "one"]
@@ -124,3 +128,36 @@ def test_what_does_not_fit_into_sixteen_tokens_is_counted(
     (line,) = capfd.readouterr().err.splitlines()
     assert "leaves no pair to train on: {'too_long': 1}" in line
     assert not list((tmp_path / "trained").glob("*.safetensors"))
+
+
+def test_one_answer_per_prompt_is_refused_with_what_to_do(world: Path, tmp_path: Path):
+    common = {"model": str(world / "policy"), "output_dir": tmp_path / "c"}
+    run("generate", **common, input=str(world / "prompts.jsonl"), n=1, max_new_tokens=4)
+    judge = {**common, "input": str(tmp_path / "c"), "reward_models": ["judge"]}
+    with pytest.raises(DataError, match="one answer per prompt.* --n 2 or more"):
+        run("judge", **judge | {"output_dir": tmp_path / "j"})
+    assert not (tmp_path / "j").exists()
+    crossed = run("judge", **judge | {"output_dir": tmp_path / "x"}, pairs="cross")
+    assert crossed["rows_in"] == 6
+
+
+def test_a_file_in_a_models_place_and_an_old_adapter_are_named(world: Path, tmp_path: Path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"x\.gguf is a file; a model is a folder.* gguf_file"):
+        model_files.resolve(str(tmp_path / "x.gguf"))
+    adapter = make_adapter(tmp_path / "adapter", world / "policy")
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"has no adapter_model\.safetensors; its adapter_model"):
+        model_files.base_model_path(adapter)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template_or_prompt(tmp_path: Path, tiny_llama: Path):
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    path = tmp_path / "t.jinja"
+    path.write_text(template, encoding="utf-8-sig")
+    settings = {"model": str(tiny_llama), "output_dir": "o", "chat_template": str(path)}
+    chat = LazyPolicy(config.build(ModelSettings, settings, where="test"), str(tiny_llama)).chat
+    assert chat.tokenizer.chat_template == template
+    prompt = tmp_path / "p.txt"
+    prompt.write_text("{question} {a} {b}?", encoding="utf-8-sig")
+    assert load_template(prompt, "", ("question", "a", "b")) == "{question} {a} {b}?"

@@ -199,9 +199,9 @@ ROWS = [PAIR, {"prompt": "Name a tool.", "chosen": "A saw.", "rejected": "A clou
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
-def write_csv(path: Path, rows: list[Row] = ROWS) -> Path:
+def write_csv(path: Path, rows: list[Row] = ROWS, separator: str = ",") -> Path:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), delimiter=separator)
         writer.writeheader()
         writer.writerows(rows)
     return path
@@ -258,7 +258,15 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "JSON lines": lambda p: write_text(p / "a.jsonl", LINES),
     "JSON lines named json": lambda p: write_text(p / "a.json", LINES),
     "a JSON list": lambda p: write_text(p / "a.json", json.dumps(ROWS, indent=1)),
+    "JSON lines named ndjson": lambda p: write_text(p / "a.ndjson", LINES),
+    "JSON with rows under a name": lambda p: write_text(
+        p / "a.json", json.dumps({"version": 1, "data": ROWS}, indent=2)
+    ),
+    "the same on one line": lambda p: write_text(p / "a.json", json.dumps({"rows": ROWS})),
+    "a byte-order mark": lambda p: write_text(p / "a.jsonl", "\ufeff" + LINES),
     "CSV": lambda p: write_csv(p / "a.csv"),
+    "CSV with semicolons": lambda p: write_csv(p / "a.csv", separator=";"),
+    "TSV": lambda p: write_csv(p / "a.tsv", separator="\t"),
     "Parquet": lambda p: write_parquet(p / "a.parquet"),
     "Arrow stream": lambda p: write_arrow(p / "a.arrow", pa.ipc.new_stream),
     "Arrow file": lambda p: write_arrow(p / "a.arrow", pa.ipc.new_file),
@@ -280,6 +288,20 @@ def test_the_same_rows_come_out_of_every_format(name: str, tmp_path: Path):
     rows, drops = read(FORMATS[name](tmp_path))
     assert [texts(row) for row in rows] == ROWS
     assert drops == {}
+
+
+def test_a_row_may_have_a_list_called_data_and_an_object_may_be_spread_over_lines(tmp_path: Path):
+    row = PAIR | {"data": [{"a": 1}]}
+    for indent in (None, 1):
+        rows, _ = read(write_text(tmp_path / "a.json", json.dumps(row, indent=indent)))
+        assert [texts(found) for found in rows] == [PAIR]
+        assert json.loads(rows[0]["extra"]) == {"data": [{"a": 1}]}
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text(tmp_path / "a.jsonl", LINES)
+    assert len(read("~/a.jsonl")[0]) == len(ROWS)
 
 
 def test_a_split_is_named_after_a_folder(tmp_path: Path):

@@ -368,8 +368,8 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte_offset(tmp_path: Path)
         ("p.json", '[{"prompt": "a"},\n {"prompt"}]', r"p\.json:2: malformed JSON"),
         (
             "p.json",
-            '{\n "prompt": "a"\n}',
-            r"p\.json:1: malformed JSON .* a list of objects, or one object per line",
+            '{\n "prompt": "a"\n',
+            r"p\.json:3: malformed JSON .* a list of objects, or one object per line",
         ),
         ("p.json", '["a"]', r"p\.json:1: found 'a'; expected a list of objects"),
         ("p.jsonl", '{"prompt": "a"}\n7\n', r"p\.jsonl:2: found 7; expected a list of objects"),
@@ -384,7 +384,7 @@ def test_a_file_that_is_not_utf8_is_refused_with_the_byte_offset(tmp_path: Path)
         (
             "p.txt",
             "a",
-            r"unknown extension '\.txt'; expected one of \.jsonl, \.json, \.parquet, \.csv",
+            r"unknown extension '\.txt'; expected one of \.jsonl, \.json, \.ndjson, \.parquet",
         ),
     ],
 )

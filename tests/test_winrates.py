@@ -409,8 +409,8 @@ def test_annotations_of_both_versions_are_read_and_a_missing_verdict_is_counted(
         ([annotation(0, 1), annotation(1, 1, annotator="other")], r"2 annotators \(judge, other\)"),
         ([{"instruction": "x", "output": "y"}], "row 1: no text in 'output_1'"),
         ([annotation(0, 1, output_2=None)], "no text in 'output_2'"),
-        ([], "not empty"),
-        ({"a": 1}, "should be a JSON list"),
+        ([], "is empty; expected rows with"),
+        ({"a": 1}, r"no text in 'instruction' \(it has a\)"),
     ],
 )
 def test_annotations_of_another_form_are_one_clear_line(tmp_path: Path, rows: Any, message: str):

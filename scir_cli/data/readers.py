@@ -73,6 +73,8 @@ DEFAULT_SPLIT = "train"
 #: Extension of a compressed file -> pyarrow's name of the compression
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ROWS_AT_A_TIME = 1000
+#: What separates the fields of a CSV file.
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 #: Bytes of a Parquet column that are read at a time.
 BUFFER = 1 << 20
 HUB_SPEC = re.compile(
@@ -93,6 +95,10 @@ NAMED_COLUMNS = (
     "rejected_model",
     "tools",
 )
+#: A JSON object with one of these is a row.
+COLUMNS_OF_A_ROW = frozenset((*NAMED_COLUMNS, *TEXT_COLUMNS, "conversations", "question", "input"))
+#: Names under which another JSON object holds the rows of a file.
+ROW_LISTS = ("data", "rows", "examples", "instances")
 
 
 #: Fields of an answer -> the reason for which a pair with them is dropped
@@ -968,7 +974,7 @@ def _first_invalid_byte(path: Path) -> tuple[int, int]:
 
 
 def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
-    """The objects of a JSON list, or of a file with one object per line.
+    """The objects of a JSON list, of an object that holds such a list, or of one object per line.
 
     Only \\n ends a line, because U+2028 may occur inside a string.
     Raises DataError, with the line, for malformed JSON and for values that are no objects.
@@ -977,10 +983,12 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     lines = enumerate(_lines(path, file, "\n"), 1)
     start = next((line for line in lines if line[1].strip()), (1, ""))
     is_list = start[1].lstrip().startswith("[")
+    # One object over several lines
+    is_spread = start[1].strip().startswith("{") and not _is_json(start[1])
 
     # (number of the first line, text) of what is parsed together
     chunks: Iterable[tuple[int, str]]
-    if is_list:
+    if is_list or is_spread:
         text = "".join([start[1], *(line for _, line in lines)])
         chunks = [(start[0], text)]
     else:
@@ -990,33 +998,62 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
         if not chunk.strip():
             continue
         try:
-            value = json.loads(chunk if is_list else chunk.removesuffix("\n"))
+            value = json.loads(chunk if is_list or is_spread else chunk.removesuffix("\n"))
         except json.JSONDecodeError as error:
             at = number + error.lineno - 1
             raise DataError(
                 f"{path}:{at}: malformed JSON ({error.msg} at column {error.colno}); {expected}"
             ) from error
-        for row in value if is_list else [value]:
+        for row in value if is_list else _rows_inside(value):
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: found {row!r:.60}; {expected}")
             yield row
 
 
+def _is_json(text: str) -> bool:
+    """Whether a text is JSON."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _rows_inside(value: Any) -> list[Any]:
+    """The rows of an object that holds nothing but them and texts or numbers; else the object."""
+    lists = []
+    if isinstance(value, dict):
+        lists = [rows for name, rows in value.items() if name in ROW_LISTS and _is_rows(rows)]
+        if len(lists) == 1 and COLUMNS_OF_A_ROW.isdisjoint(value):
+            rows: list[Any] = lists[0]
+            return rows
+    return [value]
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of objects, and not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
 def _csv_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
     """The rows of a CSV file with a header.
 
+    Fields are separated by what is most frequent in the header: comma, semicolon or tab.
     Raises DataError, with the line, for malformed CSV and for rows with another number of fields.
     """
     # The default refuses a response of over 128 KiB.
     csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(_lines(path, file, ""), strict=True)
+    lines = _lines(path, file, "")
+    header = next(lines, "")
+    separator = max(SEPARATORS, key=header.count)
+    reader = csv.DictReader(itertools.chain([header], lines), delimiter=separator, strict=True)
     try:
         for row in reader:
             # DictReader adds None as a key for too many fields, as a value for too few.
             if None in row or None in row.values():
                 raise DataError(
                     f"{path}:{reader.reader.line_num}: not as many fields as the header; "
-                    "quote text with commas"
+                    f"quote text with {SEPARATORS[separator]}"
                 )
             yield row
     except csv.Error as error:
@@ -1066,8 +1103,8 @@ def _arrow_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
 
 #: Extension of a file -> its reader.
 READERS: dict[str, Callable[[Path, BinaryIO], Iterator[Row]]] = {
-    **dict.fromkeys((".jsonl", ".json"), _json_rows),
+    **dict.fromkeys((".jsonl", ".json", ".ndjson"), _json_rows),
     ".parquet": _parquet_rows,
-    ".csv": _csv_rows,
+    **dict.fromkeys((".csv", ".tsv"), _csv_rows),
     ".arrow": _arrow_rows,
 }

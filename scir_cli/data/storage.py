@@ -30,11 +30,12 @@ OBJECTS = (
 def to_path(spec: str | Path) -> Any:
     """A Path, or a UPath for a URL.
 
+    `~` at the start of a path is the home directory, also where no shell has expanded it.
     hf:// names a data set on the hub, not a file system of ours, and stays text in a Path.
     Raises ConfigError if a package that the URL needs is missing, or no file system has its scheme.
     """
     if isinstance(spec, Path) or "://" not in str(spec) or str(spec).startswith("hf://"):
-        return Path(spec)
+        return Path(os.path.expanduser(spec))
 
     try:
         from upath import UPath

@@ -321,7 +321,7 @@ def load_tokenizer(path: Path, settings: ModelSettings) -> Any:
 def _read_chat_template(path: Path) -> str:
     """The text of a Jinja template. Raises ModelError if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(f"the chat template {path} cannot be read: {error}") from error
 

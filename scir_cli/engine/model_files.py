@@ -67,6 +67,14 @@ def _resolve_one(spec: str) -> Path:
     if path.is_dir():
         _check_folder(path)
         return path
+    if path.is_file():
+        hint = (
+            "; write its weights as safetensors first: AutoModelForCausalLM.from_pretrained(FOLDER,"
+            " gguf_file=NAME), then save_pretrained"
+            if path.suffix == ".gguf"
+            else ""
+        )
+        raise ModelError(f"{spec} is a file; a model is a folder, with config.json{hint}")
     if spec.count("/") > 1 or spec.startswith((".", "/", "~")) or path.exists():
         raise ModelError(f"the model folder {spec} does not exist")
     return _from_hub(spec)
@@ -251,6 +259,11 @@ def base_model_path(path: Path) -> Path:
             f"the adapter {path} needs its base model (base_model_name_or_path in {ADAPTER}): "
             f"{error}"
         ) from error
+    if not (path / ADAPTER_WEIGHTS).is_file():
+        problem = f"the adapter {path} has no {ADAPTER_WEIGHTS}"
+        if (path / "adapter_model.bin").is_file():
+            problem += "; its adapter_model.bin is not read: save it again with a peft of 2024 on"
+        raise ModelError(problem)
     try:
         mismatch = _shape_mismatch(path / ADAPTER_WEIGHTS, base)
     except (OSError, SafetensorError) as error:

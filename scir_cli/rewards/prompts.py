@@ -176,7 +176,7 @@ def load_template(path: Path | None, default: str, fields: Sequence[str]) -> str
         return default
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the judge prompt {path} cannot be read: {error}") from error
 

@@ -206,7 +206,7 @@ def _lines(spec: str) -> list[Row]:
     """The objects of a JSON lines file; raises DataError for any other file."""
     rows = []
     try:
-        text = Path(spec).read_text(encoding="utf-8")
+        text = Path(spec).expanduser().read_text(encoding="utf-8-sig")
         for line in text.split("\n"):
             if line.strip():
                 rows.append(json.loads(line))

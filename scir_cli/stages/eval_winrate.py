@@ -273,21 +273,16 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
 
 
 def _json_list(spec: str, texts: Sequence[str]) -> list[Row]:
-    """The objects of a JSON list.
+    """The rows of a file.
 
-    texts: the columns that each object must have, with text
+    texts: the columns that each row must have, with text
     Raises DataError if the file holds something else.
     """
-    try:
-        content = Path(spec).read_text(encoding="utf-8")
-        rows = json.loads(content)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{spec} is not a readable JSON file ({error})") from error
-
+    rows = list(readers.raw_rows(spec))
     columns = ", ".join(map(repr, texts))
-    expected = f"a JSON list of objects with {columns}"
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{spec} should be {expected}, and not empty")
+    expected = f"rows with {columns}"
+    if not rows:
+        raise DataError(f"{spec} is empty; expected {expected}")
     for number, row in enumerate(rows, 1):
         missing = _missing_text(row, texts)
         if missing is not None:
@@ -791,7 +786,7 @@ def _probability(log_odds: float) -> float:
 def read_gamed(path: Path) -> Gamed:
     """AlpacaEval's df_gamed.csv; raises DataError if a column or a number is missing."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 

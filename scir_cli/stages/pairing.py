@@ -80,7 +80,8 @@ class PairInput:
 def load_pair_input(settings: JudgeSettings) -> PairInput:
     """Opens `judge --input`: candidates, from which pairs are made, or pairs.
 
-    Raises ConfigError for an unknown --pairs, DataError for an input that cannot be read.
+    Raises ConfigError for an unknown --pairs, DataError for an input that cannot be read or has
+    one answer per prompt where two are needed.
     """
     rule, n_sampled = parse_pair_rule(settings.pairs)
     path = to_path(settings.input)
@@ -88,6 +89,11 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
         candidates = dataset.open_dataset(path, "candidates").head(settings.limit)
         bounds = dataset.group_bounds(candidates, "prompt_id", settings.rows_per_part)
         pairs = PairInput(candidates, bounds, Counter(), readers.digest(settings.input))
+        if rule not in ("cross", "damaged") and not _has_two_answers(candidates):
+            raise DataError(
+                f"{settings.input} has one answer per prompt, so there is nothing to compare: "
+                "generate with --n 2 or more, or judge with --pairs cross"
+            )
         makers = {"cross": crossed_pairs, "damaged": damage.damaged_pairs}
         make_pairs = makers.get(rule, candidate_pairs)
         pairs.make_pairs = partial(make_pairs, external=settings.score_column)
@@ -102,6 +108,19 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
         first_model = next(iter(reward_models.load_all(settings.reward_models)))
         pairs.after_scoring = partial(best_and_worst, reward_model=first_model)
     return pairs
+
+
+def _has_two_answers(candidates: dataset.Dataset) -> bool:
+    """Whether a prompt has two candidates or more.  candidates: sorted by prompt"""
+    previous = None
+    for table in candidates.tables():
+        keys = table["prompt_id"].combine_chunks()
+        if not len(keys):
+            continue
+        if keys[0] == previous or pc.any(pc.equal(keys[1:], keys[:-1])).as_py():
+            return True
+        previous = keys[-1]
+    return False
 
 
 def parse_pair_rule(text: str) -> tuple[str, int]:
