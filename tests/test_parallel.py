@@ -168,7 +168,16 @@ def test_adapters_over_sharded_weights_in_cpu_memory_train_what_one_process_does
 
 
 @pytest.mark.slow
-def test_a_run_of_two_ranks_that_was_killed_is_finished_by_one(root: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(os.killpg, id="all"),
+        pytest.param(os.kill, id="driver alone", marks=pytest.mark.soak),
+    ],
+)
+def test_a_run_of_two_ranks_that_was_killed_is_finished_by_one(
+    root: Path, tmp_path: Path, kill: Any
+):
     more = ("--num-epochs", "4", "--save-every", "1")
     run(root, tmp_path / "whole", *more)
     out = tmp_path / "killed"
@@ -180,7 +189,7 @@ def test_a_run_of_two_ranks_that_was_killed_is_finished_by_one(root: Path, tmp_p
     while not list(out.glob("checkpoints/step-*.pt")):
         assert process.poll() is None
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "manifest.json").exists()
     while (
