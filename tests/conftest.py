@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 
 # Two threads that wait for each other spin by default; where other work has the cores, a tiny model
@@ -54,15 +55,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scir_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+def scir_command() -> Iterator[list[str]]:
     """The words that run `scir` in a process forked from one that has imported torch.
 
     `python -m scir_cli` does the same, eight seconds later.
     """
-    server, words = preloaded.start(tmp_path_factory.mktemp("server"))
-    yield words
-    server.kill()
-    server.wait()
+    # The path of a socket may have 107 bytes, which pytest's folders can exceed.
+    with tempfile.TemporaryDirectory(prefix="scir") as folder:
+        server, words = preloaded.start(Path(folder))
+        yield words
+        server.kill()
+        server.wait()
 
 
 @pytest.fixture(scope="session")
