@@ -75,7 +75,7 @@ def test_two_runs_of_a_training_step_have_the_same_losses(tmp_path: Path):
     assert row["MFU"] is None  # fp32 has none
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_way_of_scoring_gives_the_same_log_probabilities(tmp_path: Path):
     found = run(
         "score.py",

@@ -141,6 +141,7 @@ steps:
     )
 
 
+@pytest.mark.soak
 def test_what_a_part_or_the_user_did_wrong_stops_the_run_as_it_does_on_one_machine(
     ray: None,
     tiny_llama: Path,
