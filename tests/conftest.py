@@ -58,7 +58,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scir_command() -> Iterator[list[str]]:
     """The words that run `scir` in a process forked from one that has imported torch.
 
-    `python -m scir_cli` does the same, eight seconds later.
+    `python -m scir_cli` does the same after importing it.
     """
     # The path of a socket may have 107 bytes, which pytest's folders can exceed.
     with tempfile.TemporaryDirectory(prefix="scir") as folder:

@@ -3,7 +3,7 @@
 A test that starts many commands would spend most of its time on importing. `server` imports once,
 then forks for each command; `client`, this file run as a program, hands it a command's arguments,
 environment, folder and open files, waits, and ends with its status. If the client is killed, so is
-the command. Only the standard library is imported here: a client starts in 20 ms.
+the command. A client imports only the standard library.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def test_two_ranks_train_what_one_does(root: Path, alone: Path, tmp_path: Path, 
     assert_same_run(alone, tmp_path / "two")
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_adapters_over_sharded_weights_in_cpu_memory_train_what_one_process_does(
     root: Path, tmp_path: Path
 ):

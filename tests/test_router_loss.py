@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import load_fp32, train
+from safetensors.torch import load_file
 from toy import make_model
 from transformers import AutoModelForCausalLM
 
@@ -98,33 +99,38 @@ def test_batches_share_the_loss_by_their_tokens(mixture: Path):
     assert together == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("wanted", [True, False])
 @pytest.mark.parametrize("objective", ["dpo", "scir"])
-def test_training_adds_it_where_the_config_asks_for_it(
-    world: Path, tmp_path: Path, wanted: bool, objective: str
-):
-    model = make_model(
-        tmp_path / "model",
-        "gpt_oss",
-        output_router_logits=wanted,
-        router_aux_loss_coef=COEFFICIENT,
-        seed=3,
-    )
-    common = {"model": str(model), "objective": objective, "batch_size": 6, "max_steps": 1}
-    for name, tokens in (("one", 100_000), ("many", 200)):
-        train(
-            world,
-            tmp_path / name,
-            **common,
-            reward_reference=str(make_model(tmp_path / f"base {name}", "gpt_oss", seed=1)),
-            input=str(world / "gold.jsonl"),
-            max_tokens_per_pack=tokens,
+def test_training_adds_it_where_the_config_asks_for_it(world: Path, tmp_path: Path, objective: str):
+    base = make_model(tmp_path / "base", "gpt_oss", seed=1)
+    routers = []
+    for wanted in (True, False):
+        model = make_model(
+            tmp_path / f"model {wanted}",
+            "gpt_oss",
+            output_router_logits=wanted,
+            router_aux_loss_coef=COEFFICIENT,
+            seed=3,
         )
-        records = map(
-            json.loads, (tmp_path / name / "metrics.jsonl").read_text("utf-8").splitlines()
-        )
-        (step,) = [record for record in records if record["kind"] == "train"]
-        assert ("router_loss" in step) == wanted
-        # 2 experts per token: 2 if all four are used alike, 4 if only two are
-        if wanted:
-            assert 1.8 < step["router_loss"] <= 4
+        for name, tokens in (("one", 100_000), ("many", 200)):
+            out = tmp_path / f"{name} {wanted}"
+            train(
+                world,
+                out,
+                model=str(model),
+                objective=objective,
+                batch_size=6,
+                max_steps=1,
+                reward_reference=str(base),
+                input=str(world / "gold.jsonl"),
+                max_tokens_per_pack=tokens,
+            )
+            records = map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines())
+            (step,) = [record for record in records if record["kind"] == "train"]
+            assert ("router_loss" in step) == wanted
+            # 2 experts per token: 2 if all four are used alike, 4 if only two are
+            if wanted:
+                assert 1.8 < step["router_loss"] <= 4
+        weights = load_file(out / "model.safetensors")
+        routers.append({name: w for name, w in weights.items() if ".router." in name})
+    assert routers[0].keys() == routers[1].keys() != set()
+    assert any(not w.equal(routers[1][name]) for name, w in routers[0].items())

@@ -1004,6 +1004,9 @@ def _json_rows(path: Path, file: BinaryIO) -> Iterator[Row]:
             raise DataError(
                 f"{path}:{at}: malformed JSON ({error.msg} at column {error.colno}); {expected}"
             ) from error
+        except (ValueError, RecursionError) as error:
+            # A number of more than 4300 digits, or a nesting that is too deep.
+            raise DataError(f"{path}:{number}: unreadable JSON ({_one_line(error)})") from error
         for row in value if is_list else _rows_inside(value):
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: found {row!r:.60}; {expected}")
@@ -1014,7 +1017,7 @@ def _is_json(text: str) -> bool:
     """Whether a text is JSON."""
     try:
         json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return True
 

@@ -29,10 +29,10 @@ from scir_cli.engine import weight_files
 from scir_cli.engine.weight_files import ADAPTER, ADAPTER_WEIGHTS
 from scir_cli.errors import ModelError, install_hint, print_line
 
-#: What a download takes of a repository …
+#: What a download takes of a repository.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 
-#: … and what it leaves: the same weights in the formats of other programs.
+#: What it leaves out: the same weights in the formats of other programs.
 DOUBLED = ["consolidated*", "original/*", "metal/*", "onnx/*", "openvino/*", "flax/*"]
 
 
@@ -262,7 +262,9 @@ def base_model_path(path: Path) -> Path:
     if not (path / ADAPTER_WEIGHTS).is_file():
         problem = f"the adapter {path} has no {ADAPTER_WEIGHTS}"
         if (path / "adapter_model.bin").is_file():
-            problem += "; its adapter_model.bin is not read: save it again with a peft of 2024 on"
+            problem += (
+                "; its adapter_model.bin is not read: load it with peft and save it as safetensors"
+            )
         raise ModelError(problem)
     try:
         mismatch = _shape_mismatch(path / ADAPTER_WEIGHTS, base)

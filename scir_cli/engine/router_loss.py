@@ -41,7 +41,12 @@ class RouterLoss:
         coefficient = getattr(config, "router_aux_loss_coef", None)
         if not (getattr(config, "output_router_logits", False) and balance and coefficient):
             return None
-        return cls(balance, core.num_experts, core.num_experts_per_tok, float(coefficient))
+        # A wrapper around a text model has them in its config alone.
+        n_experts, top_k = (
+            getattr(core, name, None) or getattr(config, name)
+            for name in ("num_experts", "num_experts_per_tok")
+        )
+        return cls(balance, n_experts, top_k, float(coefficient))
 
     @property
     def is_wanted(self) -> bool:

@@ -26,6 +26,7 @@ from scir_cli.analysis.statistics import mean_interval
 from scir_cli.data import dataset, files, hashing, readers
 from scir_cli.data.dataset import Part
 from scir_cli.data.files import Json
+from scir_cli.data.storage import to_path
 from scir_cli.engine.chat import Chat
 from scir_cli.engine.lazy_policy import LazyPolicy
 from scir_cli.engine.trees import Branch, continuation
@@ -206,7 +207,7 @@ def _lines(spec: str) -> list[Row]:
     """The objects of a JSON lines file; raises DataError for any other file."""
     rows = []
     try:
-        text = Path(spec).expanduser().read_text(encoding="utf-8-sig")
+        text = to_path(spec).read_text(encoding="utf-8-sig")
         for line in text.split("\n"):
             if line.strip():
                 rows.append(json.loads(line))

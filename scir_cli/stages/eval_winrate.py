@@ -248,7 +248,7 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
     limit: number of rows
     """
     responses: dict[str, Row] = {}
-    rows = _json_list(spec, ("instruction", "output"))[:limit]
+    rows = _rows_with_texts(spec, ("instruction", "output"))[:limit]
     for i, row in enumerate(rows):
         instruction = row["instruction"]
         if instruction in responses:
@@ -272,7 +272,7 @@ def _from_alpaca_eval(spec: str, dropped: Counter[str], limit: int | None) -> di
     return responses
 
 
-def _json_list(spec: str, texts: Sequence[str]) -> list[Row]:
+def _rows_with_texts(spec: str, texts: Sequence[str]) -> list[Row]:
     """The rows of a file.
 
     texts: the columns that each row must have, with text
@@ -346,7 +346,7 @@ def from_annotations(
     """
     by_pair: dict[tuple[str, str], list[Row]] = {}
     for spec in specs:
-        rows = _json_list(spec, ANNOTATION_TEXTS)[:limit]
+        rows = _rows_with_texts(spec, ANNOTATION_TEXTS)[:limit]
         _check_one_annotator(spec, rows)
         for i, row in enumerate(rows):
             pair = (row["generator_2"], row["generator_1"])

@@ -89,7 +89,8 @@ def load_pair_input(settings: JudgeSettings) -> PairInput:
         candidates = dataset.open_dataset(path, "candidates").head(settings.limit)
         bounds = dataset.group_bounds(candidates, "prompt_id", settings.rows_per_part)
         pairs = PairInput(candidates, bounds, Counter(), readers.digest(settings.input))
-        if rule not in ("cross", "damaged") and not _has_two_answers(candidates):
+        needs_two = rule not in ("cross", "damaged") and candidates.num_rows
+        if needs_two and not _has_two_answers(candidates):
             raise DataError(
                 f"{settings.input} has one answer per prompt, so there is nothing to compare: "
                 "generate with --n 2 or more, or judge with --pairs cross"

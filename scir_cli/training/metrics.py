@@ -124,7 +124,7 @@ METRICS = (
     Metric("scir/penalty_weight", "penalty weight",
            OPTIMIZER, "Weight of the inconsistency penalty"),
     Metric("router_loss", "router's load balance",
-           OPTIMIZER, "Load-balancing loss of the router (least: experts per token)"),
+           OPTIMIZER, "Load-balancing loss of the router (all experts alike: experts per token)"),
     Metric("validation/accuracy/", "validation accuracy",
            VALIDATION, "Accuracy on validation pairs", is_rate=True, in_view=True),
     Metric("validation/agreement", "validation agreement",

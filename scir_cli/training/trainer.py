@@ -475,6 +475,9 @@ class Trainer:
                         " or --sharding fsdp, or drop long pairs (filter --max-response-tokens)"
                     ) from error
             self.optimizer.zero_grad()
+            if self.policy.router_loss:
+                # The passes so far are repeated.
+                self.policy.router_loss.take()
             self._halve_packs(step, packs)
 
     def _halve_packs(self, step: OptimizerStep, packs: Packs) -> None:
