@@ -363,6 +363,15 @@ def cell(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def write_page(path: Path, name: str, text: str) -> None:
+    """Replaces the text between the markers NAME: begin and NAME: end of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    page = path.read_text(encoding="utf-8")
+    before, rest = page.split(begin)
+    _, after = rest.split(end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def write(result: Json, path: Path | None) -> None:
     if path:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

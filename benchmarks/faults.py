@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import common
+
 Json = dict[str, Any]
 
 ACCEPTED = ("right", "read", "refused")
@@ -47,8 +49,6 @@ LIMIT_MB = 1024
 
 #: Status of a process that an exception ended
 ESCAPED = 99
-
-MARKERS = ("<!-- faults: begin -->", "<!-- faults: end -->")
 
 
 @dataclass(frozen=True)
@@ -251,14 +251,6 @@ def table(results: Sequence[Json]) -> str:
     return "\n".join(lines)
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replaces the text between the markers of a page."""
-    page = path.read_text(encoding="utf-8")
-    before, rest = page.split(MARKERS[0])
-    _, after = rest.split(MARKERS[1])
-    path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{after}", encoding="utf-8")
-
-
 def main() -> int:
     """Runs the cases; 1 if one of them is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -300,7 +292,7 @@ def main() -> int:
             f"python benchmarks/faults.py --seed {options.seed} --share {options.share:g} "
             f"--jobs {options.jobs}"
         )
-        write_page(options.write, f"`{command}`, {date}, {seconds} s:\n\n{text}")
+        common.write_page(options.write, "faults", f"`{command}`, {date}, {seconds} s:\n\n{text}")
     return int(n_faults > 0)
 
 

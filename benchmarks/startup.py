@@ -21,7 +21,6 @@ from typing import Any
 
 import common
 
-BEGIN, END = "<!-- startup: begin -->", "<!-- startup: end -->"
 COMPUTE = "--dtype fp32 --device cpu"
 RECIPE = """\
 all: {dtype: fp32, device: cpu}
@@ -38,7 +37,6 @@ steps:
   - train: {objective: dpo, model: policy, input: pairs.jsonl, max_steps: 1,
             output_dir: "{out}/m-{i}"}
 """
-
 
 GENERATE = f"generate -m policy -i prompts.jsonl --n 2 --max-new-tokens 4 {COMPUTE} -o candidates"
 JUDGE = f"judge -m policy --reward-reference base -i candidates {COMPUTE} -o judged"
@@ -112,13 +110,9 @@ def main() -> None:
             rows.append({"command": what, "s": round(statistics.median(runs), 2), "runs": runs})
     table = common.table([{"command": row["command"], "s": row["s"]} for row in rows])
     print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"table": rows}, indent=1), encoding="utf-8")
+    common.write({"table": rows}, options.json)
     if options.write:
-        text = options.write.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        options.write.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        common.write_page(options.write, "startup", table)
 
 
 if __name__ == "__main__":
